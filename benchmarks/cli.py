@@ -1,0 +1,56 @@
+"""The command `toruslab`: finds the command's module, runs it, and turns bad input into one sentence and exit code 2.
+
+Every command is a module with `main(argv) -> int` that can also be run as `python -m benchmarks.NAME`.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS = {
+    "bench": ("benchmarks.step_latency", "planned, compiled and measured: every layout and phase side by side"),
+    "explain": ("benchmarks.explain", "one layer's ladder in the paper's notation, with bytes at every step"),
+    "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
+}
+
+
+class InputError(ValueError):
+    """Input that a command refuses; its text is the whole message."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the entry point of `toruslab`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("toruslab COMMAND [options]; toruslab COMMAND --help\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"toruslab: unknown command {name!r}{hint} Known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return guarded(importlib.import_module(COMMANDS[name][0]).main, rest)
+
+
+def guarded(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main`; refused input becomes one sentence on standard error."""
+    try:
+        return command(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The three kinds of evidence for one point, as rows hold them: planned, compiled, and the step that is measured."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from benchmarks.rows import Row
+from benchmarks.timing import Step, stepper
+from models import text
+from models.parameters import initial
+from partitioning.dataflow import Planned, plan
+from partitioning.evidence import compare
+from partitioning.hlo import read
+from partitioning.mesh import AXES, Shape, attach
+from partitioning.point import Point
+from partitioning.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A point that is compiled and ready to be timed."""
+
+    point: Point
+    compiled_row: Row
+    step: Step
+
+
+def planned(point: Point) -> list[Planned]:
+    """The plan of a point; `auto`, which has none, is held against the one of `ws2d`."""
+    counterpart = point if point.layout_value.explicit else dataclasses.replace(point, layout="ws2d")
+    return plan(counterpart.layout_value, point.config, point.pass_, point.mesh_shape)
+
+
+def analytic(point: Point) -> Row:
+    """What the layout alone says: its collectives, and the bytes that one chip receives in a pass."""
+    found = planned(point)
+    return {
+        "collectives": [dataclasses.asdict(p) for p in found],
+        "collective_bytes": sum(p.bytes * p.count for p in found),
+        "n_collectives": sum(p.count for p in found),
+    }
+
+
+def prepare(point: Point, seed: int, corpus: str) -> Contender:
+    """Compiles a point for the devices that are here, holds it against the plan, and places weights and text."""
+    config, layout, pass_ = point.config, point.layout_value, point.pass_
+    mesh = _mesh(point.mesh_shape, point.chip, layout.explicit)
+    program = Program(config=config, layout=layout, mesh=mesh, pass_=pass_)
+    compiled = program.compile()
+    collectives = read(compiled.text, dict(zip(AXES, point.mesh_shape, strict=True)))
+    matched = compare(planned(point), collectives)
+    row = {
+        "compile_s": compiled.compile_s,
+        "peak_bytes_per_chip": compiled.peak_bytes,
+        "collectives": [dataclasses.asdict(m) for m in matched],
+        "collective_bytes": sum(c.bytes * c.trips for c in collectives),
+        "n_collectives": sum(c.trips for c in collectives),
+        "unexplained": sum(not m.explained for m in matched),
+        "rematerialisations": len(compiled.warnings),
+    }
+    params = _params(point, mesh, program.dtype, seed)
+    ids = text.prompts(point.batch, point.length, seed, corpus)
+    return Contender(point=point, compiled_row=row, step=stepper(program, compiled, params, ids, point.start))
+
+
+_placed: dict[tuple, nnx.State] = {}
+
+
+def _params(point: Point, mesh: Mesh, dtype, seed: int) -> nnx.State:
+    """Weights at rest, kept for the next layout that wants them in the same places."""
+    layout = point.layout_value
+    rest = (layout.table, layout.w_in[0], layout.w_kv[0], layout.w_out[0], layout.explicit)
+    key = (point.model, dtype, seed, rest, point.mesh_shape)
+    if key not in _placed:
+        _placed[key] = initial(point.config, layout, mesh, seed=seed, dtype=dtype)
+    return _placed[key]
+
+
+@functools.lru_cache(maxsize=8)
+def _mesh(shape: Shape, chip: str, explicit: bool) -> Mesh:
+    return attach(shape, chip=chip, explicit=explicit)

@@ -1,0 +1,77 @@
+"""More than one process: local ones that this module starts, or one on every host of a slice.
+
+Decides how processes find each other. What they compute is the same program in each.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from benchmarks.cli import InputError
+
+RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
+
+
+def start_locally(module: str, argv: Sequence[str], n: int) -> int:
+    """Runs `python -m module argv` in `n` processes on this machine; the first one speaks. Returns the exit code.
+
+    When one fails, the others, which would wait for it for ever, are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", module, *argv]
+    running = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, RANK: str(rank), PORT: str(port)},
+            stdout=None if rank == 0 else subprocess.DEVNULL,
+        )
+        for rank in range(n)
+    ]
+    try:
+        while any(p.poll() is None for p in running) and not any(p.poll() for p in running):
+            time.sleep(0.05)
+        failed = [p.returncode for p in running if p.returncode]
+        return failed[0] if failed else 0
+    finally:
+        for p in running:
+            if p.poll() is None:
+                p.terminate()
+        for p in running:
+            p.wait()
+
+
+def is_started() -> bool:
+    """Whether this process is one of several that `start_locally` made."""
+    return RANK in os.environ
+
+
+def join(platform: str, n_chips: int, n_processes: int) -> None:
+    """Sets up this process's devices and, where there are several processes, connects them. Call before any JAX work.
+
+    Args:
+        platform: `cpu`, `gpu` or `tpu`.
+        n_chips: places in the mesh; fake CPU devices are shared out evenly.
+        n_processes: of `start_locally`, else 1. On a TPU slice of several hosts the processes find each other.
+
+    Raises:
+        InputError: chips that the processes cannot share evenly.
+    """
+    import jax
+
+    from partitioning.mesh import fake_cpu_devices
+
+    if n_chips % n_processes:
+        raise InputError(f"processes={n_processes} does not divide the {n_chips} chips of the slice")
+    if platform == "cpu":
+        fake_cpu_devices(n_chips // n_processes)
+    if is_started():
+        if platform == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{os.environ[PORT]}", n_processes, int(os.environ[RANK]))
+    elif platform == "tpu" and len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        jax.distributed.initialize()

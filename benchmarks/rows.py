@@ -1,0 +1,108 @@
+"""Result rows: one JSON object a line, written as they are made and never rewritten.
+
+A row is a point, the `source` of its numbers (analytic, compiled, measured, published), the numbers, and where they
+were taken. Whoever draws tables or pictures only reads rows.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from partitioning.point import Point
+
+Row = dict[str, Any]
+
+
+class DamagedResults(ValueError):
+    """A results file that holds something else than rows."""
+
+
+class Rows:
+    """A file of rows that grows.
+
+    Args:
+        path: the `.jsonl` file; made on the first `add`.
+
+    Raises:
+        DamagedResults: a line that is no row. A last line without its newline is what an interrupted run leaves; it is
+            dropped.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows = list(read(path)) if path.exists() else []
+
+    def add(self, row: Row) -> None:
+        """Appends a row, on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("r+b" if text else "wb") as file:
+            file.seek(text.rfind(b"\n") + 1)  # over what an interrupted write left
+            file.truncate()
+            file.write(json.dumps(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+
+    def find(self, point: Point, source: str) -> Row | None:
+        """The row of a point from a source, unless it failed."""
+        key = point.to_json()
+        return next((r for r in self.rows if r["point"] == key and r["source"] == source and "error" not in r), None)
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a file.
+
+    Raises:
+        DamagedResults: names the file and the line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["point"], dict) or not isinstance(row["source"], str):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            raise DamagedResults(
+                f"{path}, line {number} is not a result row; mend or move the file, nothing was changed in it"
+            ) from None
+        yield row
+
+
+def environment(seed: int) -> Row:
+    """Versions, platform, device kind, cores, load, commit, date, seed. Initialises the JAX backend."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "python": platform.python_version(),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "n_devices": jax.device_count(),
+        "n_processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, `+` behind it when files differ; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,118 @@
+"""Timing of passes: compiled before the clock starts, warmed up, interleaved, nothing dropped.
+
+Decides what "measured" means. All contenders run in turn, round after round, so that a slow moment of the machine
+falls on all of them.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from models.cache import empty_cache
+from models.decoder import Tokens
+from models.parameters import everywhere
+from partitioning.program import Compiled, Program
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of every repetition, in the order in which they were taken."""
+
+    times_s: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.times_s)
+
+    @property
+    def quartiles_s(self) -> tuple[float, float]:
+        """First and third quartile: half of all repetitions lie between them."""
+        if len(self.times_s) < 2:
+            return (self.times_s[0], self.times_s[0])
+        low, _, high = statistics.quantiles(self.times_s, n=4, method="inclusive")
+        return (low, high)
+
+    def numbers(self) -> dict:
+        """As a row holds them: median, quartiles, extremes, and all times."""
+        low, high = self.quartiles_s
+        return {
+            "latency_s": self.median_s,
+            "quartiles_s": [low, high],
+            "min_s": min(self.times_s),
+            "max_s": max(self.times_s),
+            "repeats": len(self.times_s),
+            "times_s": list(self.times_s),
+        }
+
+
+def stepper(program: Program, compiled: Compiled, params: nnx.State, ids: np.ndarray, start: int) -> Step:
+    """A function that runs the pass once and waits for it, its cache handed on from call to call.
+
+    Args:
+        program, compiled: what runs.
+        params: placed as the layout wants them.
+        ids: [B, L] tokens.
+        start: position of the first of them, for every row.
+    """
+    batch, length = ids.shape
+    mesh = program.mesh
+    tokens = Tokens(
+        everywhere(mesh, ids.astype(np.int32)),
+        everywhere(mesh, np.full(batch, start, np.int32)),
+        everywhere(mesh, np.full(batch, length, np.int32)),
+    )
+    requests = everywhere(mesh, np.arange(batch, dtype=np.int32))
+    held = [empty_cache(program.config, batch, program.pass_.capacity, program.layout, mesh, program.dtype)]
+
+    def step() -> None:
+        with jax.set_mesh(mesh):
+            out, held[0] = compiled.executable(params, tokens, held[0], requests)
+        jax.block_until_ready((out, held[0]))
+
+    return step
+
+
+def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: int = 3) -> list[Timing]:
+    """Times all steps in turn, round after round.
+
+    Args:
+        steps: the contenders; each is run twice before the clock starts.
+        repeats: rounds for each that can do them within its budget.
+        budget_s: about how long one contender may take altogether; a slow one is timed less often, but `least` times.
+    """
+    if not steps:
+        return []
+    warm = []
+    for step in steps:
+        step()
+        warm.append(_seconds(step))
+    rounds = [max(least, min(repeats, int(budget_s / w))) for w in warm]
+    if jax.process_count() > 1:  # all processes must run the same programs equally often
+        rounds = [int(r) for r in multihost_utils.broadcast_one_to_all(np.array(rounds))]
+    times: list[list[float]] = [[] for _ in steps]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(max(rounds)):
+            for step, taken, n in zip(steps, times, rounds, strict=True):
+                if i < n:
+                    taken.append(_seconds(step))
+    finally:
+        if collecting:
+            gc.enable()
+    return [Timing(times_s=tuple(t)) for t in times]
+
+
+def _seconds(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started

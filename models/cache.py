@@ -1,0 +1,53 @@
+"""The KV cache: one array each for K and V, all layers, carried through the pass and updated in place."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig
+from partitioning.layouts import Layout
+
+
+class Cache(NamedTuple):
+    """`k` and `v`: [n_layers, B, K, S, Q], S = capacity in positions. The last two dimensions are what TPUs tile."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, ...]:
+    """[n_layers, B, K, S, Q]."""
+    return (config.n_layers, batch, config.n_kv_heads, capacity, config.d_head)
+
+
+def cache_spec(layout: Layout) -> P:
+    """The spec of `Cache.k` and `Cache.v` under a layout: the layers in front are never split."""
+    return P(None, *layout.cache.partitions)
+
+
+def empty_cache(config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32) -> Cache:
+    """Zeros on their devices. Callers remember how many positions of each row are in use."""
+    sharding = NamedSharding(mesh, cache_spec(layout))
+    make = jax.jit(lambda: jnp.zeros(cache_shape(config, batch, capacity), dtype), out_shardings=sharding)
+    return Cache(make(), make())
+
+
+def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
+    """Puts the new positions of one layer in place; a chip's own shards.
+
+    Args:
+        cache: [n_layers, b, k, S, Q].
+        new: [b, L, k, Q].
+        layer: index of the layer, a scalar.
+        starts: [b], the first position of each row's new tokens; `starts + L` must not exceed S, which the caller
+            has checked: a traced program cannot, and an update past the end would slide over older positions.
+    """
+    new = jnp.swapaxes(new, 1, 2)[:, None, None]  # b11kLQ: one update per row
+    for row in range(new.shape[0]):
+        at = (layer, row, 0, starts[row], 0)
+        cache = lax.dynamic_update_slice(cache, new[row].astype(cache.dtype), at)
+    return cache

@@ -1,0 +1,115 @@
+"""What a decoder is: its sizes and its variants, as one frozen record.
+
+Decides the names of the sizes, the legality of a model by itself, and its counts (parameters, KV bytes).
+Leaves to others how it is split over chips (`partitioning.layouts`) and what it computes (`models.decoder`).
+Imports no JAX.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Block = Literal["parallel", "serial"]
+Mlp = Literal["swiglu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A transformer decoder: RMS norm, RoPE, no biases.
+
+    Letters of Pope et al. 2022, section 2: E = `d_model`, F = `d_ff`, H = `n_heads`, Q = `d_head`;
+    K = `n_kv_heads` (1: multiquery, H: multihead, between: grouped-query), V = `vocab`.
+
+    Args:
+        name: the preset's name; it appears in rows and messages.
+        n_layers: number of layers.
+        d_model, d_ff, n_heads, d_head, n_kv_heads, vocab: the sizes above.
+        block: `parallel` runs attention and MLP from one norm, `serial` one after the other with a norm each.
+        mlp: `swiglu` has three matrices (gate, up, down), `gelu` two (up, down).
+        tied: the unembedding is the embedding table.
+        n_padding_heads: how many of `n_heads` are padding; they hold zeros and contribute nothing.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: added to the mean square before the root.
+
+    Raises:
+        ValueError: a size that is not a positive integer, or heads that the KV heads do not divide.
+    """
+
+    name: str = "custom"
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    d_head: int
+    n_kv_heads: int = 1
+    vocab: int
+    block: Block = "parallel"
+    mlp: Mlp = "swiglu"
+    tied: bool = True
+    n_padding_heads: int = 0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        for field in ("n_layers", "d_model", "d_ff", "n_heads", "d_head", "n_kv_heads", "vocab"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field}={value!r} must be a positive integer")
+        if self.block not in ("parallel", "serial"):
+            raise ValueError(f"block={self.block!r} must be 'parallel' or 'serial'")
+        if self.mlp not in ("swiglu", "gelu"):
+            raise ValueError(f"mlp={self.mlp!r} must be 'swiglu' or 'gelu'")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
+        if self.d_head % 2:
+            raise ValueError(f"d_head={self.d_head} must be even: RoPE turns pairs")
+        if not 0 <= self.n_padding_heads < self.n_heads:
+            raise ValueError(f"n_padding_heads={self.n_padding_heads} must be in 0..{self.n_heads - 1}")
+        if self.n_padding_heads and self.n_kv_heads not in (1, self.n_heads):
+            raise ValueError(
+                f"n_padding_heads={self.n_padding_heads} with n_kv_heads={self.n_kv_heads}: heads can be padded "
+                "for multiquery and multihead attention only, or the groups would change"
+            )
+        if self.block == "parallel" and self.d_ff % self.n_heads:
+            raise ValueError(
+                f"d_ff={self.d_ff} is not divisible by n_heads={self.n_heads}: "
+                "a parallel block fuses Q with gate and up head by head"
+            )
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding table: `vocab`, padded so that it can be split over many chips."""
+        multiple = 128 if self.vocab < 16384 else 1024
+        return -(-self.vocab // multiple) * multiple
+
+    @property
+    def mlp_groups(self) -> int:
+        """In how many groups the MLP's columns are stored, each group holding its part of gate and up.
+
+        A chip's share of a fused matrix must hold matching columns of Q, gate and up whatever the mesh, so the
+        columns are interleaved by group: by head where F divides, else by the largest power of two up to 256.
+        """
+        return self.n_heads if self.d_ff % self.n_heads == 0 else math.gcd(self.d_ff, 256)
+
+    @property
+    def n_params(self) -> int:
+        """Number of weights, padding heads and norms left out, as the literature counts them."""
+        heads = self.n_heads - self.n_padding_heads
+        kv_heads = self.n_kv_heads if self.n_kv_heads != self.n_heads else heads
+        mlp = (3 if self.mlp == "swiglu" else 2) * self.d_model * self.d_ff
+        attention = 2 * self.d_model * heads * self.d_head + 2 * self.d_model * kv_heads * self.d_head
+        embeddings = (1 if self.tied else 2) * self.vocab * self.d_model
+        return self.n_layers * (mlp + attention) + embeddings
+
+    def padded(self, n_heads: int) -> "ModelConfig":
+        """The same model with its heads padded to `n_heads` (K and V heads too where attention is multihead).
+
+        Raises:
+            ValueError: fewer heads than there are, or attention that cannot be padded.
+        """
+        real = self.n_heads - self.n_padding_heads
+        if n_heads < real:
+            raise ValueError(f"n_heads={n_heads} is less than the {real} heads of {self.name}")
+        kv_heads = n_heads if self.n_kv_heads == self.n_heads > 1 else self.n_kv_heads
+        return dataclasses.replace(self, n_heads=n_heads, n_kv_heads=kv_heads, n_padding_heads=n_heads - real)

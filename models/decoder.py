@@ -1,0 +1,316 @@
+"""The decoder in Flax NNX: one forward body for every layout.
+
+The body walks each tensor down the ladder that the layout gives for it (`follow`), multiplies, and does everything
+else on each chip's own shards (`local`). It never asks which layout it runs; `partitioning.dataflow` lists the same
+ladders under the same scopes. The trunk is flat, [T, features] with T = B*L, batch-major. State goes in and comes
+out: the cache is an argument and a result.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from models.attention import attend, rope, rope_tables
+from models.cache import Cache, cache_spec, write
+from models.config import ModelConfig
+from partitioning.collectives import follow, local
+from partitioning.dataflow import norm_ladder
+from partitioning.layouts import Axes, Ladder, Layout, axes_of
+
+Initializer = Callable[..., jax.Array]
+scope = jax.named_scope
+
+
+class Tokens(NamedTuple):
+    """What a pass is about: `ids` [B, L], `starts` [B] (cached positions of each row), `lengths` [B] (new tokens of
+    each row, the rest of `ids` is padding). Whole on every chip."""
+
+    ids: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+
+
+class Rows(NamedTuple):
+    """What attention needs to know of its rows, as it holds them: `starts` [b], RoPE's `cos` and `sin` [t, Q/2]."""
+
+    starts: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+
+class Block(nnx.Module):
+    """Norm, input projection, attention and/or MLP, output projection; parameters of all layers stacked.
+
+    `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E].
+    """
+
+    def __init__(self, config: ModelConfig, *, attention: bool, mlp: bool, dtype, rngs: nnx.Rngs):
+        n, e, q = config.n_layers, config.d_model, config.d_head
+        self.config, self.has_mlp, self.has_attention = config, mlp, attention
+        groups = config.n_heads if attention else config.mlp_groups
+        f = config.d_ff // config.mlp_groups if mlp else 0
+        c = groups * ((q if attention else 0) + (2 if config.mlp == "swiglu" else 1) * f)
+        g = groups * ((q if attention else 0) + f)
+        weight = nnx.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
+        self.norm = nnx.Param(jnp.ones((n, e), dtype))
+        self.w_in = nnx.Param(weight(rngs.params(), (n, e, c), dtype))
+        if attention:
+            self.w_kv = nnx.Param(weight(rngs.params(), (n, e, 2 * config.n_kv_heads * q), dtype))
+        self.w_out = nnx.Param(weight(rngs.params(), (n, g, e), dtype))
+
+    def __call__(
+        self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout, span: int
+    ) -> tuple[jax.Array, Cache]:
+        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins."""
+        config = self.config
+        with scope("x"):
+            y = follow(x, layout.x)
+        y = rms_norm(y, self.norm[...], layout.x, config.norm_eps)
+        with scope("w_in"):
+            w_in = follow(self.w_in[...], layout.w_in)
+        with scope("h"):
+            h = follow(matmul("te,ec->tc", y, w_in, layout.h), layout.h)
+
+        parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
+        if self.has_attention:
+            with scope("kv"):
+                y_kv = follow(y, layout.x_kv)
+            with scope("w_kv"):
+                w_kv = follow(self.w_kv[...], layout.w_kv)
+            with scope("kv"):
+                kv = follow(matmul("te,ed->td", y_kv, w_kv, layout.kv), layout.kv)
+            with scope("q"):
+                q = follow(parts[0], layout.q)
+            with scope("attend"):
+                o, cache = attention(q, kv, cache, layer, rows, config, layout, span)
+            with scope("o"):
+                parts = (follow(o, layout.o), *parts[1:])
+        ins = [layout.o] * self.has_attention + [layout.h[-1:]] * self.has_mlp
+        (g,) = local(self._join, ins, [layout.g])(*parts)
+
+        with scope("g"):
+            g = follow(g, layout.g)
+        with scope("w_out"):
+            w_out = follow(self.w_out[...], layout.w_out)
+        with scope("out"):
+            out = follow(matmul("tg,ge->te", g, w_out, layout.out), layout.out)
+        return x + out, cache
+
+    def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
+        """[t, groups * width] -> Q [t, heads, Q] and the MLP's hidden units [t, groups, F/groups], as there are."""
+        config = self.config
+        q = config.d_head if self.has_attention else 0
+        f = config.d_ff // config.mlp_groups if self.has_mlp else 0
+        h = h.reshape(h.shape[0], -1, q + (2 if config.mlp == "swiglu" else 1) * f)
+        parts = (h[..., :q],) if self.has_attention else ()
+        if self.has_mlp:
+            up = h[..., -f:]
+            hidden = jax.nn.silu(h[..., q : q + f]) * up if config.mlp == "swiglu" else jax.nn.gelu(up)
+            parts += (hidden.reshape(h.shape[0], -1),)
+        return parts
+
+    def _join(self, *parts: jax.Array) -> tuple[jax.Array]:
+        """The inverse of `_split`: attention's output and the hidden units, group by group -> [t, groups * width]."""
+        t = parts[0].shape[0]
+        groups = parts[0].shape[1] if self.has_attention else 1
+        return (jnp.concatenate([p.reshape(t, groups, -1) for p in parts], axis=-1).reshape(t, -1),)
+
+
+class Decoder(nnx.Module):
+    """A PaLM-style decoder (or Llama-style, by its `ModelConfig`), Pope et al. 2022, section 2.
+
+    Args:
+        config: the sizes.
+        dtype: of parameters and activations.
+        rngs: for the initial weights; `nnx.eval_shape` around the constructor allocates nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        table = nnx.initializers.normal(stddev=config.d_model**-0.5)
+        self.table = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
+        if config.block == "parallel":
+            self.layer = Block(config, attention=True, mlp=True, dtype=dtype, rngs=rngs)
+        else:
+            self.attention = Block(config, attention=True, mlp=False, dtype=dtype, rngs=rngs)
+            self.mlp = Block(config, attention=False, mlp=True, dtype=dtype, rngs=rngs)
+        self.final_norm = nnx.Param(jnp.ones((config.d_model,), dtype))
+        if not config.tied:
+            self.unembed = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
+
+    def __call__(
+        self, tokens: Tokens, cache: Cache, layout: Layout, *, span: int | None = None, all_logits: bool = False
+    ) -> tuple[jax.Array, Cache]:
+        """One pass over new tokens: prefill, a chunk of one, or a decode step.
+
+        Args:
+            tokens: what to run; rows may differ in start and length.
+            cache: in the layout's cache spec; donate it.
+            layout: already made for the ambient mesh (`Layout.on`).
+            span: no token reaches position `span` or beyond; default: the cache's capacity.
+            all_logits: logits of every token, padding included, instead of each row's last.
+
+        Returns:
+            Logits [R, V'], as `layout.logits` ends, R = B or B*L; -inf past the vocabulary. And the cache.
+        """
+        config = self.config
+        length = tokens.ids.shape[1]
+        with scope("embed"):
+            ids = follow(tokens.ids.reshape(-1), layout.tokens)
+            table = _place(layout, layout.table)
+            look_up = functools.partial(_look_up, split_axes(table, 0))
+            (x,) = local(look_up, [table, layout.tokens], [layout.embed])(self.table[...], ids)
+            x = follow(x, layout.embed)
+        by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(layout.cache.partitions[0], None))
+        starts = follow(tokens.starts, by_row)
+
+        def tables(starts):
+            positions = starts[:, None] + jnp.arange(length)
+            return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
+
+        rows = Rows(starts, *local(tables, [by_row], [by_token, by_token])(starts))
+
+        blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
+        graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
+
+        def body(carry, at_layer):
+            x, cache = carry
+            layer, params = at_layer
+            modules = nnx.merge(graphs, params)
+            for name in blocks:
+                with scope(name):
+                    x, cache = modules[name](x, cache, layer, rows, layout, span or cache.k.shape[3])
+            return (x, cache), None
+
+        (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(config.n_layers), params))
+
+        with scope("rows"):
+            if not all_logits:
+                at = layout.rows[:1]
+                by_row = _row_ladder(layout, layout.rows[0]) if at else ()
+                (x,) = local(_last_of_rows, [at, by_row], [at])(x, follow(tokens.lengths, by_row))
+            x = follow(x, layout.rows)
+        x = rms_norm(x, self.final_norm[...], layout.rows, config.norm_eps)
+        with scope("logits"):
+            table = self.table[...] if config.tied else self.unembed[...]
+            logits = follow(matmul("te,ve->tv", x, table, layout.logits), layout.logits)
+            at = layout.logits[-1:]
+            mask = functools.partial(_mask_vocab, config.vocab, split_axes(at, 1))
+            return local(mask, [at], [at])(logits)[0], cache
+
+
+def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
+    """`x @ w`, left as the ladder begins: partial sums stay where they are."""
+    return jnp.einsum(subscripts, x, w, out_sharding=ladder[0] if ladder else None)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, of x = TE as the ladder ends; scale [E] is whole.
+
+    The sum of squares is one all-reduce of T numbers over the axes that E is split over, if any.
+    """
+    e = x.shape[-1]
+    at = ladder[-1:]
+    stat = norm_ladder(at[0]) if at else ()
+    across = (P(None), P(at[0].partitions[1])) if split_axes(at, 1) else (P(None),) if at else ()
+
+    def scaled(x, squares, scale):
+        return (x * (lax.rsqrt(squares / e + eps)[:, None] * scale.astype(jnp.float32)).astype(x.dtype),)
+
+    with scope("norm"):
+        (squares,) = local(lambda x: (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1),), [at], [stat])(x)
+        return local(scaled, [at, stat, across], [at])(x, follow(squares, stat), follow(scale, across))[0]
+
+
+def attention(
+    q: jax.Array,
+    kv: jax.Array,
+    cache: Cache,
+    layer: jax.Array,
+    rows: Rows,
+    config: ModelConfig,
+    layout: Layout,
+    span: int,
+) -> tuple[jax.Array, Cache]:
+    """RoPE, cache update and attention of one layer, all on each chip's own rows and heads.
+
+    Args:
+        q: [T, H, Q] as `layout.q` ends; kv: [T, D] as `layout.kv` ends.
+
+    Returns:
+        [T, H, Q] as `layout.o` begins, and the cache.
+    """
+    heads, kv_heads = split_axes(layout.q[-1:], 1), split_axes(layout.kv[-1:], 1)
+    group = config.n_heads // config.n_kv_heads
+
+    def on_shards(q, kv, k, v, layer, starts, cos, sin):
+        t, h, width = q.shape
+        b = starts.shape[0]
+        kv = kv.reshape(t, -1, 2, width)
+        k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
+        k = write(k, k_new.reshape(b, t // b, -1, width), layer, starts)
+        v = write(v, v_new.reshape(b, t // b, -1, width), layer, starts)
+        q = rope(q, cos, sin).reshape(b, t // b, h, width)
+        here = k.shape[2]
+        if here == 1 or h == here * group:
+            o = attend(q, k, v, layer, starts, span)
+        else:  # more KV heads here than these heads read: pick theirs
+            first = _index(heads) * h
+            reads = (first + jnp.arange(h)) // group - _index(kv_heads) * here
+            k_read, v_read = [lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads] for c in (k, v)]
+            o = attend(q, k_read, v_read, jnp.zeros_like(layer), starts, span)
+        return o.reshape(t, h, width), k, v
+
+    by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(layout.cache.partitions[0], None))
+    stored, scalar = _place(layout, cache_spec(layout)), _place(layout, P())
+    ins = [layout.q, layout.kv, stored, stored, scalar, by_row, by_token, by_token]
+    o, k, v = local(on_shards, ins, [layout.o, stored, stored])(q, kv, *cache, layer, *rows)
+    return o, Cache(k, v)
+
+
+def split_axes(ladder: Ladder, dim: int) -> Axes:
+    """The axes that dimension `dim` is split over where the ladder ends; none where nothing is constrained."""
+    return axes_of(ladder[-1].partitions[dim]) if ladder else ()
+
+
+def _place(layout: Layout, spec: P) -> Ladder:
+    """A ladder of one rung, or none for a layout without constraints."""
+    return (spec,) if layout.explicit else ()
+
+
+def _row_ladder(layout: Layout, like: P) -> Ladder:
+    """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
+    rows = like.partitions[0]
+    return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)
+
+
+def _index(axes: Axes) -> jax.Array | int:
+    """Which part of a dimension split over `axes` this chip holds."""
+    return lax.axis_index(axes) if axes else 0
+
+
+def _look_up(axes: Axes, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+    """Rows of the table, zero where this chip's part does not hold them."""
+    if not axes:
+        return (table[ids],)
+    rows = ids - _index(axes) * table.shape[0]
+    here = (rows >= 0) & (rows < table.shape[0])
+    return (jnp.where(here[:, None], table[jnp.clip(rows, 0, table.shape[0] - 1)], 0),)
+
+
+def _last_of_rows(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+    """[t, e] -> [b, e]: each row's last token that is not padding."""
+    b = lengths.shape[0]
+    return (x.reshape(b, -1, x.shape[-1])[jnp.arange(b), lengths - 1],)
+
+
+def _mask_vocab(vocab: int, axes: Axes, logits: jax.Array) -> tuple[jax.Array]:
+    """-inf in the columns that pad the vocabulary."""
+    columns = _index(axes) * logits.shape[1] + jnp.arange(logits.shape[1])
+    return (jnp.where(columns < vocab, logits, -jnp.inf),)

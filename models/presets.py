@@ -1,0 +1,300 @@
+"""The decoders that have a name, and how a name or a Hugging Face `config.json` becomes a `ModelConfig`.
+
+Decides the sizes of known models, the suffixes of a name, and which foreign configurations this decoder can stand
+for. Leaves what a size means to `models.config`. Sizes only: no weights are fetched or read. Imports no JAX.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.config import ModelConfig
+
+
+def _palm(name: str, n_layers: int, d_model: int, n_heads: int) -> ModelConfig:
+    """Pope et al. 2022, section 4, and Chowdhery et al. 2022, Table 1: F = 4E, multiquery, parallel, tied."""
+    return ModelConfig(
+        name=name,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_ff=4 * d_model,
+        n_heads=n_heads,
+        d_head=256,
+        vocab=256128,
+    )
+
+
+def _gpt(name: str, n_layers: int, d_model: int, n_heads: int, vocab: int) -> ModelConfig:
+    """GPT style: serial, GELU, F = 4E, multihead with H Q = E, tied. Learned positions and biases are left out."""
+    return ModelConfig(
+        name=name,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_ff=4 * d_model,
+        n_heads=n_heads,
+        d_head=d_model // n_heads,
+        n_kv_heads=n_heads,
+        vocab=vocab,
+        block="serial",
+        mlp="gelu",
+    )
+
+
+def _gated(
+    name: str,
+    n_layers: int,
+    d_model: int,
+    d_ff: int,
+    n_heads: int,
+    n_kv_heads: int,
+    vocab: int,
+    *,
+    d_head: int = 128,
+    tied: bool = False,
+    rope_theta: float = 10000.0,
+    norm_eps: float = 1e-5,
+) -> ModelConfig:
+    """Llama style: serial, gated MLP. Sizes from each model's published `config.json`."""
+    return ModelConfig(
+        name=name,
+        n_layers=n_layers,
+        d_model=d_model,
+        d_ff=d_ff,
+        n_heads=n_heads,
+        d_head=d_head,
+        n_kv_heads=n_kv_heads,
+        vocab=vocab,
+        block="serial",
+        tied=tied,
+        rope_theta=rope_theta,
+        norm_eps=norm_eps,
+    )
+
+
+def _gemma(name: str, *sizes: int, d_head: int = 256) -> ModelConfig:
+    """Gemma differs in what costs little: GeGLU for SwiGLU, scaled embeddings; Gemma 2 also norms after each block,
+    caps logits, and lets every second layer attend to 4096 tokens only (here all layers attend to everything)."""
+    n_layers, d_model, d_ff, n_heads, n_kv_heads = sizes
+    return _gated(name, n_layers, d_model, d_ff, n_heads, n_kv_heads, 256000, d_head=d_head, tied=True, norm_eps=1e-6)
+
+
+def _qwen(name: str, *sizes: int, d_head: int = 128, tied: bool = False) -> ModelConfig:
+    """Qwen 2.5 also has biases on Q, K and V, which this decoder leaves out."""
+    n_layers, d_model, d_ff, n_heads, n_kv_heads, vocab = sizes
+    return _gated(
+        name,
+        n_layers,
+        d_model,
+        d_ff,
+        n_heads,
+        n_kv_heads,
+        vocab,
+        d_head=d_head,
+        tied=tied,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+    )
+
+
+_ALL = (
+    # the bench's own decoder: small enough to run anywhere, large enough to split over 8 chips
+    ModelConfig(name="toy", n_layers=4, d_model=512, d_ff=2048, n_heads=16, d_head=64, vocab=258),
+    # Pope et al. 2022; `palm-540b-h64` is the one that the paper ran
+    _palm("palm-8b", 32, 4096, 16),
+    _palm("palm-62b", 64, 8192, 32),
+    _palm("palm-540b", 118, 18432, 48),
+    # Smith et al. 2022
+    _gpt("mt-nlg-530b", 105, 20480, 128, 51200),
+    # Brown et al. 2020, Table 2.1
+    _gpt("gpt3-175b", 96, 12288, 96, 50257),
+    # Orca, Yu et al. 2022, Table 1: layers and E; [derived] heads of 128, vocabulary of GPT-2 padded to 51200
+    _gpt("orca-13b", 40, 5120, 40, 51200),
+    _gpt("orca-101b", 80, 10240, 80, 51200),
+    _gpt("orca-175b", 96, 12288, 96, 51200),
+    _gpt("orca-341b", 120, 15360, 120, 51200),
+    # Touvron et al. 2023
+    _gated("llama-2-7b", 32, 4096, 11008, 32, 32, 32000),
+    _gated("llama-2-13b", 40, 5120, 13824, 40, 40, 32000),
+    _gated("llama-2-70b", 80, 8192, 28672, 64, 8, 32000),
+    # Grattafiori et al. 2024; from 3.1 on (so all of 405b) the rotary frequencies are rescaled, which is left out
+    _gated("llama-3-8b", 32, 4096, 14336, 32, 8, 128256, rope_theta=5e5),
+    _gated("llama-3-70b", 80, 8192, 28672, 64, 8, 128256, rope_theta=5e5),
+    _gated("llama-3-405b", 126, 16384, 53248, 128, 8, 128256, rope_theta=5e5),
+    _gemma("gemma-2b", 18, 2048, 16384, 8, 1),
+    _gemma("gemma-7b", 28, 3072, 24576, 16, 16),
+    _gemma("gemma-2-2b", 26, 2304, 9216, 8, 4),
+    _gemma("gemma-2-9b", 42, 3584, 14336, 16, 8),
+    _gemma("gemma-2-27b", 46, 4608, 36864, 32, 16, d_head=128),
+    # Jiang et al. 2023, first release; its window of 4096 tokens is left out
+    _gated("mistral-7b", 32, 4096, 14336, 32, 8, 32000),
+    _qwen("qwen-2.5-0.5b", 24, 896, 4864, 14, 2, 151936, d_head=64, tied=True),
+    _qwen("qwen-2.5-1.5b", 28, 1536, 8960, 12, 2, 151936, tied=True),
+    _qwen("qwen-2.5-3b", 36, 2048, 11008, 16, 2, 151936, tied=True),
+    _qwen("qwen-2.5-7b", 28, 3584, 18944, 28, 4, 152064),
+    _qwen("qwen-2.5-14b", 48, 5120, 13824, 40, 8, 152064),
+    _qwen("qwen-2.5-32b", 64, 5120, 27648, 40, 8, 152064),
+    _qwen("qwen-2.5-72b", 80, 8192, 29568, 64, 8, 152064),
+)
+PRESETS: dict[str, ModelConfig] = {config.name: config for config in _ALL}
+_SUFFIX = re.compile(r"(?P<base>.+?)(?:-h(?P<heads>\d+))?(?:-(?P<layers>\d+)l)?")
+
+
+def model(name_or_path: str | Path) -> ModelConfig:
+    """The decoder of this name, or the one that a Hugging Face `config.json` describes.
+
+    Args:
+        name_or_path: a key of `PRESETS`, then `-hN` to pad the heads to N, then `-Nl` to keep N layers; or a path to
+            a `config.json` or to a folder with one.
+
+    Returns:
+        The configuration, named as it was asked for.
+
+    Raises:
+        ValueError: an unknown name (with the nearest known one), suffixes that do not apply, or a `config.json` of
+            a model that this decoder cannot stand for.
+
+    Example:
+        >>> small = model("palm-540b-h64-8l")
+        >>> small.n_heads, small.n_padding_heads, small.n_layers
+        (64, 16, 8)
+    """
+    text = str(name_or_path)
+    match = _SUFFIX.fullmatch(text)
+    if match and match["base"] in PRESETS:
+        config = PRESETS[match["base"]]
+        if match["heads"]:
+            config = config.padded(int(match["heads"]))
+        if match["layers"]:
+            n_layers = int(match["layers"])
+            if not 1 <= n_layers <= config.n_layers:
+                raise ValueError(f"model={text!r}: n_layers={n_layers} must be in 1..{config.n_layers}")
+            config = dataclasses.replace(config, n_layers=n_layers)
+        return dataclasses.replace(config, name=text)
+    path = Path(text)
+    if (text and path.exists()) or text.endswith(".json") or "/" in text:
+        return from_hugging_face(path)
+    near = difflib.get_close_matches(match["base"].lower() if match else text, PRESETS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"model={text!r} is not known: {hint}known are {', '.join(PRESETS)}, or a path to a config.json")
+
+
+# what each model type's own configuration class takes for a field that the file leaves out
+_TYPES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"tie_word_embeddings": False},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 128},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256},
+}
+_LEFT_OUT = {
+    "qwen2": "biases on Q, K and V",
+    "qwen3": "norms on Q and K",
+    "gemma": "scaled embeddings",
+    "gemma2": "scaled embeddings, norms after each block and capped logits",
+    "gemma3_text": "scaled embeddings, norms after each block, norms on Q and K and a second rotary base",
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+
+
+def from_hugging_face(path: Path) -> ModelConfig:
+    """The decoder with the sizes of a Hugging Face `config.json`.
+
+    Args:
+        path: the file, or a folder with a `config.json`.
+
+    Returns:
+        A serial, gated decoder, named by the path. What the original has besides (biases, norms on Q and K, windows,
+        rescaled rotary frequencies) is left out with a warning: it changes numbers, hardly costs.
+
+    Raises:
+        ValueError: no such file, not JSON, a missing or wrong field, or a model that this decoder cannot stand for.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"model={str(path)!r}: there is no file {str(file)!r}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model={str(path)!r}: {file.name} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"model={str(path)!r}: {file.name} must hold one JSON object")
+    try:
+        return _from_fields(str(path), data)
+    except ValueError as error:
+        raise ValueError(f"model={str(path)!r}: {error}") from error
+
+
+def _from_fields(name: str, data: Mapping[str, Any]) -> ModelConfig:
+    kind = data.get("model_type")
+    if kind not in _TYPES:
+        raise ValueError(f"model_type={kind!r} is not a decoder that this one can stand for: {', '.join(_TYPES)}")
+    for field in _EXPERTS:
+        if data.get(field):
+            raise ValueError(f"{field}={data[field]!r}: this decoder has no mixture of experts")
+    n_heads = _whole(data, "num_attention_heads")
+    d_model = _whole(data, "hidden_size")
+    kv_rule = {"num_key_value_heads": n_heads} if kind in ("llama", "mistral") else {}
+    head_rule = {} if d_model % n_heads else {"head_dim": d_model // n_heads}
+    known = {**head_rule, **kv_rule, "rms_norm_eps": 1e-5 if kind == "mistral" else 1e-6, **_TYPES[kind]}
+    known |= {key: value for key, value in data.items() if value is not None}
+    act = known.get("hidden_activation") or known.get("hidden_act") or "silu"
+    if act not in ("silu", "swish", "gelu", "gelu_pytorch_tanh"):
+        raise ValueError(f"hidden_act={act!r} must be silu, swish, gelu or gelu_pytorch_tanh")
+    rope = known.get("rope_parameters") or known.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters={rope!r} must be an object")
+    left_out = [_LEFT_OUT[kind]] if kind in _LEFT_OUT else []
+    left_out += ["GELU in the gate (SwiGLU here)"] if act.startswith("gelu") else []
+    left_out += [f"{field}=true" for field in ("attention_bias", "mlp_bias") if known.get(field) is True]
+    if known.get("sliding_window") and known.get("use_sliding_window", kind != "qwen2" and kind != "qwen3"):
+        left_out.append(f"sliding_window={known['sliding_window']} (all of the context is read here)")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        left_out.append(f"rotary frequencies rescaled by {rope_type!r}")
+    config = ModelConfig(
+        name=name,
+        n_layers=_whole(known, "num_hidden_layers"),
+        d_model=d_model,
+        d_ff=_whole(known, "intermediate_size"),
+        n_heads=n_heads,
+        d_head=_whole(known, "head_dim"),
+        n_kv_heads=_whole(known, "num_key_value_heads"),
+        vocab=_whole(known, "vocab_size"),
+        block="serial",
+        mlp="swiglu",
+        tied=_flag(known, "tie_word_embeddings"),
+        rope_theta=_positive(rope if "rope_theta" in rope else {"rope_theta": 10000.0, **known}, "rope_theta"),
+        norm_eps=_positive(known, "rms_norm_eps"),
+    )
+    if left_out:
+        warnings.warn(f"{name}: left out of a {kind} model: {'; '.join(left_out)}", stacklevel=4)
+    return config
+
+
+def _whole(data: Mapping[str, Any], field: str) -> int:
+    if data.get(field) is None:
+        raise ValueError(f"field {field!r} is missing")
+    value = data[field]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field}={value!r} must be a positive integer")
+    return value
+
+
+def _positive(data: Mapping[str, Any], field: str) -> float:
+    value = data[field]
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{field}={value!r} must be a positive number")
+    return float(value)
+
+
+def _flag(data: Mapping[str, Any], field: str) -> bool:
+    if not isinstance(data[field], bool):
+        raise ValueError(f"{field}={data[field]!r} must be true or false")
+    return data[field]

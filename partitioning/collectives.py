@@ -1,0 +1,164 @@
+"""One move, one collective: what it takes to go from one spec to the next, run and priced by the same record.
+
+Decides which collective a step of a ladder is, how it runs, and how many bytes it moves. What moves when is the
+layout's (`partitioning.layouts`, `partitioning.dataflow`), how long it takes the cost model's.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from partitioning.layouts import Axes, Ladder, axes_of
+from partitioning.mesh import AXES
+
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Move:
+    """The step from spec `src` to spec `dst`.
+
+    Args:
+        kind: the collective; `slice` keeps a part of what is already there and moves nothing.
+        axes: mesh axes of the group, major first.
+        source: the dimension that is gathered or that an all-to-all takes the axes from; -1: none.
+        target: the dimension that is scattered, sliced, or that an all-to-all gives the axes to; -1: none.
+    """
+
+    kind: Kind
+    axes: Axes
+    source: int
+    target: int
+    src: P
+    dst: P
+
+    def group(self, sizes: Mapping[str, int]) -> int:
+        """K, the number of chips in a group."""
+        return math.prod(sizes[a] for a in self.axes)
+
+    def bytes(self, shape: Sequence[int], itemsize: int, sizes: Mapping[str, int]) -> int:
+        """Bytes that one chip must receive, for a tensor of global `shape`.
+
+        With K chips in a group: all-gather, the output times (K-1)/K; reduce-scatter and all-to-all, the input times
+        (K-1)/K; all-reduce, twice the tensor times (K-1)/K; slice, none. Paper, appendix A.
+
+        Example: an all-gather over x of a [16, 32] float32 tensor whose second dimension is split over x.
+            >>> classify(P(None, "x"), P(None, None)).bytes((16, 32), 4, {"x": 4, "y": 2, "z": 1})
+            1536
+        """
+        if self.kind == "slice":
+            return 0
+        held = self.dst if self.kind == "all-gather" else self.src
+        local = math.prod(shape) // math.prod(sizes[a] for entry in held.partitions for a in axes_of(entry))
+        k = self.group(sizes)
+        return (2 if self.kind == "all-reduce" else 1) * local * itemsize * (k - 1) // k
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """Runs the move on a global array, inside `jax.jit` on a mesh of Explicit axes."""
+        if self.kind == "slice":  # the chip has it all: XLA only cuts, and partial sums may be cut as well
+            return jax.sharding.reshard(array, self.dst)
+        return jax.shard_map(functools.partial(_RUN[self.kind], self), in_specs=self.src, out_specs=self.dst)(array)
+
+
+@functools.lru_cache(maxsize=65536)
+def classify(src: P, dst: P) -> Move:
+    """The one collective that leads from `src` to `dst`.
+
+    Raises:
+        ValueError: a step that takes more than one collective; a ladder has to spell it as several.
+
+    Example:
+        >>> classify(P(None, "y", unreduced={"x"}), P(None, ("y", "x"))).kind
+        'reduce-scatter'
+    """
+    before, after = [tuple(map(axes_of, s.partitions)) for s in (src, dst)]
+    partial = src.unreduced - dst.unreduced
+    lost = [(d, b[len(a) :]) for d, (b, a) in enumerate(zip(before, after, strict=True)) if len(b) > len(a)]
+    gained = [(d, a[len(b) :]) for d, (b, a) in enumerate(zip(before, after, strict=True)) if len(a) > len(b)]
+    tails = all(b[: len(a)] == a[: len(b)] for b, a in zip(before, after, strict=True))
+    in_order = tuple(a for a in AXES if a in partial)
+
+    def move(kind: Kind, axes: Axes, source: int = -1, target: int = -1) -> Move:
+        return Move(kind=kind, axes=axes, source=source, target=target, src=src, dst=dst)
+
+    if tails and dst.unreduced <= src.unreduced and len(lost) <= 1 and len(gained) <= 1:
+        if partial and not lost and not gained:
+            return move("all-reduce", in_order)
+        if partial and not lost and set(gained[0][1]) == partial:
+            return move("reduce-scatter", gained[0][1], target=gained[0][0])
+        if not partial and lost and not gained:
+            return move("all-gather", lost[0][1], source=lost[0][0])
+        if not partial and gained and not lost:
+            return move("slice", gained[0][1], target=gained[0][0])
+        if not partial and lost and gained and lost[0][1] == gained[0][1]:
+            return move("all-to-all", lost[0][1], source=lost[0][0], target=gained[0][0])
+    raise ValueError(f"{src} -> {dst} is not one collective; spell it as several steps")
+
+
+def moves(ladder: Ladder) -> list[Move]:
+    """The moves of a ladder, in order."""
+    return [classify(src, dst) for src, dst in pairwise(ladder)]
+
+
+def follow(array: jax.Array, ladder: Ladder) -> jax.Array:
+    """`array`, taken from the first spec of the ladder to the last. An empty ladder constrains nothing."""
+    for move in moves(ladder):
+        array = move(array)
+    return array
+
+
+def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequence[Ladder | P]) -> Callable:
+    """`function` on every chip's own shards, with no communication.
+
+    Args:
+        function: takes and returns as many arrays as there are specs, and returns a tuple.
+        in_specs: per argument a spec, or the ladder that it has come to the end of.
+        out_specs: per result a spec, or the ladder that it sets out on. Axes in `unreduced` are partial sums.
+
+    Returns:
+        A function of global arrays; `function` itself where a ladder is empty, for a layout without constraints.
+    """
+    if any(not isinstance(s, P) and not s for s in (*in_specs, *out_specs)):
+        return function
+    ins = tuple(s if isinstance(s, P) else s[-1] for s in in_specs)
+    outs = tuple(s if isinstance(s, P) else s[0] for s in out_specs)
+
+    def on_shards(*arrays):
+        results = function(*arrays)
+        return tuple(
+            lax.pcast(r, tuple(s.unreduced), to="unreduced") if s.unreduced else r
+            for r, s in zip(results, outs, strict=True)
+        )
+
+    return jax.shard_map(on_shards, in_specs=ins, out_specs=outs)
+
+
+def _all_gather(move: Move, shard: jax.Array) -> jax.Array:
+    return lax.all_gather(shard, move.axes, axis=move.source, tiled=True, to="invarying")
+
+
+def _reduce_scatter(move: Move, shard: jax.Array) -> jax.Array:
+    return lax.psum_scatter(shard, move.axes, scatter_dimension=move.target, tiled=True)
+
+
+def _all_reduce(move: Move, shard: jax.Array) -> jax.Array:
+    return lax.psum(shard, move.axes)
+
+
+def _all_to_all(move: Move, shard: jax.Array) -> jax.Array:
+    return lax.all_to_all(shard, move.axes, split_axis=move.target, concat_axis=move.source, tiled=True)
+
+
+_RUN: dict[Kind, Callable[[Move, jax.Array], jax.Array]] = {
+    "all-gather": _all_gather,
+    "reduce-scatter": _reduce_scatter,
+    "all-reduce": _all_reduce,
+    "all-to-all": _all_to_all,
+}

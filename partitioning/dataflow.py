@@ -1,0 +1,206 @@
+"""What one pass does, in order: every tensor that moves, its size, and the ladder that it follows.
+
+This is the plan's side of the decoder. `models.decoder` runs the same ladders under the same scopes; the tests hold
+the two together by comparing this plan with the collectives of the compiled program, one to one.
+Reads a model's sizes; runs nothing.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jax.sharding import PartitionSpec as P
+
+from models.config import ModelConfig
+from partitioning.collectives import Kind, moves
+from partitioning.layouts import Axes, Ladder, Layout, axes_of
+from partitioning.mesh import AXES, Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
+
+    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`.
+    """
+
+    scope: str
+    dims: tuple[str, ...]
+    ladder: Ladder
+    count: int = 1
+    dtype: str = "act"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A collective that the layout asks for. `bytes`: what one chip must receive, in one execution."""
+
+    scope: str
+    kind: Kind
+    axes: Axes
+    bytes: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """The sizes of one pass: B = `batch` sequences of L = `length` new tokens over a cache of `capacity` positions.
+
+    `all_logits`: logits for every token (scoring), else for the last of each sequence (generation, with sampling).
+    `itemsize` is the activations' bytes per element.
+    """
+
+    batch: int
+    length: int
+    capacity: int
+    itemsize: int = 4
+    weight_itemsize: int = 4
+    all_logits: bool = False
+
+    def __post_init__(self):
+        for field in ("batch", "length", "capacity"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{field}={value!r} must be a positive integer")
+        if self.length > self.capacity:
+            raise ValueError(f"length={self.length} does not fit a cache of capacity={self.capacity}")
+
+
+def letters(config: ModelConfig, pass_: Pass) -> dict[str, int]:
+    """The size of every letter that a stage's `dims` may hold. Suffix `_mlp`: of the MLP's own block, if serial."""
+    heads = config.n_heads * config.d_head
+    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
+    parallel = config.block == "parallel"
+    tokens = pass_.batch * pass_.length
+    return {
+        "B": pass_.batch,
+        "T": tokens,
+        "R": tokens if pass_.all_logits else pass_.batch,
+        "E": config.d_model,
+        "C": heads + mlp_in if parallel else heads,
+        "G": heads + config.d_ff if parallel else heads,
+        "C_mlp": mlp_in,
+        "G_mlp": config.d_ff,
+        "D": 2 * config.n_kv_heads * config.d_head,
+        "K": config.n_kv_heads,
+        "S": pass_.capacity,
+        "H": config.n_heads,
+        "Q": config.d_head,
+        "V": config.vocab_rows,
+        "n": config.n_layers,
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[Stage, ...]:
+    """The tensors of one pass, in order. A layout without constraints (`auto`) has no plan, and no stages."""
+    if not layout.explicit:
+        return ()
+    found = [
+        Stage(scope="embed", dims=("T",), ladder=layout.tokens, dtype="i32"),
+        Stage(scope="embed", dims=("T", "E"), ladder=layout.embed),
+    ]
+    parts = {"layer": ("", True)} if block == "parallel" else {"attention": ("", True), "mlp": ("_mlp", False)}
+    for scope, (suffix, attends) in parts.items():
+        found += _block(layout, scope, "C" + suffix, "G" + suffix, attends, n_layers)
+    found += [
+        Stage(scope="rows", dims=("R", "E"), ladder=layout.rows),
+        Stage(scope="norm", dims=("R",), ladder=norm_ladder(layout.rows[-1]), dtype="f32"),
+        Stage(scope="logits", dims=("R", "V"), ladder=layout.logits),
+    ]
+    if sampling:
+        found += [
+            Stage(scope="sample", dims=("R",), ladder=ladder, dtype=dtype)
+            for ladder, dtype in ((pick_ladder(layout), "f32"), (pick_ladder(layout), "i32"), (layout.ids, "i32"))
+        ]
+    return tuple(found)
+
+
+def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
+    yield Stage(scope=f"{scope}/x", dims=("T", "E"), ladder=layout.x, count=n)
+    yield Stage(scope=f"{scope}/norm", dims=("T",), ladder=norm_ladder(layout.x[-1]), count=n, dtype="f32")
+    yield Stage(scope=f"{scope}/w_in", dims=("E", c), ladder=layout.w_in, count=n, dtype="weight")
+    yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n)
+    if attends:
+        yield Stage(scope=f"{scope}/kv", dims=("T", "E"), ladder=layout.x_kv, count=n)
+        yield Stage(scope=f"{scope}/w_kv", dims=("E", "D"), ladder=layout.w_kv, count=n, dtype="weight")
+        yield Stage(scope=f"{scope}/kv", dims=("T", "D"), ladder=layout.kv, count=n)
+        yield Stage(scope=f"{scope}/q", dims=("T", "H", "Q"), ladder=layout.q, count=n)
+        yield Stage(scope=f"{scope}/o", dims=("T", "H", "Q"), ladder=layout.o, count=n)
+    yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n)
+    yield Stage(scope=f"{scope}/w_out", dims=(g, "E"), ladder=layout.w_out, count=n, dtype="weight")
+    yield Stage(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n)
+
+
+def norm_ladder(at: P) -> Ladder:
+    """The mean square of a norm, T or R numbers: summed over the axes that E is split over in `at` = TE."""
+    t, e = at.partitions
+    return (P(t, unreduced=set(axes_of(e))), P(t)) if axes_of(e) else (P(t),)
+
+
+def pick_ladder(layout: Layout) -> Ladder:
+    """A reduction over the vocabulary, R numbers: partial over the axes that V is split over."""
+    r, v = layout.logits[-1].partitions
+    return (P(r, unreduced=set(axes_of(v))), P(r)) if axes_of(v) else (P(r),)
+
+
+def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Planned]:
+    """Every collective of one pass, in order, from the layout alone.
+
+    Raises:
+        ValueError: a size that the layout cannot divide (see `check`).
+    """
+    check(layout, config, pass_, mesh)
+    sizes = dict(zip(AXES, mesh, strict=True))
+    size = letters(config, pass_)
+    itemsize = {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}
+    return [
+        Planned(
+            scope=stage.scope,
+            kind=move.kind,
+            axes=tuple(a for a in AXES if a in move.axes),
+            bytes=move.bytes([size[d] for d in stage.dims], itemsize[stage.dtype], sizes),
+            count=stage.count,
+        )
+        for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
+        for move in moves(stage.ladder)
+        if move.kind != "slice"
+    ]
+
+
+def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None:
+    """Refuses sizes that the layout cannot divide evenly.
+
+    Raises:
+        ValueError: field, value and rule, and how to mend it where heads can be padded.
+    """
+    sizes = dict(zip(AXES, mesh, strict=True))
+    units = {
+        **{d: ("batch", pass_.batch) for d in ("B", "T", "R")},
+        **{d: ("n_heads", config.n_heads) for d in ("C", "G", "H")},
+        **{d: ("d_ff groups", config.mlp_groups) for d in ("C_mlp", "G_mlp")},
+        **{d: ("n_kv_heads", config.n_kv_heads) for d in ("D", "K")},
+        "E": ("d_model", config.d_model),
+        "V": ("padded vocab", config.vocab_rows),
+    }
+    rungs = [
+        (stage.dims, spec)
+        for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
+        for spec in stage.ladder
+    ]
+    rest = [("E", "C"), ("E", "D"), ("G", "E")]
+    rungs += zip(rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
+    rungs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
+    for dims, spec in rungs:
+        for dim, entry in zip(dims, spec.partitions, strict=True):
+            axes = tuple(a for a in AXES if a in axes_of(entry))
+            n = math.prod(sizes[a] for a in axes)
+            if n > 1 and units[dim][1] % n:
+                field, value = units[dim]
+                padded = -(-value // n) * n
+                mend = f"; pad with n_heads={padded} (model suffix -h{padded})" if field == "n_heads" else ""
+                raise ValueError(
+                    f"{field}={value} is not divisible by {'*'.join(axes).upper()}={n}, which "
+                    f"layout {layout.name}/{layout.attention} splits it over{mend}"
+                )

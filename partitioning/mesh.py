@@ -1,0 +1,127 @@
+"""The torus: slices of chips, the mesh over them, and the devices that stand in for the chips.
+
+Decides how `CHIP:DIMS` is read, which device gets which place in the mesh, and the axis types. It is the only
+module that names devices or axis types. What is sharded over the axes is decided in `partitioning.layouts`.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("x", "y", "z")
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice of chips, `CHIP:DIMS`: the chip's name and the extents of its torus in mesh order (x, y, z).
+
+    Example:
+        >>> Slice.parse("v4:4x4x8").n_chips
+        128
+    """
+
+    chip: str
+    dims: tuple[int, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Slice":
+        """Reads `v4:4x4x4`, `v5e:4x4`, `cpu:8`, `gpu:1`.
+
+        Raises:
+            ValueError: text of another form, or an extent of zero.
+        """
+        match = re.fullmatch(r"([A-Za-z0-9_.\-/]+):(\d+(?:x\d+){0,2})", str(text))
+        if not match:
+            raise ValueError(
+                f"slice={text!r} must be CHIP:DIMS with one to three extents, such as cpu:2x2x2 or v5e:4x4"
+            )
+        dims = tuple(int(d) for d in match[2].split("x"))
+        if min(dims) < 1 or math.prod(dims) > 2**20:
+            raise ValueError(f"slice={text!r}: every extent must be at least 1, and their product at most {2**20}")
+        return cls(match[1], dims)
+
+    @property
+    def n_chips(self) -> int:
+        return math.prod(self.dims)
+
+    def __str__(self) -> str:
+        return f"{self.chip}:{'x'.join(map(str, self.dims))}"
+
+
+def mesh_shape(slice_: Slice, mesh: str | Sequence[int] | None = None) -> Shape:
+    """The extents (X, Y, Z) of the mesh over a slice: the slice's own, or `mesh` where it is given.
+
+    Raises:
+        ValueError: a mesh that is not one to three positive extents, or that does not cover the slice exactly.
+
+    Example:
+        >>> mesh_shape(Slice.parse("v5e:4x4")), mesh_shape(Slice.parse("v5e:4x4"), "2x4x2")
+        ((4, 4, 1), (2, 4, 2))
+    """
+    if mesh is None:
+        dims = slice_.dims
+    else:
+        try:
+            dims = tuple(int(d) for d in (mesh.split("x") if isinstance(mesh, str) else mesh))
+        except (ValueError, TypeError):
+            dims = ()
+        if not 1 <= len(dims) <= 3 or min(dims) < 1:
+            raise ValueError(f"mesh={mesh!r} must be one to three positive extents, such as 2x2x2")
+        if math.prod(dims) != slice_.n_chips:
+            raise ValueError(f"mesh={mesh!r} has {math.prod(dims)} places, slice={slice_} has {slice_.n_chips} chips")
+    x, y, z = (*dims, 1, 1)[:3]
+    return (x, y, z)
+
+
+def fake_cpu_devices(n: int) -> None:
+    """Asks for `n` fake CPU devices in this process; to be called before anything touches a JAX backend."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", n)
+
+
+def attach(shape: Shape, *, chip: str, explicit: bool = True) -> Mesh:
+    """A mesh of the devices that are here, over all processes.
+
+    Args:
+        shape: extents (X, Y, Z).
+        chip: the slice's chip, for the message and to tell CPU and GPU from TPU.
+        explicit: axes of Explicit type; Auto otherwise (for the layout `auto`).
+
+    Returns:
+        A mesh with axes x, y, z. TPU devices stand in it by their coordinates, so that mesh axes are torus axes.
+
+    Raises:
+        ValueError: fewer devices than the mesh has places, or devices of another platform.
+    """
+    import numpy as np
+
+    devices = jax.devices()
+    platform = devices[0].platform
+    wanted = chip if chip in ("cpu", "gpu") else "tpu"
+    if platform != wanted:
+        raise ValueError(f"slice chip {chip!r} needs {wanted} devices, but the platform here is {platform!r}")
+    n = math.prod(shape)
+    if len(devices) < n:
+        raise ValueError(f"mesh={'x'.join(map(str, shape))} needs {n} devices, but there are {len(devices)}")
+    if platform == "tpu":
+        placed = _on_torus(devices, shape)
+    else:
+        placed = np.array(devices[:n]).reshape(shape)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 3)
+
+
+def _on_torus(devices, shape: Shape):
+    """TPU devices by coordinates where the mesh is the slice itself; JAX's own assignment where it folds the axes."""
+    import numpy as np
+    from jax.experimental import mesh_utils
+
+    ordered = sorted(devices, key=lambda d: (*d.coords, getattr(d, "core_on_chip", 0)))
+    bounds = tuple(max(d.coords[i] for d in devices) + 1 for i in range(3))
+    if bounds == tuple(shape):
+        return np.array(ordered).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)

@@ -1,0 +1,161 @@
+"""A point: the one key that analytic, compiled, measured and published numbers share.
+
+Decides what a question to the toolkit is and which questions make no sense. Answers none.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from models.config import ModelConfig
+from models.presets import model
+from partitioning.dataflow import Pass, check
+from partitioning.layouts import Layout, layout
+from partitioning.mesh import Shape, Slice, mesh_shape
+
+PHASES = ("prefill", "decode")
+WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Model, slice, phase, sizes, layout and weights.
+
+    Args:
+        model: a preset of `models.presets` or a path to a Hugging Face `config.json`.
+        slice: `CHIP:DIMS` in mesh order.
+        phase: `prefill` or `decode`.
+        batch: sequences.
+        length: new tokens of each sequence in this pass; 1 in decode.
+        context: tokens in the cache that attention reads; with this pass's in decode, before this pass in prefill.
+        layout, attention: see `partitioning.layouts`.
+        weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
+        mesh: extents of the mesh where they differ from the slice's.
+
+    Raises:
+        ValueError: field, value and rule.
+    """
+
+    model: str
+    slice: str
+    phase: str
+    batch: int
+    length: int = 1
+    context: int = 0
+    layout: str
+    attention: str
+    weights: str = "bf16"
+    mesh: str | None = None
+
+    def __post_init__(self):
+        for field in ("model", "slice", "phase", "layout", "attention", "weights"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field}={getattr(self, field)!r} must be text")
+        for field in ("batch", "length", "context"):
+            value, least = getattr(self, field), 0 if field == "context" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**40:
+                raise ValueError(f"{field}={value!r} must be an integer of at least {least}, and at most {2**40}")
+        if self.phase not in PHASES:
+            raise ValueError(f"phase={self.phase!r} must be one of {', '.join(PHASES)}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r} must be one of {', '.join(WEIGHTS)}")
+        if self.phase == "decode" and self.length != 1:
+            raise ValueError(f"length={self.length} must be 1 in decode")
+        if self.phase == "decode" and self.context < 1:
+            raise ValueError(f"context={self.context} must be at least 1 in decode: it counts this pass's token")
+        if isinstance(self.mesh, list | tuple):
+            object.__setattr__(self, "mesh", "x".join(map(str, self.mesh)))
+        check(self.layout_value, self.config, self.pass_, self.mesh_shape)
+
+    @property
+    def config(self) -> ModelConfig:
+        return _config(self.model)
+
+    @property
+    def mesh_shape(self) -> Shape:
+        return _mesh_shape(self.slice, self.mesh)
+
+    @property
+    def chip(self) -> str:
+        return Slice.parse(self.slice).chip
+
+    @property
+    def n_chips(self) -> int:
+        return Slice.parse(self.slice).n_chips
+
+    @property
+    def tokens(self) -> int:
+        """B*L, the new tokens of the pass."""
+        return self.batch * self.length
+
+    @property
+    def layout_value(self) -> Layout:
+        return layout(self.layout, self.attention, self.mesh_shape, self.config.n_kv_heads)
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the cache that this pass needs."""
+        return self.context + (self.length if self.phase == "prefill" else 0)
+
+    @property
+    def start(self) -> int:
+        """Position of the first new token."""
+        return self.context - (self.length if self.phase == "decode" else 0)
+
+    @property
+    def pass_(self) -> Pass:
+        return Pass(
+            batch=self.batch,
+            length=self.length,
+            capacity=self.capacity,
+            itemsize=4 if self.weights == "f32" else 2,
+            weight_itemsize=WEIGHTS[self.weights],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The point as JSON fields; `mesh` only where it is given."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "mesh" or v is not None}
+
+    @classmethod
+    def from_json(cls, fields: object) -> "Point":
+        """A point from a JSON object, or its text.
+
+        Raises:
+            ValueError: malformed JSON, an unknown or missing field, or what the constructor refuses.
+
+        Example:
+            >>> Point.from_json('{"model":"palm-8b","slice":"v4:2x2x2","phase":"decode","batch":64,"context":2048,'
+            ...                 '"layout":"ws2d","attention":"batch"}').mesh_shape
+            (2, 2, 2)
+        """
+        if isinstance(fields, str):
+            try:
+                fields = json.loads(fields)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"a point is a JSON object, not {type(fields).__name__}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+                raise ValueError(f"unknown field {name!r}{hint}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in fields]
+        if missing:
+            raise ValueError(f"missing field {', '.join(map(repr, missing))}")
+        return cls(**fields)
+
+
+@functools.lru_cache(maxsize=1024)
+def _config(name: str) -> ModelConfig:
+    return model(name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mesh_shape(slice_: str, mesh: str | None) -> Shape:
+    return mesh_shape(Slice.parse(slice_), mesh)

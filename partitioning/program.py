@@ -1,0 +1,170 @@
+"""Programs: the decoder's real pass under a layout, ready to lower, compile and run.
+
+Decides what one program is (one pass, static sizes, donated cache) and what is read off its compiled form. Which
+collectives it should hold is `partitioning.dataflow`'s to say, and `partitioning.evidence`'s to compare.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from models.cache import Cache, cache_shape, cache_spec
+from models.config import ModelConfig
+from models.decoder import Tokens
+from models.parameters import abstract, shardings
+from models.sampling import Sampler
+from partitioning.dataflow import Pass, check
+from partitioning.layouts import Layout
+from partitioning.mesh import AXES, Shape
+
+GREEDY = Sampler()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled program and what it says of itself; bytes are per chip."""
+
+    executable: jax.stages.Compiled
+    text: str
+    compile_s: float
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+    warnings: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results and temporaries together, what is donated counted once."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes - self.aliased_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One pass of a model under a layout on a mesh.
+
+    Args:
+        config, layout, pass_: what runs; the layout must be made for the mesh's extents.
+        mesh: devices, of Explicit axes where `layout.explicit`, else of Auto axes.
+        sampler: how tokens are chosen; unused where `pass_.all_logits`.
+
+    Raises:
+        ValueError: sizes that the layout cannot divide.
+    """
+
+    config: ModelConfig
+    layout: Layout
+    mesh: Mesh
+    pass_: Pass
+    sampler: Sampler = GREEDY
+
+    def __post_init__(self):
+        check(self.layout, self.config, self.pass_, self.shape)
+
+    @property
+    def shape(self) -> Shape:
+        x, y, z = (self.mesh.shape[a] for a in AXES)
+        return (x, y, z)
+
+    @property
+    def dtype(self):
+        return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
+
+    @functools.cached_property
+    def jitted(self) -> Callable:
+        """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated."""
+        graph, _ = abstract(self.config, self.dtype)
+
+        def run(params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
+            decoder = nnx.merge(graph, params)
+            logits, cache = decoder(tokens, cache, self.layout, all_logits=self.pass_.all_logits)
+            if self.pass_.all_logits:
+                return logits, cache
+            return self.sampler(logits, requests, tokens.starts + tokens.lengths, self.layout), cache
+
+        whole, stored = self._sharding(P()), self._sharding(cache_spec(self.layout))
+        out = None if self.pass_.all_logits else whole
+        return jax.jit(run, donate_argnums=2, out_shardings=(out, Cache(stored, stored)))
+
+    def __call__(self, params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
+        """Runs the pass, compiling it on the first call. The given cache is consumed."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(params, tokens, cache, requests)
+
+    def arguments(self) -> tuple[nnx.State, Tokens, Cache, jax.ShapeDtypeStruct]:
+        """The arguments as shapes with their shardings; nothing is allocated."""
+        _, params = abstract(self.config, self.dtype)
+        params = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            params,
+            shardings(params, self.layout, self.mesh),
+        )
+        batch, length = self.pass_.batch, self.pass_.length
+
+        def integers(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding(P()))
+
+        stored = jax.ShapeDtypeStruct(
+            cache_shape(self.config, batch, self.pass_.capacity),
+            self.dtype,
+            sharding=self._sharding(cache_spec(self.layout)),
+        )
+        tokens = Tokens(integers(batch, length), integers(batch), integers(batch))
+        return params, tokens, Cache(stored, stored), integers(batch)
+
+    def compile(self) -> Compiled:
+        """Compiles ahead of time, from shapes alone."""
+        started = time.perf_counter()
+        with captured_stderr() as said, jax.set_mesh(self.mesh):
+            executable = self.jitted.lower(*self.arguments()).compile()
+        took = time.perf_counter() - started
+        memory = executable.memory_analysis()
+        return Compiled(
+            executable=executable,
+            text=executable.as_text() or "",
+            compile_s=took,
+            argument_bytes=memory.argument_size_in_bytes,
+            output_bytes=memory.output_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            aliased_bytes=memory.alias_size_in_bytes,
+            warnings=tuple(line for line in said if "rematerialization" in line),
+        )
+
+    def _sharding(self, spec: P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def replace(self, **changes) -> "Program":
+        return dataclasses.replace(self, **changes)
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[list[str]]:
+    """Collects what is written to file descriptor 2, XLA's own warnings included, and writes it on afterwards."""
+    lines: list[str] = []
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as held:
+        saved = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+            held.seek(0)
+            said = held.read()
+            lines += said.decode(errors="replace").splitlines()
+            if said:
+                os.write(2, said)

@@ -1,0 +1,193 @@
+"""Names, suffixes and Hugging Face files become the decoders that they say, or a sentence."""
+
+import doctest
+import json
+
+import pytest
+
+from models import presets
+from models.presets import PRESETS, model
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 16,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+}
+
+
+def write(folder, **fields):
+    file = folder / "config.json"
+    file.write_text(json.dumps({k: v for k, v in (LLAMA | fields).items() if v != "absent"}))
+    return file
+
+
+def test_doctests():
+    assert doctest.testmod(presets).failed == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        # Pope et al. 2022, section 4 (exact counts as in the PaLM paper, Table 1)
+        ("palm-8b", 8.63e9),
+        ("palm-62b", 62.50e9),
+        ("palm-540b", 540.36e9),
+    ],
+)
+def test_palm_counts(name, n_params):
+    assert model(name).n_params == pytest.approx(n_params, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params", "rel"),
+    [
+        ("mt-nlg-530b", 530e9, 0.002),
+        ("gpt3-175b", 175e9, 0.005),
+        ("orca-13b", 13e9, 0.015),
+        ("orca-101b", 101e9, 0.005),
+        ("orca-175b", 175e9, 0.005),
+        ("orca-341b", 341e9, 0.005),
+        ("llama-2-7b", 6.738e9, 0.001),
+        ("llama-2-13b", 13.016e9, 0.001),
+        ("llama-2-70b", 68.977e9, 0.001),
+        ("llama-3-8b", 8.030e9, 0.001),
+        ("llama-3-70b", 70.554e9, 0.001),
+        ("llama-3-405b", 405.85e9, 0.001),
+        ("gemma-2b", 2.506e9, 0.001),
+        ("gemma-7b", 8.538e9, 0.001),
+        ("gemma-2-2b", 2.614e9, 0.001),
+        ("gemma-2-9b", 9.242e9, 0.001),
+        ("gemma-2-27b", 27.23e9, 0.001),
+        ("mistral-7b", 7.242e9, 0.001),
+        ("qwen-2.5-0.5b", 0.494e9, 0.001),
+        ("qwen-2.5-1.5b", 1.544e9, 0.001),
+        ("qwen-2.5-3b", 3.086e9, 0.001),
+        ("qwen-2.5-7b", 7.616e9, 0.001),
+        ("qwen-2.5-14b", 14.770e9, 0.001),
+        ("qwen-2.5-32b", 32.764e9, 0.001),
+        ("qwen-2.5-72b", 72.706e9, 0.001),
+    ],
+)
+def test_counts_of_the_others(name, n_params, rel):
+    assert model(name).n_params == pytest.approx(n_params, rel=rel)
+
+
+def test_every_preset_is_known_by_its_name():
+    for name, config in PRESETS.items():
+        assert config.name == name
+        assert model(name) == config
+
+
+def test_the_toy_is_the_benchs_decoder():
+    toy = model("toy")
+    assert (toy.d_model, toy.d_ff, toy.n_layers, toy.n_heads, toy.d_head, toy.vocab) == (512, 2048, 4, 16, 64, 258)
+    assert (toy.n_kv_heads, toy.block, toy.mlp, toy.tied) == (1, "parallel", "swiglu", True)
+
+
+def test_suffixes():
+    padded = model("palm-540b-h64")
+    assert (padded.n_heads, padded.n_padding_heads, padded.n_layers) == (64, 16, 118)
+    assert padded.n_params == model("palm-540b").n_params
+    assert model("palm-540b-h64-8l").n_layers == 8
+    assert model("llama-2-7b-2l").n_layers == 2
+    assert model("palm-540b-h64-8l").name == "palm-540b-h64-8l"
+    assert model("orca-13b-h48").n_kv_heads == 48
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("palm-540", "model='palm-540' is not known: did you mean 'palm-540b'"),
+        ("llama3-70b", "did you mean 'llama-3-70b'"),
+        ("palm-540b-8l-h64", "is not known"),
+        ("palm-540b-h32", "n_heads=32 is less than the 48 heads"),
+        ("palm-540b-h60", "d_ff=73728 is not divisible by n_heads=60"),
+        ("palm-8b-33l", "n_layers=33 must be in 1..32"),
+        ("palm-8b-0l", "n_layers=0 must be in 1..32"),
+        ("llama-2-70b-h128", "heads can be padded"),
+        ("", "is not known"),
+        ("nowhere/config.json", "there is no file"),
+    ],
+)
+def test_bad_names_are_refused(name, rule):
+    with pytest.raises(ValueError, match=rule):
+        model(name)
+
+
+def test_hugging_face_file_and_folder(tmp_path):
+    file = write(tmp_path)
+    llama = model(str(file))
+    assert llama.name == str(file)
+    assert (llama.n_layers, llama.d_model, llama.d_ff, llama.n_heads, llama.d_head) == (16, 2048, 8192, 32, 64)
+    assert (llama.n_kv_heads, llama.vocab, llama.tied, llama.block, llama.mlp) == (8, 128256, True, "serial", "swiglu")
+    assert (llama.rope_theta, llama.norm_eps) == (5e5, 1e-5)
+    assert llama.n_params == pytest.approx(1.236e9, rel=0.001)
+    assert model(tmp_path).d_model == 2048
+
+
+def test_hugging_face_defaults(tmp_path):
+    write(tmp_path, num_key_value_heads="absent", tie_word_embeddings="absent", rope_theta="absent", head_dim=None)
+    llama = model(tmp_path)
+    assert (llama.n_kv_heads, llama.tied, llama.rope_theta, llama.d_head) == (32, False, 10000.0, 64)
+
+
+def test_rope_theta_under_rope_parameters(tmp_path):
+    write(tmp_path, rope_theta="absent", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    assert model(tmp_path).rope_theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("fields", "left_out"),
+    [
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary frequencies rescaled by 'llama3'"),
+        ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, "biases on Q, K and V$"),
+        ({"model_type": "qwen3", "head_dim": 128}, "norms on Q and K"),
+        ({"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}, "GELU in the gate"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
+        ({"attention_bias": True}, "attention_bias=true"),
+    ],
+)
+def test_what_is_left_out_is_said(tmp_path, fields, left_out):
+    write(tmp_path, **fields)
+    with pytest.warns(UserWarning, match=left_out):
+        config = model(tmp_path)
+    assert config.d_head == fields.get("head_dim", 64)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule"),
+    [
+        ({"model_type": "mixtral"}, "model_type='mixtral' is not a decoder"),
+        ({"model_type": "absent"}, "model_type=None is not a decoder"),
+        ({"num_experts": 8}, "num_experts=8: this decoder has no mixture of experts"),
+        ({"vocab_size": "absent"}, "field 'vocab_size' is missing"),
+        ({"model_type": "qwen2", "num_key_value_heads": "absent"}, "field 'num_key_value_heads' is missing"),
+        ({"hidden_size": 2050}, "field 'head_dim' is missing"),
+        ({"hidden_size": "2048"}, "hidden_size='2048' must be a positive integer"),
+        ({"num_key_value_heads": 5}, "n_heads=32 is not divisible by n_kv_heads=5"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' must be"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1 must be true or false"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps=-1 must be a positive number"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(tmp_path, fields, rule):
+    write(tmp_path, **fields)
+    with pytest.raises(ValueError, match=rule):
+        model(tmp_path)
+
+
+def test_bad_files_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
+        model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold one JSON object"):
+        model(tmp_path)
