@@ -42,34 +42,40 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
     """
     b, length, h, width = q.shape
     kv_heads = k.shape[2]
-    q = q.reshape(b, length, kv_heads, h // kv_heads, width)
-    reach = starts[:, None] + jnp.arange(length)  # bL, the last position that each token sees
+    group = h // kv_heads
+    q = q.reshape(b, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * length, width)
+    reach = jnp.tile(starts[:, None] + jnp.arange(length), (1, group))  # [b, gL], the last position that each sees
 
-    def scores(first, size):
-        """[b, k, g, L, size], float32, and the values of those positions [b, k, size, Q]."""
-        at, shape = (layer, 0, 0, first, 0), (1, b, kv_heads, size, width)
-        keys, values = lax.dynamic_slice(k, at, shape)[0], lax.dynamic_slice(v, at, shape)[0]
-        s = jnp.einsum("blkgq,bksq->bkgls", q, keys, preferred_element_type=jnp.float32)
-        return s / jnp.sqrt(jnp.float32(width)), first + jnp.arange(size), values
+    def dot(x, y, contract, **kwargs):
+        """Batched over b and k, in the order that needs no transposed copy of the cache."""
+        return lax.dot_general(x, y, (((3,), (contract,)), ((0, 1), (0, 1))), **kwargs)
 
-    def mask(s, seen):
-        return jnp.where(seen[:, None, None], s, -jnp.inf)
+    def read(cache, first, size):
+        """[b, k, size, Q] of the layer."""
+        return lax.dynamic_slice(cache, (layer, 0, 0, first, 0), (1, b, kv_heads, size, width))[0]
+
+    def scores(first, size, seen_before):
+        """[b, k, gL, size], float32, -inf where a token may not look."""
+        s = dot(q, read(k, first, size), 3, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
+        positions = first + jnp.arange(size)
+        seen = (positions <= reach[..., None]) & (positions >= seen_before)
+        return jnp.where(seen[:, None], s, -jnp.inf)
+
+    def out(o):
+        """[b, k, gL, Q] -> [b, L, h, Q]."""
+        return o.astype(q.dtype).reshape(b, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4).reshape(b, length, h, width)
 
     if span <= 2 * BLOCK:
-        s, positions, values = scores(0, span)
-        p = jax.nn.softmax(mask(s, positions <= reach[..., None]), axis=-1)
-        o = jnp.einsum("bkgls,bksq->blkgq", p.astype(values.dtype), values)
-        return o.reshape(b, length, h, width)
+        p = jax.nn.softmax(scores(0, span, 0), axis=-1)
+        return out(dot(p.astype(v.dtype), read(v, 0, span), 2))
 
     def block(i):
         """Exponentials of block i, by their own maximum: (maximum, sum, weighted values)."""
         first = jnp.minimum(i * BLOCK, span - BLOCK)  # the last block slides back; what it has seen is masked
-        s, positions, values = scores(first, BLOCK)
-        s = mask(s, (positions <= reach[..., None]) & (positions >= i * BLOCK))
+        s = scores(first, BLOCK, i * BLOCK)
         top = jnp.max(s, axis=-1)
         p = jnp.exp(s - jnp.maximum(top, -1e30)[..., None])
-        weighted = jnp.einsum("bkgls,bksq->bkglq", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return top, jnp.sum(p, axis=-1), weighted
+        return top, jnp.sum(p, axis=-1), dot(p.astype(v.dtype), read(v, first, BLOCK), 2, preferred_element_type=jnp.float32)
 
     def add(i, running):
         top, total, acc = running
@@ -80,5 +86,4 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
 
     n_blocks = jnp.minimum(jnp.max(reach) // BLOCK + 1, -(-span // BLOCK))
     _, total, acc = lax.fori_loop(1, n_blocks, add, block(0))  # block 0 holds position 0, which every token sees
-    o = (acc / total[..., None]).astype(q.dtype)
-    return jnp.moveaxis(o, 3, 1).reshape(b, length, h, width)
+    return out(acc / total[..., None])

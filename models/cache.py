@@ -44,10 +44,32 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
         new: [b, L, k, Q].
         layer: index of the layer, a scalar.
         starts: [b], the first position of each row's new tokens; `starts + L` must not exceed S, which the caller
-            has checked: a traced program cannot, and an update past the end would slide over older positions.
+            has checked: a traced program cannot, and would slide the update over older positions or drop it.
     """
-    new = jnp.swapaxes(new, 1, 2)[:, None, None]  # b11kLQ: one update per row
-    for row in range(new.shape[0]):
-        at = (layer, row, 0, starts[row], 0)
-        cache = lax.dynamic_update_slice(cache, new[row].astype(cache.dtype), at)
-    return cache
+    new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)  # bkLQ
+    if len(new) <= FEW_ROWS:
+        for row in range(len(new)):
+            at = (layer, row, 0, starts[row], 0)
+            cache = lax.dynamic_update_slice(cache, new[row][None, None], at)
+        return cache
+    where = jnp.stack([jnp.broadcast_to(layer, starts.shape), starts], axis=1)  # b2
+    return lax.scatter(cache, where, new, _PER_ROW, **_NO_TWO_ALIKE)
+
+
+FEW_ROWS = 8
+"""Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU devices), but
+every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache nor, where
+XLA partitions it by itself, gathers it."""
+
+_PER_ROW = lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),  # kLQ
+    inserted_window_dims=(0,),
+    scatter_dims_to_operand_dims=(0, 3),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+_NO_TWO_ALIKE = {
+    "indices_are_sorted": True,
+    "unique_indices": True,
+    "mode": lax.GatherScatterMode.FILL_OR_DROP,
+}

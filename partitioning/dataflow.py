@@ -88,7 +88,7 @@ def letters(config: ModelConfig, pass_: Pass) -> dict[str, int]:
         "H": config.n_heads,
         "Q": config.d_head,
         "V": config.vocab_rows,
-        "n": config.n_layers,
+        "2": 2,
     }
 
 
@@ -111,8 +111,8 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
     ]
     if sampling:
         found += [
-            Stage(scope="sample", dims=("R",), ladder=ladder, dtype=dtype)
-            for ladder, dtype in ((pick_ladder(layout), "f32"), (pick_ladder(layout), "i32"), (layout.ids, "i32"))
+            Stage(scope="sample", dims=("n", "2", "R"), ladder=pick_ladder(layout), dtype="i32"),
+            Stage(scope="sample", dims=("R",), ladder=layout.ids, dtype="i32"),
         ]
     return tuple(found)
 
@@ -140,9 +140,9 @@ def norm_ladder(at: P) -> Ladder:
 
 
 def pick_ladder(layout: Layout) -> Ladder:
-    """A reduction over the vocabulary, R numbers: partial over the axes that V is split over."""
+    """Greedy sampling: every chip's best value and id of R rows, [n, 2, R] over the axes that V is split over."""
     r, v = layout.logits[-1].partitions
-    return (P(r, unreduced=set(axes_of(v))), P(r)) if axes_of(v) else (P(r),)
+    return (P(v, None, r), P(None, None, r)) if axes_of(v) else (P(None, None, r),)
 
 
 def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Planned]:
@@ -153,7 +153,7 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     """
     check(layout, config, pass_, mesh)
     sizes = dict(zip(AXES, mesh, strict=True))
-    size = letters(config, pass_)
+    size = letters(config, pass_) | {"n": _parts(layout, sizes)}
     itemsize = {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}
     return [
         Planned(
@@ -167,6 +167,11 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
         for move in moves(stage.ladder)
         if move.kind != "slice"
     ]
+
+
+def _parts(layout: Layout, sizes: dict[str, int]) -> int:
+    """n, the number of parts of the vocabulary."""
+    return math.prod(sizes[a] for a in axes_of(layout.logits[-1].partitions[1])) if layout.logits else 1
 
 
 def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None:
@@ -196,7 +201,7 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
         for dim, entry in zip(dims, spec.partitions, strict=True):
             axes = tuple(a for a in AXES if a in axes_of(entry))
             n = math.prod(sizes[a] for a in axes)
-            if n > 1 and units[dim][1] % n:
+            if n > 1 and dim in units and units[dim][1] % n:
                 field, value = units[dim]
                 padded = -(-value // n) * n
                 mend = f"; pad with n_heads={padded} (model suffix -h{padded})" if field == "n_heads" else ""

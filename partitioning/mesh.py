@@ -5,6 +5,7 @@ module that names devices or axis types. What is sharded over the axes is decide
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +79,14 @@ def mesh_shape(slice_: Slice, mesh: str | Sequence[int] | None = None) -> Shape:
     return (x, y, z)
 
 
+FAKE_DEVICE_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_multi_thread_eigen=false"
+"""Fake devices share the cores, so one of them gains nothing by running its own operations side by side: a decode step
+of 4 layers on 8 devices and 2 cores took 17 to 20 ms without these flags and 13 ms with them."""
+
+
 def fake_cpu_devices(n: int) -> None:
     """Asks for `n` fake CPU devices in this process; to be called before anything touches a JAX backend."""
+    os.environ["XLA_FLAGS"] = f"{FAKE_DEVICE_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n)
 
