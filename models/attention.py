@@ -43,7 +43,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
     b, length, h, width = q.shape
     kv_heads = k.shape[2]
     group = h // kv_heads
-    q = q.reshape(b, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, group * length, width)
+    q = (
+        q.reshape(b, length, kv_heads, group, width)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(b, kv_heads, group * length, width)
+    )
     reach = jnp.tile(starts[:, None] + jnp.arange(length), (1, group))  # [b, gL], the last position that each sees
 
     def dot(x, y, contract, **kwargs):
@@ -63,7 +67,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
 
     def out(o):
         """[b, k, gL, Q] -> [b, L, h, Q]."""
-        return o.astype(q.dtype).reshape(b, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4).reshape(b, length, h, width)
+        return (
+            o.astype(q.dtype)
+            .reshape(b, kv_heads, group, length, width)
+            .transpose(0, 3, 1, 2, 4)
+            .reshape(b, length, h, width)
+        )
 
     if span <= 2 * BLOCK:
         p = jax.nn.softmax(scores(0, span, 0), axis=-1)
@@ -75,7 +84,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
         s = scores(first, BLOCK, i * BLOCK)
         top = jnp.max(s, axis=-1)
         p = jnp.exp(s - jnp.maximum(top, -1e30)[..., None])
-        return top, jnp.sum(p, axis=-1), dot(p.astype(v.dtype), read(v, first, BLOCK), 2, preferred_element_type=jnp.float32)
+        return (
+            top,
+            jnp.sum(p, axis=-1),
+            dot(p.astype(v.dtype), read(v, first, BLOCK), 2, preferred_element_type=jnp.float32),
+        )
 
     def add(i, running):
         top, total, acc = running

@@ -75,8 +75,7 @@ class Sampler:
             logits = logits / self.temperature
             keys = _ordered(logits)
             if self.top_k:
-                limit = jnp.full(logits.shape[:1], float(self.top_k))
-                least = _threshold(keys, jnp.ones_like(logits), limit, axes)
+                least = _threshold(keys, jnp.ones_like(logits), jnp.float32(self.top_k), axes)
                 logits = jnp.where(keys >= least[:, None], logits, -jnp.inf)
             if self.top_p < 1:
                 weights = jnp.exp(logits - _max(jnp.max(logits, axis=1), axes)[:, None])
@@ -117,12 +116,13 @@ def _ordered(x: jax.Array) -> jax.Array:
 def _threshold(keys: jax.Array, weights: jax.Array, limit: jax.Array, axes: Axes) -> jax.Array:
     """Per row the largest t for which the weights of all keys >= t reach the limit, over all chips of `axes`."""
     digits = jnp.arange(1, 16, dtype=jnp.uint32)
+    limit = jnp.broadcast_to(limit, keys.shape[:1])
 
     def narrow(i, least):
-        tries = least[:, None] + (digits << (28 - 4 * i.astype(jnp.uint32)))
+        shift = 28 - 4 * i.astype(jnp.uint32)
+        tries = least[:, None] + (digits << shift)
         reached = jnp.sum(jnp.where(keys[:, None] >= tries[:, :, None], weights[:, None], 0), axis=-1)
-        return least + (
-            jnp.sum(_sum(reached, axes) >= limit[:, None], axis=1).astype(jnp.uint32) << (28 - 4 * i.astype(jnp.uint32))
-        )
+        digit = jnp.sum(_sum(reached, axes) >= limit[:, None], axis=1)
+        return least + (digit.astype(jnp.uint32) << shift)
 
-    return lax.fori_loop(0, 8, narrow, jnp.zeros(keys.shape[:1], jnp.uint32) + (limit * 0).astype(jnp.uint32))
+    return lax.fori_loop(0, 8, narrow, _sum(keys[:, 0] * 0, axes))  # zeros, one for each row that is here

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from partitioning.collectives import Kind, moves
+from partitioning.collectives import Kind, Move, moves
 from partitioning.layouts import Axes, Ladder, Layout, axes_of
 from partitioning.mesh import AXES, Shape
 
@@ -67,8 +67,13 @@ class Pass:
             raise ValueError(f"length={self.length} does not fit a cache of capacity={self.capacity}")
 
 
-def letters(config: ModelConfig, pass_: Pass) -> dict[str, int]:
-    """The size of every letter that a stage's `dims` may hold. Suffix `_mlp`: of the MLP's own block, if serial."""
+def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> dict[str, int]:
+    """The size of every letter that a stage's `dims` may hold.
+
+    Suffix `_mlp`: of the MLP's own block, if serial. n: the parts of the vocabulary.
+    """
+    sizes = dict(zip(AXES, mesh, strict=True))
+    parts = axes_of(layout.logits[-1].partitions[1]) if layout.logits else ()
     heads = config.n_heads * config.d_head
     mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
     parallel = config.block == "parallel"
@@ -88,6 +93,7 @@ def letters(config: ModelConfig, pass_: Pass) -> dict[str, int]:
         "H": config.n_heads,
         "Q": config.d_head,
         "V": config.vocab_rows,
+        "n": math.prod(sizes[a] for a in parts),
         "2": 2,
     }
 
@@ -153,14 +159,13 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     """
     check(layout, config, pass_, mesh)
     sizes = dict(zip(AXES, mesh, strict=True))
-    size = letters(config, pass_) | {"n": _parts(layout, sizes)}
-    itemsize = {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}
+    size = letters(config, pass_, layout, mesh)
     return [
         Planned(
             scope=stage.scope,
             kind=move.kind,
             axes=tuple(a for a in AXES if a in move.axes),
-            bytes=move.bytes([size[d] for d in stage.dims], itemsize[stage.dtype], sizes),
+            bytes=bytes_of(move, stage, size, pass_, sizes),
             count=stage.count,
         )
         for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
@@ -169,9 +174,10 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     ]
 
 
-def _parts(layout: Layout, sizes: dict[str, int]) -> int:
-    """n, the number of parts of the vocabulary."""
-    return math.prod(sizes[a] for a in axes_of(layout.logits[-1].partitions[1])) if layout.logits else 1
+def bytes_of(move: Move, stage: Stage, size: dict[str, int], pass_: Pass, sizes: dict[str, int]) -> int:
+    """What one chip must receive for a move of a stage; `size` of `letters`, `sizes` of the mesh axes."""
+    itemsize = {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}
+    return move.bytes([size[d] for d in stage.dims], itemsize[stage.dtype], sizes)
 
 
 def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None:
@@ -197,6 +203,7 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
     rest = [("E", "C"), ("E", "D"), ("G", "E")]
     rungs += zip(rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
     rungs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
+    refused: list[tuple[int, str]] = []
     for dims, spec in rungs:
         for dim, entry in zip(dims, spec.partitions, strict=True):
             axes = tuple(a for a in AXES if a in axes_of(entry))
@@ -205,7 +212,7 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
                 field, value = units[dim]
                 padded = -(-value // n) * n
                 mend = f"; pad with n_heads={padded} (model suffix -h{padded})" if field == "n_heads" else ""
-                raise ValueError(
-                    f"{field}={value} is not divisible by {'*'.join(axes).upper()}={n}, which "
-                    f"layout {layout.name}/{layout.attention} splits it over{mend}"
-                )
+                rule = f"{field}={value} is not divisible by {'*'.join(axes).upper()}={n}, which layout "
+                refused.append((n, f"{rule}{layout.name}/{layout.attention} splits it over{mend}"))
+    if refused:
+        raise ValueError(max(refused, key=lambda r: (r[0], "n_heads" in r[1]))[1])

@@ -6,6 +6,7 @@ is `models.reference`, in NumPy and float64.
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -49,10 +50,10 @@ def model(block: str, kv_heads: int, mlp: str = "swiglu") -> ModelConfig:
     )
 
 
-def legal(names=tuple(LAYOUTS)) -> list[tuple[str, str]]:
+def legal(names: Sequence[str] | None = None) -> list[tuple[str, str]]:
     """Every layout with every attention that makes sense for it."""
     pairs = []
-    for name in names:
+    for name in names or LAYOUTS:
         for attention in ("heads", "batch"):
             try:
                 layout(name, attention, (2, 2, 2), 1)

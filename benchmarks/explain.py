@@ -1,0 +1,162 @@
+"""One layer's ladder in the paper's notation: every tensor, every step, and what each step moves.
+
+    toruslab explain --model palm-540b-h64 --slice v4:4x4x4 --phase decode --batch 512 --context 2048 --layout ws2d --attention batch
+    toruslab explain '{"model":"toy","slice":"cpu:2x2x2",...}' --json
+
+`BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E; `(partialsum-x)` says that the chips along
+x hold terms of a sum. Touches no device.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cli import InputError, guarded
+from partitioning.collectives import classify
+from partitioning.dataflow import Stage, bytes_of, letters, stages
+from partitioning.layouts import LAYOUTS, axes_of
+from partitioning.mesh import AXES
+from partitioning.point import PHASES, WEIGHTS, Point
+
+LETTERS = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
+WHAT = {
+    "embed": "look up",
+    "x": "into the matmuls",
+    "norm": "sum of squares",
+    "w_in": "weights in",
+    "h": "out of the input projection",
+    "kv": "K and V",
+    "w_kv": "weights of K, V",
+    "q": "Q to attention",
+    "o": "attention's output back",
+    "g": "into the output projection",
+    "w_out": "weights out",
+    "out": "to the residual stream",
+    "rows": "into the unembedding",
+    "logits": "logits",
+    "sample": "best token of every part",
+}
+
+
+def notation(dims: Sequence[str], spec: P) -> str:
+    """A tensor's dimensions and spec as the paper writes them; axes in the order x, y, z, whatever their order here.
+
+    Example:
+        >>> notation(("T", "C"), P(None, ("z", "y"), unreduced={"x"}))
+        'BLC_yz(partialsum-x)'
+    """
+    parts = []
+    for dim, entry in zip(dims, spec.partitions, strict=True):
+        axes = "".join(a for a in AXES if a in axes_of(entry))
+        letters_ = LETTERS.get(dim, dim)
+        parts.append(letters_[:1] + (f"_{axes}" if axes else "") + letters_[1:])
+    partial = "".join(a for a in AXES if a in spec.unreduced)
+    return "".join(parts) + (f"(partialsum-{partial})" if partial else "")
+
+
+def steps(point: Point) -> list[dict]:
+    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, count.
+
+    A tensor that does not move is one row without a kind.
+    """
+    sizes = dict(zip(AXES, point.mesh_shape, strict=True))
+    config, layout = point.config, point.layout_value
+    size = letters(config, point.pass_, layout, point.mesh_shape)
+    found = []
+    for stage in stages(layout, config.block, config.n_layers, True):
+        common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
+        if len(stage.ladder) == 1:
+            at = notation(stage.dims, stage.ladder[0])
+            found.append({**common, "from": at, "kind": None, "axes": [], "to": at, "bytes": 0, "count": stage.count})
+        for src, dst in zip(stage.ladder, stage.ladder[1:], strict=False):
+            move = classify(src, dst)
+            found.append(
+                {
+                    **common,
+                    "from": notation(stage.dims, src),
+                    "kind": move.kind,
+                    "axes": [a for a in AXES if a in move.axes],
+                    "to": notation(stage.dims, dst),
+                    "bytes": bytes_of(move, stage, size, point.pass_, sizes),
+                    "count": stage.count,
+                }
+            )
+    return found
+
+
+def _what(stage: Stage) -> str:
+    return WHAT[stage.scope.rsplit("/", 1)[-1]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    p = argparse.ArgumentParser(
+        prog="toruslab explain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("point", nargs="?", help="a JSON point; or use the options")
+    p.add_argument("--model", default="toy")
+    p.add_argument("--slice", default="cpu:2x2x2")
+    p.add_argument("--mesh")
+    p.add_argument("--phase", default="decode", help=", ".join(PHASES))
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--length", type=int, default=1)
+    p.add_argument("--context", type=int, help="default: 256 in decode, 0 in prefill")
+    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
+    p.add_argument("--attention", default="batch", help="heads, batch")
+    p.add_argument("--weights", default="f32", help=", ".join(WEIGHTS))
+    p.add_argument("--json", action="store_true", help="one JSON object a step on standard output")
+    options = p.parse_args(argv)
+    fields = {k: v for k, v in vars(options).items() if k not in ("point", "json") and v is not None}
+    fields.setdefault("context", 256 if options.phase == "decode" else 0)
+    try:
+        point = Point.from_json(options.point or fields)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if not point.layout_value.explicit:
+        raise InputError(f"layout={point.layout!r} constrains nothing, so there is no ladder: XLA decides (see bench)")
+    rows = steps(point)
+    if options.json:
+        for row in rows:
+            print(json.dumps({"point": point.to_json(), "source": "analytic", **row}))
+        return 0
+    _show(point, rows)
+    return 0
+
+
+def _show(point: Point, rows: list[dict]) -> None:
+    x, y, z = point.mesh_shape
+    table = Table(
+        title=f"{point.layout}/{point.attention}: {point.model}, {point.phase} of {point.batch} x {point.length} tokens, "
+        f"mesh X={x} Y={y} Z={z} ({point.slice}), weights {point.weights}",
+        title_justify="left",
+        title_style="bold",
+    )
+    for name, justify in (("scope", "left"), ("tensor", "left"), ("from", "left"), ("move", "left"), ("to", "left")):
+        table.add_column(name, justify=justify, no_wrap=name != "tensor")  # pyright: ignore[reportArgumentType]
+    table.add_column("kB a chip", justify="right")
+    table.add_column("times", justify="right")
+    for row in rows:
+        move = f"{row['kind']}({''.join(row['axes'])})" if row["kind"] else ""
+        volume = f"{row['bytes'] / 1e3:,.2f}" if row["bytes"] else ""
+        table.add_row(
+            row["scope"], row["tensor"], row["from"], move, row["to"] if move else "", volume, str(row["count"])
+        )
+    console = Console(width=max(140, Console().width))
+    console.print(table)
+    moved = [r for r in rows if r["kind"] and r["kind"] != "slice"]
+    in_layer = [r for r in moved if r["count"] == point.config.n_layers and "/" in r["scope"]]
+    console.print(
+        f"{len(in_layer)} collectives a layer, {sum(r['bytes'] for r in in_layer) / 1e3:,.2f} kB a chip a layer; "
+        f"{math.fsum(r['count'] for r in moved):.0f} collectives, "
+        f"{sum(r['bytes'] * r['count'] for r in moved) / 1e3:,.2f} kB a chip in the pass."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,151 @@
+"""Text from the decoder: prefill under one layout, decode under another.
+
+    toruslab generate --prompt "The with statement" --prefill wgxyz/batch --decode ws2d/batch
+    toruslab generate --prompt A --prompt "A longer one" --temperature 0.8 --top-p 0.9 --json
+
+The weights are random, so the text is noise: what this shows is that any pair of layouts says the same.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks import processes
+from benchmarks.cli import InputError, guarded
+from models import text
+from models.presets import model
+from models.sampling import Sampler
+from partitioning.layouts import Layout, layout
+from partitioning.mesh import Slice, mesh_shape
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(
+        prog="toruslab generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="may be given several times; - reads standard input"
+    )
+    p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="default: %(default)s")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--prefill", default="ws2d/heads", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
+    p.add_argument("--decode", default="ws2d/batch", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
+    p.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
+    p.add_argument("--cache", type=int, help="cached positions per sequence (default: what the prompts need)")
+    p.add_argument("--chunk", type=int, help="prefill in chunks of so many tokens (default: the longest prompt)")
+    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    p.add_argument("--top-k", type=int, default=0, help="0: all (default)")
+    p.add_argument("--top-p", type=float, default=1.0, help="1: all (default)")
+    p.add_argument("--weights", default="f32", choices=["f32", "bf16"], help="default: %(default)s")
+    p.add_argument("--seed", type=int, default=0, help="of weights and sampling (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command."""
+    options = parser().parse_args(argv)
+    try:
+        return run(options)
+    except Refused as error:
+        raise InputError(str(error)) from None
+
+
+class Refused(ValueError):
+    """Input that cannot be served."""
+
+
+def run(options: argparse.Namespace) -> int:
+    """Generates and prints; refused input is raised before any device is touched."""
+    try:
+        config = model(options.model)
+        if config.vocab < text.VOCAB:
+            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+        slice_ = Slice.parse(options.slice)
+        shape = mesh_shape(slice_, options.mesh)
+        pair = [_layout(getattr(options, f), f, shape, config.n_kv_heads) for f in ("prefill", "decode")]
+        sampler = Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
+        if not options.prompt:
+            raise ValueError("prompt is missing: --prompt TEXT")
+        prompts = [text.encode(sys.stdin.read() if t == "-" else t) for t in options.prompt]
+        longest = max(map(len, prompts))
+        for name in ("max_new_tokens", "chunk", "cache"):
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        chunk = min(options.chunk or longest, longest)
+        padded = -(-longest // chunk) * chunk
+        capacity = options.cache or max(padded, longest + options.max_new_tokens)
+        if longest + options.max_new_tokens > capacity or padded > capacity:
+            raise ValueError(
+                f"cache={capacity} is too small for a prompt of {longest} tokens "
+                f"(prefilled as {padded}) and {options.max_new_tokens} new ones"
+            )
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from None
+
+    platform = slice_.chip if slice_.chip in ("cpu", "gpu") else "tpu"
+    processes.join(platform, slice_.n_chips, 1)
+    import jax.numpy as jnp
+
+    from models.generate import Generator, batch_multiple
+    from models.parameters import initial
+    from partitioning.mesh import attach
+
+    multiple = batch_multiple(*pair, shape=shape)
+    batch = -(-len(prompts) // multiple) * multiple
+    rows = [prompts[i % len(prompts)] for i in range(batch)]
+    try:
+        generator = Generator(
+            config=config,
+            prefill=pair[0],
+            decode=pair[1],
+            shape=shape,
+            chip=slice_.chip,
+            batch=batch,
+            capacity=capacity,
+            chunk=chunk,
+            sampler=sampler,
+            itemsize=4 if options.weights == "f32" else 2,
+        )
+        mesh = attach(shape, chip=slice_.chip, explicit=pair[0].explicit)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    dtype = jnp.float32 if options.weights == "f32" else jnp.bfloat16
+    params = initial(config, pair[0], mesh, seed=options.seed, dtype=dtype)
+    print(f"weights: random, seed {options.seed} (the text is noise)", file=sys.stderr)
+    took: list[float] = [time.perf_counter()]
+    found = generator(
+        params, rows, options.max_new_tokens, stop=text.EOS, each=lambda ids: took.append(time.perf_counter())
+    )
+    for prompt, ids in zip(prompts, found[: len(prompts)], strict=True):
+        _print(prompt, ids, options)
+    gaps = np.diff(took)[2:]
+    if len(gaps):
+        print(f"batch {batch}, {np.median(gaps) * 1e3:.1f} ms per decode step (median of {len(gaps)})", file=sys.stderr)
+    return 0
+
+
+def _layout(text_: str, field: str, shape, n_kv_heads: int) -> Layout:
+    name, slash, attention = text_.partition("/")
+    if not slash:
+        raise ValueError(f"{field}={text_!r} must be LAYOUT/ATTENTION, such as ws2d/batch")
+    return layout(name, attention, shape, n_kv_heads)
+
+
+def _print(prompt: np.ndarray, ids: np.ndarray, options: argparse.Namespace) -> None:
+    if options.json:
+        row = {"prompt": text.decode(prompt), "text": text.decode(ids), "ids": ids.tolist()}
+        print(json.dumps({**row, "prefill": options.prefill, "decode": options.decode, "seed": options.seed}))
+    else:
+        print(text.decode(prompt) + text.decode(ids))
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

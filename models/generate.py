@@ -1,0 +1,185 @@
+"""Generation: prefill under one layout, decode under another, over the same cache and weights.
+
+Decides how prompts of different lengths become passes of equal shapes, and what moves between the two layouts.
+Leaves the pass to `models.decoder` and who asks for what to `benchmarks.generate` and `serving`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from models.cache import Cache, cache_spec, empty_cache
+from models.config import ModelConfig
+from models.decoder import Tokens
+from models.parameters import abstract, everywhere, shardings
+from models.sampling import Sampler
+from partitioning.dataflow import Pass
+from partitioning.layouts import Layout
+from partitioning.mesh import AXES, Shape, attach
+from partitioning.program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Two programs over one mesh of devices.
+
+    Args:
+        config: the model.
+        prefill, decode: layouts made for `shape`. Where they place weights or cache differently, these are moved
+            between the phases, once.
+        shape, chip: the mesh, as `partitioning.mesh.attach` takes them.
+        capacity: cached positions per sequence.
+        chunk: new tokens per sequence in one prefill pass; longer prompts take several.
+        sampler: how tokens are chosen.
+        itemsize: bytes per element of weights, activations and cache: 4 or 2.
+
+    Raises:
+        ValueError: sizes that a layout cannot divide, or a chunk that does not fit the cache.
+    """
+
+    config: ModelConfig
+    prefill: Layout
+    decode: Layout
+    shape: Shape
+    chip: str
+    batch: int
+    capacity: int
+    chunk: int
+    sampler: Sampler
+    itemsize: int = 4
+
+    def __post_init__(self):
+        for layout, length in ((self.prefill, self.chunk), (self.decode, 1)):
+            self.program(layout, length)
+
+    def program(self, layout: Layout, length: int) -> Program:
+        """The pass of `length` tokens per sequence under a layout."""
+        pass_ = Pass(
+            batch=self.batch,
+            length=length,
+            capacity=self.capacity,
+            itemsize=self.itemsize,
+            weight_itemsize=self.itemsize,
+        )
+        mesh = attach(self.shape, chip=self.chip, explicit=layout.explicit)
+        return Program(config=self.config, layout=layout, mesh=mesh, pass_=pass_, sampler=self.sampler)
+
+    def __call__(
+        self,
+        params: nnx.State,
+        prompts: Sequence[np.ndarray],
+        n_new: int,
+        *,
+        stop: int | None = None,
+        each: Callable[[np.ndarray], None] = lambda ids: None,
+    ) -> list[np.ndarray]:
+        """Continues every prompt.
+
+        Args:
+            params: at rest as the prefill layout places them.
+            prompts: `batch` arrays of token ids.
+            n_new: tokens to add, at most.
+            stop: an id that ends a sequence; it is not returned.
+            each: called with every step's ids [B].
+
+        Returns:
+            The new ids of every prompt.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, or a prompt that with its new tokens is longer
+                than the cache.
+        """
+        self._check(prompts, n_new)
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        requests = np.arange(self.batch, dtype=np.int32)
+        first = self.program(self.prefill, self.chunk)
+        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, first.mesh, first.dtype)
+
+        picked = np.zeros(self.batch, np.int32)
+        for begin in range(0, int(lengths.max()), self.chunk):
+            running = begin < lengths
+            starts = np.where(running, begin, 0)  # a row that has ended runs its first chunk again, to no effect
+            now = np.minimum(lengths - starts, self.chunk)
+            ids = np.zeros((self.batch, self.chunk), np.int32)
+            for row, prompt in enumerate(prompts):
+                ids[row, : now[row]] = prompt[starts[row] : starts[row] + now[row]]
+            out, cache = self._run(first, params, ids, starts, now, cache, requests)
+            picked = np.where(running & (lengths <= begin + self.chunk), out, picked)
+
+        second = self.program(self.decode, 1)
+        params, cache = self._hand_over(params, cache, second)
+        found = [picked]
+        each(picked)
+        for step in range(n_new - 1):
+            if stop is not None and all((np.array(found) == stop).any(axis=0)):
+                break
+            out, cache = self._run(
+                second, params, found[-1][:, None], lengths + step, np.ones(self.batch, np.int32), cache, requests
+            )
+            found.append(out)
+            each(out)
+        columns = np.stack(found, axis=1)
+        ends = [int(np.flatnonzero(row == stop)[0]) if stop in row else len(row) for row in columns]
+        return [row[:end] for row, end in zip(columns, ends, strict=True)]
+
+    def _check(self, prompts: Sequence[np.ndarray], n_new: int) -> None:
+        if len(prompts) != self.batch:
+            raise ValueError(f"{len(prompts)} prompts for batch={self.batch}")
+        if n_new < 1:
+            raise ValueError(f"max_new_tokens={n_new} must be at least 1")
+        for number, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {number} is empty")
+            bad = np.flatnonzero((prompt < 0) | (prompt >= self.config.vocab))
+            if len(bad):
+                raise ValueError(
+                    f"prompt {number}: token id {prompt[bad[0]]} is outside the vocabulary of {self.config.vocab}"
+                )
+            if len(prompt) + n_new - 1 > self.capacity:
+                raise ValueError(
+                    f"prompt {number} of {len(prompt)} tokens with {n_new} new ones is longer than "
+                    f"the cache of {self.capacity} positions"
+                )
+            padded = -(-len(prompt) // self.chunk) * self.chunk
+            if padded > self.capacity:
+                raise ValueError(
+                    f"prompt {number} of {len(prompt)} tokens is prefilled as {padded} (chunks of {self.chunk}), "
+                    f"which is longer than the cache of {self.capacity} positions"
+                )
+
+    def _run(self, program: Program, params: nnx.State, ids, starts, lengths, cache: Cache, requests):
+        mesh = program.mesh
+        tokens = Tokens(*[everywhere(mesh, np.asarray(a, np.int32)) for a in (ids, starts, lengths)])
+        out, cache = program(params, tokens, cache, everywhere(mesh, requests))
+        return np.asarray(out), cache
+
+    def _hand_over(self, params: nnx.State, cache: Cache, to: Program) -> tuple[nnx.State, Cache]:
+        """Weights and cache where the decode layout wants them; what lies there already is not copied."""
+        stored = NamedSharding(to.mesh, cache_spec(to.layout))
+        wanted = shardings(abstract(self.config, to.dtype)[1], to.layout, to.mesh)
+        return jax.device_put((params, cache), (wanted, Cache(stored, stored)))
+
+
+def batch_multiple(*layouts: Layout, shape: Shape) -> int:
+    """The number that batches must be multiples of under all of the layouts: the largest split of the batch.
+
+    Example:
+        >>> from partitioning.layouts import layout
+        >>> batch_multiple(layout("ws2d", "batch", (2, 2, 2), 1), layout("wgx", "heads", (2, 2, 2), 1), shape=(2, 2, 2))
+        8
+    """
+    from partitioning.layouts import axes_of
+
+    sizes = dict(zip(AXES, shape, strict=True))
+    needed = [1]
+    for layout in layouts:
+        for spec in (layout.cache, *layout.x[:1], *layout.tokens[-1:]):
+            n = 1
+            for axis in axes_of(spec.partitions[0]):
+                n *= sizes[axis]
+            needed.append(n)
+    return max(needed)
