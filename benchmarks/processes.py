@@ -10,8 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.cli import InputError
-
 RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
 
 
@@ -55,23 +53,20 @@ def join(platform: str, n_chips: int, n_processes: int) -> None:
 
     Args:
         platform: `cpu`, `gpu` or `tpu`.
-        n_chips: places in the mesh; fake CPU devices are shared out evenly.
+        n_chips: places in the mesh, a multiple of `n_processes`; fake CPU devices are shared out evenly.
         n_processes: of `start_locally`, else 1. On a TPU slice of several hosts the processes find each other.
-
-    Raises:
-        InputError: chips that the processes cannot share evenly.
     """
     import jax
 
     from partitioning.mesh import fake_cpu_devices
 
-    if n_chips % n_processes:
-        raise InputError(f"processes={n_processes} does not divide the {n_chips} chips of the slice")
     if platform == "cpu":
         fake_cpu_devices(n_chips // n_processes)
     if is_started():
         if platform == "cpu":
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            sys.stdout = os.fdopen(os.dup(1), "w")  # Gloo greets its peers on standard output, which is for rows
+            os.dup2(2, 1)
         jax.distributed.initialize(f"127.0.0.1:{os.environ[PORT]}", n_processes, int(os.environ[RANK]))
     elif platform == "tpu" and len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
         jax.distributed.initialize()

@@ -57,7 +57,7 @@ def title(point: Row) -> str:
 
 
 def show(rows: Iterable[Row], console: Console) -> None:
-    """Prints a table per group: planned, compiled, measured."""
+    """Prints a table per group: planned, compiled, measured; n is the number of collectives in a pass."""
     everything = groups(rows)
     for name, lines in everything.items():
         console.print(table(name, lines))
@@ -68,23 +68,26 @@ def show(rows: Iterable[Row], console: Console) -> None:
 def table(name: str, lines: list[Line]) -> Table:
     """Planned, compiled and measured of one group; the fastest line is marked."""
     found = Table(title=name, title_justify="left", title_style="bold", caption_justify="left")
-    found.add_column("layout/attention", no_wrap=True)
-    found.add_column("planned: collectives, kB a chip", justify="right")
-    found.add_column("compiled: collectives, kB a chip", justify="right")
-    found.add_column("as planned", justify="right")
-    found.add_column("measured ms (half within)", justify="right")
-    found.add_column("x fastest", justify="right")
+    found.add_column("layout", no_wrap=True)
+    for heading in (
+        "planned\nn, kB a chip",
+        "compiled\nn, kB a chip",
+        "as planned",
+        "measured ms\n(half within)",
+        "x best",
+    ):
+        found.add_column(heading, justify="right", no_wrap=heading != "as planned")
     times = [t for line in lines if (t := line.number("measured", "latency_s"))]
     fastest = min(times, default=None)
     for line in lines:
         latency = line.number("measured", "latency_s")
         is_auto = line.point["layout"] == "auto"
-        failure = next((r["error"] for r in line.rows.values() if "error" in r), None)
+        failed = any("error" in r for r in line.rows.values())
         found.add_row(
             line.label,
             f"({_volume(line, 'analytic')})" if is_auto else _volume(line, "analytic"),
             _volume(line, "compiled"),
-            failure or verdict(line),
+            "failed" if failed else verdict(line),
             _milliseconds(line),
             f"{latency / fastest:.2f}" if latency and fastest else "",
             style="bold green" if latency and latency == fastest else None,
@@ -236,7 +239,11 @@ def _milliseconds(line: Line) -> str:
     if median is None:
         return ""
     low, high = line.number("measured", "quartiles_s")
-    return f"{median * 1e3:.2f} ({low * 1e3:.2f}..{high * 1e3:.2f})"
+    return f"{_digits(median)} ({_digits(low)}..{_digits(high)})"
+
+
+def _digits(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}" if seconds < 0.1 else f"{seconds * 1e3:,.0f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = Rows(path).rows
     except DamagedResults as error:
         raise InputError(str(error)) from None
-    show(rows, Console())
+    show(rows, Console(width=None if sys.stdout.isatty() else 120))
     for written in write(rows, folder):
         print(written)
     return 0

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"platform={options.platform!r} does not fit slice={points[0].slice}: use --slice {options.platform}:DIMS"
         )
 
-    speaks = True
+    if points[0].n_chips % options.processes:
+        raise InputError(f"processes={options.processes} does not divide the {points[0].n_chips} chips of the slice")
     if options.processes > 1 and not processes.is_started():
         if options.platform == "tpu":
             raise InputError(
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.json:
         from benchmarks.report import show, write
 
-        show(run.rows.rows, Console())
+        show(run.rows.rows, Console(width=None if sys.stdout.isatty() else 120))
         for path in write(run.rows.rows, options.out):
             print(path)
     failed = [r for r in run.rows.rows if "error" in r and not run.rows.find(Point.from_json(r["point"]), r["source"])]
@@ -159,7 +160,7 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
         if options.weights == "int8":
             raise ValueError("weights='int8' can be planned, but not run yet; use f32 or bf16")
         return groups
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
 
 

@@ -131,7 +131,8 @@ def test_a_scattered_partial_sum_in_its_three_disguises(name: str, kind: str, sl
     p = program(name)
     (c,) = read(p.text, p.mesh)
     assert (brief(c), c.sliced) == (plan(p, kind, "x", 64 * 1024 / p.size("yz")), sliced)
-    assert (c.strategy is None) == p.on_cpu and c.strategy in (None, "StrategyRing")
+    assert (c.strategy is None) == p.on_cpu
+    assert c.strategy in (None, "StrategyRing")
     assert "scatter" in "".join((c.scope, *c.near)) or "dot_general" in c.scope
 
 
@@ -162,7 +163,8 @@ def test_a_trip_count_that_is_not_in_the_text(name: str) -> None:
     p = program(name)
     found = read(p.text, p.mesh, unknown_trips=7)
     if p.mesh["z"] == 1:  # nothing to sum, so that the loop holds no collective: its trips are of no interest
-        assert not found and not read(p.text, p.mesh)
+        assert not found
+        assert not read(p.text, p.mesh)
         with pytest.raises(HloError, match="trip count of while"):
             hlo.estimated_cycles(p.text)
     else:
@@ -175,7 +177,8 @@ def test_a_trip_count_that_is_not_in_the_text(name: str) -> None:
 def test_cycles_follow_the_trips_and_the_slowest_branch() -> None:
     def total(name: str, **options: int) -> int:
         cycles = hlo.estimated_cycles(program(name).text, **options)
-        assert cycles and cycles.total == sum(cycles.by_scope.values())
+        assert cycles
+        assert cycles.total == sum(cycles.by_scope.values())
         return cycles.total
 
     p = program("weights-bf16-v5e-4x4x1-jax0.10.txt")
@@ -208,7 +211,8 @@ def test_corpus_is_small_and_names_no_machine(file: Path) -> None:
     assert not re.search(r"source_file|FileNames|StackFrames|\.py|/home|/root|/tmp", text)
     p = program(file.name)
     for c in read(text, p.mesh, unknown_trips=1):
-        assert any(c.kind.split("-")[0] in w for w in text.splitlines()[c.line - 1].split()) and c.group_size > 0
+        assert any(c.kind.split("-")[0] in w for w in text.splitlines()[c.line - 1].split())
+        assert c.group_size > 0
 
 
 # --------------------------------------------------------------------------------------------------------- spellings
@@ -298,7 +302,8 @@ def test_groups_that_are_no_axes_are_refused(ids: list[int], k: int) -> None:
         read(module(all_reduce(listed(groups)), n=8), mesh)
     assert error.value.line == 12
     (c,) = read(module(all_reduce(listed(groups)), n=8), mesh, partial_axes=True)
-    assert c.group_size == k < 2 ** len(c.axes) and c.bytes == 2 * 96 * (k - 1) // k
+    assert c.group_size == k < 2 ** len(c.axes)
+    assert c.bytes == 2 * 96 * (k - 1) // k
 
 
 @pytest.mark.parametrize(
@@ -482,7 +487,8 @@ def test_what_is_called_twice_counts_twice_and_odd_types_have_sizes() -> None:
 def test_what_cannot_be_read_is_an_error_with_its_line(old: str, new: str, why: str) -> None:
     good = module(all_reduce("{{0,1},{2,3}}"), n=4)
     mesh = {"x": 2, "y": 2}
-    assert len(read(good, mesh)) == 1 and old in good
+    assert len(read(good, mesh)) == 1
+    assert old in good
     with pytest.raises(HloError, match=rf"line \d+: .*({why})"):
         read(good.replace(old, new), mesh)
 

@@ -1,0 +1,193 @@
+"""The commands as a user meets them: exit codes, one sentence for bad input, resumed runs, damaged files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import cli, explain, generate, step_latency
+from benchmarks.report import groups, markdown, write
+from benchmarks.rows import DamagedResults, Rows
+from partitioning.point import Point
+
+POINT = {
+    "model": "toy",
+    "slice": "cpu:2x2x2",
+    "phase": "decode",
+    "batch": 8,
+    "length": 1,
+    "context": 16,
+    "layout": "ws2d",
+    "attention": "batch",
+    "weights": "f32",
+}
+SMALL = "--phases decode --batches 8 --context 16 --attention batch --repeats 1".split()
+
+
+def refused(capsys, command, *argv) -> str:
+    """The one sentence with which a command refuses its options."""
+    assert cli.guarded(command, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--layouts", "ws3d"], "layout='ws3d' is unknown (did you mean 'ws2d'?)"),
+        (["--attention", "tails"], "attention='tails' must be 'heads' or 'batch'"),
+        (["--phases", "training"], "phase='training' must be one of prefill, decode"),
+        (["--batches", "3"], "batch=3 is not divisible by"),
+        (["--batches", "eight"], "batches='eight' must be integers"),
+        (["--batches", "0"], "batch=0 must be an integer of at least 1"),
+        (["--slice", "cpu"], "slice='cpu' must be CHIP:DIMS"),
+        (["--slice", "cpu:3x2x2"], "is not divisible by"),
+        (["--mesh", "2x2"], "mesh='2x2' has 4 places, slice=cpu:2x2x2 has 8 chips"),
+        (["--model", "palm-8c"], "palm-8b"),
+        (["--weights", "int8"], "weights='int8' can be planned, but not run yet"),
+        (["--weights", "fp4"], "weights='fp4' must be one of"),
+        (["--text", "no/such/file"], "no/such/file"),
+        (["--repeats", "0"], "repeats=0 must be at least 1"),
+        (["--processes", "3"], "processes=3 does not divide the 8 chips"),
+        (["--points", "no/such/points"], "no/such/points"),
+    ],
+)
+def test_bench_refuses_in_one_sentence(capsys, argv, sentence, tmp_path):
+    assert sentence in refused(capsys, step_latency.main, "--out", str(tmp_path), *argv)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch": 6}, "batch=6 is not divisible by X*Y*Z=8"),
+        ({"layuot": "ws2d"}, "unknown field 'layuot'; did you mean 'layout'?"),
+        ({"context": -1}, "context=-1 must be an integer of at least 0"),
+        ({"length": 2}, "length=2 must be 1 in decode"),
+        ({"layout": "auto"}, "constrains nothing"),
+        ({"layout": ["ws2d"]}, "layout=['ws2d'] must be text"),
+        ({"batch": "8"}, "batch='8' must be an integer"),
+    ],
+)
+def test_explain_refuses_in_one_sentence(capsys, change, sentence):
+    assert sentence in refused(capsys, explain.main, json.dumps(POINT | change))
+
+
+def test_explain_refuses_what_is_no_point(capsys):
+    assert "not JSON" in refused(capsys, explain.main, "{")
+    assert "a point is a JSON object, not list" in refused(capsys, explain.main, "[]")
+    short = {k: v for k, v in POINT.items() if k != "slice"}
+    assert "missing field 'slice'" in refused(capsys, explain.main, json.dumps(short))
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "prompt is missing"),
+        (["--prompt", "a", "--prefill", "ws2d"], "prefill='ws2d' must be LAYOUT/ATTENTION"),
+        (["--prompt", "a", "--decode", "wgxyz/heads"], "no axis is left to split heads over"),
+        (["--prompt", "a" * 50, "--cache", "40"], "cache=40 is too small for a prompt of 51 tokens"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--prompt", "a", "--top-p", "2"], "top_p=2.0 must be in (0, 1]"),
+    ],
+)
+def test_generate_refuses_in_one_sentence(capsys, argv, sentence):
+    assert sentence in refused(capsys, generate.main, *argv)
+
+
+def test_unknown_commands_are_refused(capsys):
+    assert cli.main(["bnech"]) == 2
+    assert "did you mean 'bench'?" in capsys.readouterr().err
+    assert cli.main(["--help"]) == 0
+
+
+def test_explain_speaks_the_papers_notation(capsys):
+    assert explain.main([json.dumps(POINT), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ladder = [(r["from"], r["kind"], r["to"]) for r in rows if r["scope"] == "layer/h"]
+    assert ladder == [("BLC_yz(partialsum-x)", "reduce-scatter", "BLC_xyz")]
+    assert {r["source"] for r in rows} == {"analytic"}
+
+
+def test_explain_touches_no_device():
+    program = (
+        "import sys; from benchmarks import explain; code = explain.main([]);"
+        "from jax._src import xla_bridge; sys.exit(code or len(xla_bridge._backends))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def bench(capsys, out, *argv):
+    assert step_latency.main([*SMALL, "--out", str(out), *argv]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_is_saved_shown_and_continued(capsys, tmp_path):
+    out = tmp_path / "run"
+    shown = bench(capsys, out, "--layouts", "ws2d,auto")
+    assert "ws2d/batch" in shown and "yes" in shown and "x bytes" in shown
+    rows = Rows(out / "rows.jsonl")
+    assert [r["source"] for r in rows.rows] == ["analytic", "compiled"] * 2 + ["measured"] * 2
+    measured = rows.find(Point.from_json(POINT), "measured")
+    assert measured and measured["latency_s"] > 0 and measured["environment"]["n_devices"] == 8
+    compiled = rows.find(Point.from_json(POINT), "compiled")
+    assert compiled and compiled["unexplained"] == 0
+    assert {p.name for p in out.iterdir()} >= {"report.md", "latency.svg", "latency.png", "bytes.svg", "bytes.png"}
+
+    # as if interrupted: what is measured stays, a half-written line goes, the rest is done again
+    (out / "finished").unlink()
+    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
+    (out / "rows.jsonl").write_text("".join(lines[:5]) + '{"point": {"mod')
+    bench(capsys, out, "--layouts", "ws2d,auto")
+    again = Rows(out / "rows.jsonl").rows
+    assert again[:5] == rows.rows[:5]
+    assert [r["source"] for r in again[5:]] == ["analytic", "compiled", "measured"]
+
+    # finished: the next run starts afresh and puts this one aside
+    bench(capsys, out, "--layouts", "ws2d", "--json")
+    assert len(Rows(out / "rows.jsonl").rows) == 3
+    assert Rows(tmp_path / "run.1" / "rows.jsonl").rows == again
+
+
+def test_damaged_results_are_refused_and_kept(capsys, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"point": {}, "source": "measured"}\nnot a row\n')
+    before = path.read_bytes()
+    sentence = refused(capsys, step_latency.main, *SMALL, "--layouts", "ws2d", "--out", str(tmp_path))
+    assert "rows.jsonl, line 2 is not a result row" in sentence
+    assert path.read_bytes() == before
+    with pytest.raises(DamagedResults):
+        Rows(path)
+
+
+def test_a_failed_point_is_a_row_and_an_exit_code(capsys, tmp_path, monkeypatch):
+    from benchmarks import contenders
+
+    def fails(point, *args):
+        if point.layout == "ws1d":
+            raise RuntimeError("no memory\nleft")
+        return prepare(point, *args)
+
+    prepare = contenders.prepare
+    monkeypatch.setattr(contenders, "prepare", fails)
+    assert step_latency.main([*SMALL, "--layouts", "ws1d,ws2d", "--out", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert "failed: ws1d/batch RuntimeError: no memory" in err
+    assert "failed" in out
+    assert Rows(tmp_path / "rows.jsonl").find(Point.from_json(POINT), "measured")
+
+
+def test_a_report_draws_what_there_is(tmp_path):
+    rows = [
+        {"point": POINT | {"layout": name}, "source": "measured", "latency_s": t, "quartiles_s": [t, t]}
+        for name, t in (("ws2d", 0.004), ("wgx", 0.009))
+    ]
+    assert [line.label for line in groups(rows)["decode, batch 8, context 16, toy f32 on cpu:2x2x2"]] == [
+        "ws2d/batch",
+        "wgx/batch",
+    ]
+    assert "| ws2d/batch |" in markdown(rows)
+    assert all(path.stat().st_size for path in write(rows, tmp_path))
