@@ -1,6 +1,6 @@
 """One layer's ladder in the paper's notation: every tensor, every step, and what each step moves.
 
-    toruslab explain --model palm-540b-h64 --slice v4:4x4x4 --phase decode --batch 512 --context 2048 --layout ws2d --attention batch
+    toruslab explain --model palm-540b-h64 --slice v4:4x4x4 --batch 512 --context 2048 --layout ws2d --weights bf16
     toruslab explain '{"model":"toy","slice":"cpu:2x2x2",...}' --json
 
 `BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E; `(partialsum-x)` says that the chips along
@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks.cli import InputError, guarded
 from partitioning.collectives import classify
 from partitioning.dataflow import Stage, bytes_of, letters, stages
-from partitioning.layouts import LAYOUTS, axes_of
+from partitioning.layouts import LAYOUTS, axes_of, entries
 from partitioning.mesh import AXES
 from partitioning.point import PHASES, WEIGHTS, Point
 
@@ -48,11 +48,11 @@ def notation(dims: Sequence[str], spec: P) -> str:
     """A tensor's dimensions and spec as the paper writes them; axes in the order x, y, z, whatever their order here.
 
     Example:
-        >>> notation(("T", "C"), P(None, ("z", "y"), unreduced={"x"}))
+        >>> notation(("T", "C"), P(None, ("z", "y"), unreduced=frozenset("x")))
         'BLC_yz(partialsum-x)'
     """
     parts = []
-    for dim, entry in zip(dims, spec.partitions, strict=True):
+    for dim, entry in zip(dims, entries(spec), strict=True):
         axes = "".join(a for a in AXES if a in axes_of(entry))
         letters_ = LETTERS.get(dim, dim)
         parts.append(letters_[:1] + (f"_{axes}" if axes else "") + letters_[1:])
@@ -132,13 +132,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(point: Point, rows: list[dict]) -> None:
     x, y, z = point.mesh_shape
     table = Table(
-        title=f"{point.layout}/{point.attention}: {point.model}, {point.phase} of {point.batch} x {point.length} tokens, "
+        title=f"{point.layout}/{point.attention}: {point.model}, {point.phase}, {point.batch} x {point.length} tokens, "
         f"mesh X={x} Y={y} Z={z} ({point.slice}), weights {point.weights}",
         title_justify="left",
         title_style="bold",
     )
-    for name, justify in (("scope", "left"), ("tensor", "left"), ("from", "left"), ("move", "left"), ("to", "left")):
-        table.add_column(name, justify=justify, no_wrap=name != "tensor")  # pyright: ignore[reportArgumentType]
+    for name in ("scope", "tensor", "from", "move", "to"):
+        table.add_column(name, no_wrap=name != "tensor")
     table.add_column("kB a chip", justify="right")
     table.add_column("times", justify="right")
     for row in rows:

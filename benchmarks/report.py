@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +34,7 @@ class Line:
     def tokens(self) -> int:
         return self.point["batch"] * self.point["length"]
 
-    def number(self, source: str, field: str):
+    def number(self, source: str, field: str) -> Any:
         """A number of a source, None where it is missing or the point failed."""
         return self.rows.get(source, {}).get(field)
 
@@ -53,7 +54,8 @@ def title(point: Row) -> str:
     """What the lines of a table share."""
     sizes = f"batch {point['batch']}" + (f" x {point['length']} tokens" if point["length"] > 1 else "")
     context = f", context {point['context']}" if point["context"] else ""
-    return f"{point['phase']}, {sizes}{context}, {point['model']} {point['weights']} on {point.get('mesh') or point['slice']}"
+    where = point["slice"] + (f" as {point['mesh']}" if point.get("mesh") else "")
+    return f"{point['phase']}, {sizes}{context}, {point['model']} {point['weights']} on {where}"
 
 
 def show(rows: Iterable[Row], console: Console) -> None:

@@ -165,7 +165,7 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
 
 
 def _from_file(path: str) -> list[list[Point]]:
-    lines = (sys.stdin if path == "-" else Path(path).open()).read().splitlines()
+    lines = (sys.stdin.read() if path == "-" else Path(path).read_text()).splitlines()
     groups: dict[tuple, list[Point]] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -37,7 +37,7 @@ class Timing:
     def quartiles_s(self) -> tuple[float, float]:
         """First and third quartile: half of all repetitions lie between them."""
         if len(self.times_s) < 2:
-            return (self.times_s[0], self.times_s[0])
+            return (self.median_s, self.median_s)
         low, _, high = statistics.quantiles(self.times_s, n=4, method="inclusive")
         return (low, high)
 

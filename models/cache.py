@@ -1,6 +1,6 @@
 """The KV cache: one array each for K and V, all layers, carried through the pass and updated in place."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +9,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from partitioning.layouts import Layout
+from partitioning.layouts import Layout, entries
 
 
 class Cache(NamedTuple):
-    """`k` and `v`: [n_layers, B, K, S, Q], S = capacity in positions. The last two dimensions are what TPUs tile."""
+    """`k` and `v`, arrays (or shapes, or shardings) of [n_layers, B, K, S, Q], S = capacity in positions.
 
-    k: jax.Array
-    v: jax.Array
+    The last two dimensions are what TPUs tile.
+    """
+
+    k: Any
+    v: Any
 
 
 def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, ...]:
@@ -26,7 +29,7 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, ..
 
 def cache_spec(layout: Layout) -> P:
     """The spec of `Cache.k` and `Cache.v` under a layout: the layers in front are never split."""
-    return P(None, *layout.cache.partitions)
+    return P(None, *entries(layout.cache))
 
 
 def empty_cache(config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32) -> Cache:

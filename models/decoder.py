@@ -8,7 +8,7 @@ out: the cache is an argument and a result.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,22 @@ from models.cache import Cache, cache_spec, write
 from models.config import ModelConfig
 from partitioning.collectives import follow, local
 from partitioning.dataflow import norm_ladder
-from partitioning.layouts import Axes, Ladder, Layout, axes_of
+from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 
 Initializer = Callable[..., jax.Array]
 scope = jax.named_scope
 
 
 class Tokens(NamedTuple):
-    """What a pass is about: `ids` [B, L], `starts` [B] (cached positions of each row), `lengths` [B] (new tokens of
-    each row, the rest of `ids` is padding). Whole on every chip."""
+    """What a pass is about, as integer arrays (or their shapes), whole on every chip.
 
-    ids: jax.Array
-    starts: jax.Array
-    lengths: jax.Array
+    `ids` [B, L], `starts` [B] (cached positions of each row), `lengths` [B] (new tokens of each row; the rest of
+    `ids` is padding).
+    """
+
+    ids: Any
+    starts: Any
+    lengths: Any
 
 
 class Rows(NamedTuple):
@@ -167,7 +170,7 @@ class Decoder(nnx.Module):
             look_up = functools.partial(_look_up, split_axes(table, 0))
             (x,) = local(look_up, [table, layout.tokens], [layout.embed])(self.table[...], ids)
             x = follow(x, layout.embed)
-        by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(layout.cache.partitions[0], None))
+        by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))
         starts = follow(tokens.starts, by_row)
 
         def tables(starts):
@@ -218,7 +221,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.
     e = x.shape[-1]
     at = ladder[-1:]
     stat = norm_ladder(at[0]) if at else ()
-    across = (P(None), P(at[0].partitions[1])) if split_axes(at, 1) else (P(None),) if at else ()
+    across = (P(None), P(entries(at[0])[1])) if split_axes(at, 1) else (P(None),) if at else ()
 
     def scaled(x, squares, scale):
         return (x * (lax.rsqrt(squares / e + eps)[:, None] * scale.astype(jnp.float32)).astype(x.dtype),)
@@ -267,7 +270,7 @@ def attention(
             o = attend(q, k_read, v_read, jnp.zeros_like(layer), starts, span)
         return o.reshape(t, h, width), k, v
 
-    by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(layout.cache.partitions[0], None))
+    by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))
     stored, scalar = _place(layout, cache_spec(layout)), _place(layout, P())
     ins = [layout.q, layout.kv, stored, stored, scalar, by_row, by_token, by_token]
     o, k, v = local(on_shards, ins, [layout.o, stored, stored])(q, kv, *cache, layer, *rows)
@@ -276,7 +279,7 @@ def attention(
 
 def split_axes(ladder: Ladder, dim: int) -> Axes:
     """The axes that dimension `dim` is split over where the ladder ends; none where nothing is constrained."""
-    return axes_of(ladder[-1].partitions[dim]) if ladder else ()
+    return axes_of(entries(ladder[-1])[dim]) if ladder else ()
 
 
 def _place(layout: Layout, spec: P) -> Ladder:
@@ -286,7 +289,7 @@ def _place(layout: Layout, spec: P) -> Ladder:
 
 def _row_ladder(layout: Layout, like: P) -> Ladder:
     """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
-    rows = like.partitions[0]
+    rows = entries(like)[0]
     return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)
 
 

@@ -18,7 +18,7 @@ from models.decoder import Tokens
 from models.parameters import abstract, everywhere, shardings
 from models.sampling import Sampler
 from partitioning.dataflow import Pass
-from partitioning.layouts import Layout
+from partitioning.layouts import Layout, entries
 from partitioning.mesh import AXES, Shape, attach
 from partitioning.program import Program
 
@@ -179,7 +179,7 @@ def batch_multiple(*layouts: Layout, shape: Shape) -> int:
     for layout in layouts:
         for spec in (layout.cache, *layout.x[:1], *layout.tokens[-1:]):
             n = 1
-            for axis in axes_of(spec.partitions[0]):
+            for axis in axes_of(entries(spec)[0]):
                 n *= sizes[axis]
             needed.append(n)
     return max(needed)

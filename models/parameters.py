@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.weights import Canonical, pack
-from partitioning.layouts import Layout
+from partitioning.layouts import Layout, entries
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,7 +33,7 @@ def specs(params: nnx.State, layout: Layout) -> nnx.State:
         if name in ("table", "unembed"):
             return layout.table
         if name in ("w_in", "w_kv", "w_out"):
-            return P(None, *getattr(layout, name)[0].partitions)
+            return P(None, *entries(getattr(layout, name)[0]))
         return P(*[None] * len(leaf.shape))
 
     return jax.tree_util.tree_map_with_path(spec, params)

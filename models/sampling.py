@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from partitioning.collectives import follow, local
-from partitioning.layouts import Axes, Ladder, Layout, axes_of
+from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Sampler:
             [R] int32, whole on every chip.
         """
         at = layout.logits[-1:]
-        rows, axes = [axes_of(e) for e in at[0].partitions] if at else ((), ())
+        rows, axes = [axes_of(e) for e in entries(at[0])] if at else ((), ())
         by_row: Ladder = () if not at else (P(None), P(rows)) if rows else (P(None),)
 
         def choose(logits, requests, positions):

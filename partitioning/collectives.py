@@ -15,7 +15,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from partitioning.layouts import Axes, Ladder, axes_of
+from partitioning.layouts import Axes, Ladder, axes_of, entries
 from partitioning.mesh import AXES
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
@@ -56,7 +56,7 @@ class Move:
         if self.kind == "slice":
             return 0
         held = self.dst if self.kind == "all-gather" else self.src
-        local = math.prod(shape) // math.prod(sizes[a] for entry in held.partitions for a in axes_of(entry))
+        local = math.prod(shape) // math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
         k = self.group(sizes)
         return (2 if self.kind == "all-reduce" else 1) * local * itemsize * (k - 1) // k
 
@@ -75,10 +75,10 @@ def classify(src: P, dst: P) -> Move:
         ValueError: a step that takes more than one collective; a ladder has to spell it as several.
 
     Example:
-        >>> classify(P(None, "y", unreduced={"x"}), P(None, ("y", "x"))).kind
+        >>> classify(P(None, "y", unreduced=frozenset("x")), P(None, ("y", "x"))).kind
         'reduce-scatter'
     """
-    before, after = [tuple(map(axes_of, s.partitions)) for s in (src, dst)]
+    before, after = [tuple(map(axes_of, entries(s))) for s in (src, dst)]
     partial = src.unreduced - dst.unreduced
     lost = [(d, b[len(a) :]) for d, (b, a) in enumerate(zip(before, after, strict=True)) if len(b) > len(a)]
     gained = [(d, a[len(b) :]) for d, (b, a) in enumerate(zip(before, after, strict=True)) if len(a) > len(b)]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
 from partitioning.collectives import Kind, Move, moves
-from partitioning.layouts import Axes, Ladder, Layout, axes_of
+from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape
 
 
@@ -73,7 +73,7 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
     Suffix `_mlp`: of the MLP's own block, if serial. n: the parts of the vocabulary.
     """
     sizes = dict(zip(AXES, mesh, strict=True))
-    parts = axes_of(layout.logits[-1].partitions[1]) if layout.logits else ()
+    parts = axes_of(entries(layout.logits[-1])[1]) if layout.logits else ()
     heads = config.n_heads * config.d_head
     mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
     parallel = config.block == "parallel"
@@ -141,13 +141,13 @@ def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) ->
 
 def norm_ladder(at: P) -> Ladder:
     """The mean square of a norm, T or R numbers: summed over the axes that E is split over in `at` = TE."""
-    t, e = at.partitions
-    return (P(t, unreduced=set(axes_of(e))), P(t)) if axes_of(e) else (P(t),)
+    t, e = entries(at)
+    return (P(t, unreduced=frozenset(axes_of(e))), P(t)) if axes_of(e) else (P(t),)
 
 
 def pick_ladder(layout: Layout) -> Ladder:
     """Greedy sampling: every chip's best value and id of R rows, [n, 2, R] over the axes that V is split over."""
-    r, v = layout.logits[-1].partitions
+    r, v = entries(layout.logits[-1])
     return (P(v, None, r), P(None, None, r)) if axes_of(v) else (P(None, None, r),)
 
 
@@ -188,10 +188,10 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
     """
     sizes = dict(zip(AXES, mesh, strict=True))
     units = {
-        **{d: ("batch", pass_.batch) for d in ("B", "T", "R")},
-        **{d: ("n_heads", config.n_heads) for d in ("C", "G", "H")},
-        **{d: ("d_ff groups", config.mlp_groups) for d in ("C_mlp", "G_mlp")},
-        **{d: ("n_kv_heads", config.n_kv_heads) for d in ("D", "K")},
+        **dict.fromkeys(("B", "T", "R"), ("batch", pass_.batch)),
+        **dict.fromkeys(("C", "G", "H"), ("n_heads", config.n_heads)),
+        **dict.fromkeys(("C_mlp", "G_mlp"), ("d_ff groups", config.mlp_groups)),
+        **dict.fromkeys(("D", "K"), ("n_kv_heads", config.n_kv_heads)),
         "E": ("d_model", config.d_model),
         "V": ("padded vocab", config.vocab_rows),
     }
@@ -205,7 +205,7 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
     rungs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
     refused: list[tuple[int, str]] = []
     for dims, spec in rungs:
-        for dim, entry in zip(dims, spec.partitions, strict=True):
+        for dim, entry in zip(dims, entries(spec), strict=True):
             axes = tuple(a for a in AXES if a in axes_of(entry))
             n = math.prod(sizes[a] for a in axes)
             if n > 1 and dim in units and units[dim][1] % n:

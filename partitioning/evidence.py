@@ -14,7 +14,29 @@ from partitioning.layouts import Axes
 
 Verdict = Literal["as planned", "merged", "all-reduce instead of reduce-scatter", "split", "extra", "missing"]
 
-SCOPES = frozenset("embed layer attention mlp x norm w_in h kv w_kv q attend o g w_out out rows logits sample".split())
+SCOPES = frozenset(
+    [
+        "embed",
+        "layer",
+        "attention",
+        "mlp",
+        "x",
+        "norm",
+        "w_in",
+        "h",
+        "kv",
+        "w_kv",
+        "q",
+        "attend",
+        "o",
+        "g",
+        "w_out",
+        "out",
+        "rows",
+        "logits",
+        "sample",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)

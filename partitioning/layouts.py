@@ -2,7 +2,7 @@
 
 A field of `Layout` is a ladder: the specs of one tensor in the order in which it takes them on. Each step of a
 ladder is one move, and one move is one collective (`partitioning.collectives` runs and prices it). The first rung
-says how the tensor comes out of what made it: `unreduced={"x"}` is the paper's (partialsum-x).
+says how the tensor comes out of what made it: `unreduced=frozenset("x")` is the paper's (partialsum-x).
 
 Decides what is sharded over which axis. Leaves to others the sizes (`partitioning.dataflow`), the collective
 (`partitioning.collectives`) and the devices (`partitioning.mesh`). Knows no model but the number of its KV heads.
@@ -21,7 +21,7 @@ import difflib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
@@ -85,19 +85,24 @@ class Layout:
         return dataclasses.replace(self, **changed)
 
 
-def axes_of(entry: object) -> Axes:
+def entries(spec: P) -> tuple[Any, ...]:
+    """A spec's entries, one a dimension, also where it has `unreduced` axes."""
+    return tuple(spec.partitions)
+
+
+def axes_of(entry: Any) -> Axes:
     """The axes of one entry of a spec: `None`, a name or a tuple of names."""
     if entry is None:
         return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)  # pyright: ignore[reportGeneralTypeIssues]
+    return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def trim(spec: P, sizes: Mapping[str, int]) -> P:
     """`spec` without the axes of size 1, in its shortest spelling."""
-    kept = [tuple(a for a in axes_of(e) if sizes[a] > 1) for e in spec.partitions]
+    kept = [tuple(a for a in axes_of(e) if sizes[a] > 1) for e in entries(spec)]
     return P(
         *(None if not axes else axes[0] if len(axes) == 1 else axes for axes in kept),
-        unreduced={a for a in spec.unreduced if sizes[a] > 1},
+        unreduced=frozenset(a for a in spec.unreduced if sizes[a] > 1),
     )
 
 
@@ -115,7 +120,7 @@ def _attend(attention: Attention, *, batch: Axes, heads: Axes, partial: Axes, w_
     split = P(batch, heads, None)
     source = P(batch, e)
     if attention == "heads":
-        made = P(batch, w_kv, unreduced=set(partial))
+        made = P(batch, w_kv, unreduced=frozenset(partial))
         return {
             "x_kv": (source,),
             "kv": (made, P(batch, kv)),
@@ -128,14 +133,14 @@ def _attend(attention: Attention, *, batch: Axes, heads: Axes, partial: Axes, w_
     if w_kv:  # like Q: heads to batch, then what is left of the batch is cut off
         x_kv = (source,)
         kv_ladder = (
-            P(batch, w_kv, unreduced=set(partial)),
-            P(batch + w_kv, None, unreduced=set(partial)),
-            P(before, None, unreduced=set(partial)),
+            P(batch, w_kv, unreduced=frozenset(partial)),
+            P(batch + w_kv, None, unreduced=frozenset(partial)),
+            P(before, None, unreduced=frozenset(partial)),
             P(every, None),
         )
     else:  # multiquery: K and V are made on the batch slice that they end on
         x_kv = (source, P(before, e))
-        kv_ladder = (P(before, None, unreduced=set(partial)), P(every, None))
+        kv_ladder = (P(before, None, unreduced=frozenset(partial)), P(every, None))
     return {
         "x_kv": x_kv,
         "kv": kv_ladder,
@@ -155,11 +160,11 @@ def ws1d(attention: Attention, kv: Axes) -> Layout:
         w_kv=(P(None, kv),),
         w_out=(P(ZYX, None),),
         tokens=(P(None),),
-        embed=(P(None, None, unreduced=set(XYZ)), P(None, XYZ)),
+        embed=(P(None, None, unreduced=frozenset(XYZ)), P(None, XYZ)),
         x=(P(None, XYZ), P(None, None)),
         h=(P(None, ZYX),),
         g=(P(None, ZYX),),
-        out=(P(None, None, unreduced=set(XYZ)), P(None, XYZ)),
+        out=(P(None, None, unreduced=frozenset(XYZ)), P(None, XYZ)),
         rows=(P(None, XYZ), P(None, None)),
         logits=(P(None, ZYX),),
         ids=(P(None),),
@@ -178,13 +183,13 @@ def ws2d(attention: Attention, kv: Axes) -> Layout:
         w_kv=(P("x", kv_zy),),
         w_out=(P(ZY, "x"),),
         tokens=(P(None),),
-        embed=(P(None, "x", unreduced={"y", "z"}), P(None, XYZ)),
+        embed=(P(None, "x", unreduced=frozenset("yz")), P(None, XYZ)),
         x=(P(None, XYZ), P(None, "x")),
-        h=(P(None, ZY, unreduced={"x"}), P(None, ZYX)),
+        h=(P(None, ZY, unreduced=frozenset("x")), P(None, ZYX)),
         g=(P(None, ZYX), P(None, ZY)),
-        out=(P(None, "x", unreduced={"y", "z"}), P(None, XYZ)),
+        out=(P(None, "x", unreduced=frozenset("yz")), P(None, XYZ)),
         rows=(P(None, XYZ), P(None, "x")),
-        logits=(P(None, ZY, unreduced={"x"}), P(None, ZYX)),
+        logits=(P(None, ZY, unreduced=frozenset("x")), P(None, ZYX)),
         ids=(P(None),),
         **_attend(attention, batch=(), heads=ZYX, partial=("x",), w_kv=kv_zy, kv=kv, e=("x",)),
     )
@@ -200,14 +205,14 @@ def wgx(attention: Attention, kv: Axes) -> Layout:
         w_kv=(P("x", kv_zy), P(None, kv_zy)),
         w_out=(P(ZY, "x"), P(ZY, None)),
         embed=(
-            P(None, "x", unreduced={"y", "z"}),
-            P("x", None, unreduced={"y", "z"}),
+            P(None, "x", unreduced=frozenset("yz")),
+            P("x", None, unreduced=frozenset("yz")),
             P("x", ("y", "z")),
         ),
         x=(P("x", ("y", "z")), P("x", None)),
         h=(P("x", ZY),),
         g=(P("x", ZY),),
-        out=(P("x", None, unreduced={"y", "z"}), P("x", ("y", "z"))),
+        out=(P("x", None, unreduced=frozenset("yz")), P("x", ("y", "z"))),
         rows=(P("x", ("y", "z")), P("x", None), P(None, "x")),
         **_attend(attention, batch=("x",), heads=ZY, partial=(), w_kv=kv_zy, kv=kv_zy, e=()),
     )
@@ -225,15 +230,15 @@ def wgxy(attention: Attention, kv: Axes) -> Layout:
         w_kv=(P("x", kv_zy), P(None, kv_zy), P(None, kv_z)),
         w_out=(P(ZY, "x"), P(ZY, None), P("z", None)),
         embed=(
-            P(None, "x", unreduced={"y", "z"}),
-            P("y", "x", unreduced={"z"}),
-            P(yx, None, unreduced={"z"}),
+            P(None, "x", unreduced=frozenset("yz")),
+            P("y", "x", unreduced=frozenset("z")),
+            P(yx, None, unreduced=frozenset("z")),
             P(yx, "z"),
         ),
         x=(P(yx, "z"), P(yx, None)),
         h=(P(yx, "z"),),
         g=(P(yx, "z"),),
-        out=(P(yx, None, unreduced={"z"}), P(yx, "z")),
+        out=(P(yx, None, unreduced=frozenset("z")), P(yx, "z")),
         rows=(P(yx, "z"), P(yx, None), P("y", "x"), P(None, "x")),
         **_attend(attention, batch=yx, heads=("z",), partial=(), w_kv=kv_z, kv=kv_z, e=()),
     )
@@ -242,7 +247,6 @@ def wgxy(attention: Attention, kv: Axes) -> Layout:
 def wgxyz(attention: Attention, kv: Axes) -> Layout:
     """XYZ weight-gathered: batch over all chips, whole weights gathered, no activation moves. Section 3.2.3."""
     kv_zy = tuple(a for a in kv if a != "x")
-    kv_z = tuple(a for a in kv if a == "z")
     return dataclasses.replace(
         ws2d(attention, kv),
         name="wgxyz",
@@ -250,7 +254,7 @@ def wgxyz(attention: Attention, kv: Axes) -> Layout:
         w_kv=(P("x", kv_zy), P(None, kv_zy), P(None, None)),
         w_out=(P(ZY, "x"), P(ZY, None), P(None, None)),
         embed=(
-            P(None, "x", unreduced={"y", "z"}),
+            P(None, "x", unreduced=frozenset("yz")),
             P(ZY, "x"),
             P(ZYX, None),
         ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh
 
-AXES = ("x", "y", "z")
+AXES: tuple[str, ...] = ("x", "y", "z")
 Shape = tuple[int, int, int]
 
 
@@ -115,10 +115,7 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True) -> Mesh:
     n = math.prod(shape)
     if len(devices) < n:
         raise ValueError(f"mesh={'x'.join(map(str, shape))} needs {n} devices, but there are {len(devices)}")
-    if platform == "tpu":
-        placed = _on_torus(devices, shape)
-    else:
-        placed = np.array(devices[:n]).reshape(shape)
+    placed = _on_torus(devices, shape) if platform == "tpu" else np.array(devices[:n]).reshape(shape)
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 3)
 
 

@@ -11,8 +11,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ class Program:
         return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
 
     @functools.cached_property
-    def jitted(self) -> Callable:
+    def jitted(self) -> Any:
         """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated."""
         graph, _ = abstract(self.config, self.dtype)
 
@@ -151,7 +152,10 @@ class Program:
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Collects what is written to file descriptor 2, XLA's own warnings included, and writes it on afterwards."""
+    """Collects what is written to file descriptor 2, XLA's own warnings included.
+
+    All of it is written on afterwards, but for notes on rematerialisation: who compiles has them from here.
+    """
     lines: list[str] = []
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
@@ -164,7 +168,7 @@ def captured_stderr() -> Iterator[list[str]]:
             os.dup2(saved, 2)
             os.close(saved)
             held.seek(0)
-            said = held.read()
-            lines += said.decode(errors="replace").splitlines()
-            if said:
-                os.write(2, said)
+            lines += held.read().decode(errors="replace").splitlines()
+            other = [line for line in lines if "rematerialization" not in line]
+            if other:
+                os.write(2, "".join(f"{line}\n" for line in other).encode())

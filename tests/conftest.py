@@ -8,9 +8,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-import jax  # noqa: E402
+import jax
 
-from partitioning.mesh import fake_cpu_devices  # noqa: E402
+from partitioning.mesh import fake_cpu_devices
 
 fake_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

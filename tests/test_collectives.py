@@ -1,5 +1,7 @@
 """One move, one collective: kinds, bytes, and that running one never changes the array."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -20,11 +22,23 @@ SIZES = {"x": 2, "y": 2, "z": 2}
     [
         (P(None, ("x", "y")), P(None, "x"), "all-gather", ("y",), 16 * 16 * 4 // 2),
         (P(None, "x"), P("y", "x"), "slice", ("y",), 0),
-        (P(None, "z", unreduced={"x"}), P(None, ("z", "x")), "reduce-scatter", ("x",), 16 * 16 * 4 // 2),
-        (P(None, None, unreduced={"x", "y"}), P(("y", "x"), None), "reduce-scatter", ("y", "x"), 16 * 32 * 4 * 3 // 4),
-        (P("z", None, unreduced={"x"}), P("z", None), "all-reduce", ("x",), 2 * 8 * 32 * 4 // 2),
+        (P(None, "z", unreduced=frozenset("x")), P(None, ("z", "x")), "reduce-scatter", ("x",), 16 * 16 * 4 // 2),
+        (
+            P(None, None, unreduced=frozenset("xy")),
+            P(("y", "x"), None),
+            "reduce-scatter",
+            ("y", "x"),
+            16 * 32 * 4 * 3 // 4,
+        ),
+        (P("z", None, unreduced=frozenset("x")), P("z", None), "all-reduce", ("x",), 2 * 8 * 32 * 4 // 2),
         (P(None, ("z", "y")), P(("z", "y"), None), "all-to-all", ("z", "y"), 16 * 8 * 4 * 3 // 4),
-        (P(None, "x", unreduced={"z"}), P("x", None, unreduced={"z"}), "all-to-all", ("x",), 16 * 16 * 4 // 2),
+        (
+            P(None, "x", unreduced=frozenset("z")),
+            P("x", None, unreduced=frozenset("z")),
+            "all-to-all",
+            ("x",),
+            16 * 16 * 4 // 2,
+        ),
     ],
 )
 def test_kinds_and_bytes(src, dst, kind, axes, n_bytes):
@@ -38,9 +52,9 @@ def test_kinds_and_bytes(src, dst, kind, axes, n_bytes):
     [
         (P("x", "y"), P(None, None)),  # two gathers
         (P(None, ("x", "y")), P(None, "y")),  # gathers the major axis: the parts would be out of order
-        (P(None, None, unreduced={"x"}), P(None, "y")),  # reduces one axis, scatters over another
+        (P(None, None, unreduced=frozenset("x")), P(None, "y")),  # reduces one axis, scatters over another
         (P("x", None), P("y", None)),  # a permutation
-        (P(None, None), P(None, None, unreduced={"x"})),  # sums do not come apart
+        (P(None, None), P(None, None, unreduced=frozenset("x"))),  # sums do not come apart
         (P(None, ("x", "y")), P(("y", "x"), None)),  # an all-to-all that changes the order of the axes
     ],
 )
@@ -61,7 +75,7 @@ def every_step():
                     continue
                 for ladder in vars(made).values():
                     if isinstance(ladder, tuple) and not isinstance(ladder, P):
-                        found |= {(a, b) for a, b in zip(ladder, ladder[1:], strict=False)}
+                        found |= {(a, b) for a, b in itertools.pairwise(ladder)}
     return sorted(found, key=str)
 
 

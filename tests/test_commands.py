@@ -22,7 +22,7 @@ POINT = {
     "attention": "batch",
     "weights": "f32",
 }
-SMALL = "--phases decode --batches 8 --context 16 --attention batch --repeats 1".split()
+SMALL = ["--phases", "decode", "--batches", "8", "--context", "16", "--attention", "batch", "--repeats", "1"]
 
 
 def refused(capsys, command, *argv) -> str:

@@ -194,7 +194,13 @@ def test_arrays_give_what_numbers_give(kind, axes):
     ],
 )
 def test_bad_questions_are_refused(change, rule):
-    question: dict[str, Any] = dict(kind="all-gather", bytes_received=1.0, axes="xyz", mesh=(4, 4, 4), chip=V4) | change
+    question: dict[str, Any] = {
+        "kind": "all-gather",
+        "bytes_received": 1.0,
+        "axes": "xyz",
+        "mesh": (4, 4, 4),
+        "chip": V4,
+    } | change
     with pytest.raises(ValueError, match=rule):
         seconds(**question)
 

@@ -20,13 +20,13 @@ def wgz(attention: Attention, kv: Axes) -> Layout:
         w_in=(P("x", ("y", "z")), P("x", "y")),
         w_kv=(P("x", None),),
         w_out=(P(("y", "z"), "x"), P("y", "x")),
-        embed=(P(None, "x", unreduced={"y", "z"}), P("z", "x", unreduced={"y"}), P("z", ("x", "y"))),
+        embed=(P(None, "x", unreduced=frozenset("yz")), P("z", "x", unreduced=frozenset("y")), P("z", ("x", "y"))),
         x=(P("z", ("x", "y")), P("z", "x")),
-        h=(P("z", "y", unreduced={"x"}), P("z", ("y", "x"))),
+        h=(P("z", "y", unreduced=frozenset("x")), P("z", ("y", "x"))),
         g=(P("z", ("y", "x")), P("z", "y")),
-        out=(P("z", "x", unreduced={"y"}), P("z", ("x", "y"))),
+        out=(P("z", "x", unreduced=frozenset("y")), P("z", ("x", "y"))),
         rows=(P("z", ("x", "y")), P("z", "x"), P(None, "x")),
-        logits=(P(None, ("y", "z"), unreduced={"x"}), P(None, ("y", "z", "x"))),
+        logits=(P(None, ("y", "z"), unreduced=frozenset("x")), P(None, ("y", "z", "x"))),
         **_attend(attention, batch=("z",), heads=yzx[1:], partial=("x",), w_kv=(), kv=(), e=("x",)),
     )
 
