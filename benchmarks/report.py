@@ -17,6 +17,7 @@ from benchmarks.cli import InputError, guarded
 from benchmarks.rows import DamagedResults, Row, Rows
 
 PICTURES = ("latency", "bytes")
+COMPARATORS = ("replicated", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +110,23 @@ def verdict(line: Line) -> str:
 
 
 def summary(everything: dict[str, list[Line]]) -> list[str]:
-    """One sentence per group: what was fastest, and which kind of layout that is."""
+    """One sentence per group: which of the paper's layouts was fastest, and how the comparators did."""
     sentences = []
     for name, lines in everything.items():
-        timed = [line for line in lines if line.number("measured", "latency_s")]
-        if timed:
-            best = min(timed, key=lambda line: line.number("measured", "latency_s"))
-            kind = {"w": "weight-stationary" if best.label.startswith("ws") else "weight-gathered"}.get(best.label[0])
+        timed = sorted((x for x in lines if x.number("measured", "latency_s")), key=_latency)
+        own = [x for x in timed if x.point["layout"] not in COMPARATORS]
+        if own:
+            kinds = {"ws": " (weight-stationary)", "wg": " (weight-gathered)"}
+            others = [f"{x.label} {_digits(_latency(x))}" for x in timed if x not in own]
             sentences.append(
-                f"{best.tokens} tokens ({name.split(',')[0]}): {best.label}{f', {kind},' if kind else ''} is fastest, "
-                f"{best.number('measured', 'latency_s') * 1e3:.1f} ms"
+                f"{own[0].tokens} tokens, {name.split(',')[0]}: fastest is {own[0].label}{kinds.get(own[0].label[:2], '')}, "
+                f"{_digits(_latency(own[0]))} ms" + (f"; comparators: {', '.join(others)} ms" if others else "")
             )
     return sentences
+
+
+def _latency(line: Line) -> float:
+    return line.number("measured", "latency_s")
 
 
 def markdown(rows: Sequence[Row]) -> str:

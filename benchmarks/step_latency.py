@@ -28,7 +28,7 @@ from partitioning.layouts import LAYOUTS, layout
 from partitioning.point import Point
 
 DECODE_CONTEXT = 256
-PREFILL_LENGTHS = (16, 512)
+PREFILL_LENGTHS = (16, 256)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -85,7 +85,8 @@ def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: 
     """Times all steps in turn, round after round.
 
     Args:
-        steps: the contenders; each is run twice before the clock starts.
+        steps: the contenders; each is run once before the clock starts, and once more to see how long it takes, which
+            counts as its first repetition.
         repeats: rounds for each that can do them within its budget.
         budget_s: about how long one contender may take altogether; a slow one is timed less often, but `least` times.
     """
@@ -98,11 +99,11 @@ def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: 
     rounds = [max(least, min(repeats, int(budget_s / w))) for w in warm]
     if jax.process_count() > 1:  # all processes must run the same programs equally often
         rounds = [int(r) for r in multihost_utils.broadcast_one_to_all(np.array(rounds))]
-    times: list[list[float]] = [[] for _ in steps]
+    times = [[w] for w in warm]
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in range(max(rounds)):
+        for i in range(1, max(rounds)):
             for step, taken, n in zip(steps, times, rounds, strict=True):
                 if i < n:
                     taken.append(_seconds(step))
