@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = argv
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"toruslab: unknown command {name!r}{hint} Known: {', '.join(COMMANDS)}", file=sys.stderr)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        print(f"error: unknown command {name!r}{hint} Known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     return guarded(importlib.import_module(COMMANDS[name][0]).main, rest)
 

@@ -79,6 +79,11 @@ def _params(point: Point, mesh: Mesh, dtype, seed: int) -> nnx.State:
     return _placed[key]
 
 
+def clear() -> None:
+    """Lets go of the weights that were kept."""
+    _placed.clear()
+
+
 @functools.lru_cache(maxsize=8)
 def _mesh(shape: Shape, chip: str, explicit: bool) -> Mesh:
     return attach(shape, chip=chip, explicit=explicit)

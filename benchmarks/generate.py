@@ -80,12 +80,10 @@ def run(options: argparse.Namespace) -> int:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         chunk = min(options.chunk or longest, longest)
-        padded = -(-longest // chunk) * chunk
-        capacity = options.cache or max(padded, longest + options.max_new_tokens)
-        if longest + options.max_new_tokens > capacity or padded > capacity:
+        capacity = options.cache or longest + options.max_new_tokens
+        if longest + options.max_new_tokens - 1 > capacity:
             raise ValueError(
-                f"cache={capacity} is too small for a prompt of {longest} tokens "
-                f"(prefilled as {padded}) and {options.max_new_tokens} new ones"
+                f"cache={capacity} is too small for a prompt of {longest} tokens and {options.max_new_tokens} new ones"
             )
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from None
@@ -140,11 +138,12 @@ def _layout(text_: str, field: str, shape, n_kv_heads: int) -> Layout:
 
 
 def _print(prompt: np.ndarray, ids: np.ndarray, options: argparse.Namespace) -> None:
+    said = text.decode(np.where(ids < text.VOCAB, ids, 0xFF))  # no byte: shown as U+FFFD
     if options.json:
-        row = {"prompt": text.decode(prompt), "text": text.decode(ids), "ids": ids.tolist()}
+        row = {"prompt": text.decode(prompt), "text": said, "ids": ids.tolist()}
         print(json.dumps({**row, "prefill": options.prefill, "decode": options.decode, "seed": options.seed}))
     else:
-        print(text.decode(prompt) + text.decode(ids))
+        print(text.decode(prompt) + said)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli import InputError, guarded
-from benchmarks.rows import DamagedResults, Row, Rows
+from benchmarks.rows import Row, Rows
 
 PICTURES = ("latency", "bytes")
 COMPARATORS = ("replicated", "auto")
@@ -116,13 +116,18 @@ def summary(everything: dict[str, list[Line]]) -> list[str]:
         timed = sorted((x for x in lines if x.number("measured", "latency_s")), key=_latency)
         own = [x for x in timed if x.point["layout"] not in COMPARATORS]
         if own:
-            kinds = {"ws": " (weight-stationary)", "wg": " (weight-gathered)"}
             others = [f"{x.label} {_digits(_latency(x))}" for x in timed if x not in own]
             sentences.append(
-                f"{own[0].tokens} tokens, {name.split(',')[0]}: fastest is {own[0].label}{kinds.get(own[0].label[:2], '')}, "
+                f"{own[0].tokens} tokens, {name.split(',')[0]}: fastest is {own[0].label} ({_kind(own[0])}), "
                 f"{_digits(_latency(own[0]))} ms" + (f"; comparators: {', '.join(others)} ms" if others else "")
             )
     return sentences
+
+
+def _kind(line: Line) -> str:
+    """By the plan: whether weights move."""
+    planned = line.number("analytic", "collectives") or ()
+    return "weight-gathered" if any(c["scope"].endswith("/w_in") for c in planned) else "weight-stationary"
 
 
 def _latency(line: Line) -> float:
@@ -262,10 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = folder / "rows.jsonl"
     if not path.exists():
         raise InputError(f"folder={str(folder)!r} holds no rows.jsonl")
-    try:
-        rows = Rows(path).rows
-    except DamagedResults as error:
-        raise InputError(str(error)) from None
+    rows = Rows(path).rows
+    if not rows:
+        raise InputError(f"folder={str(folder)!r} holds no rows yet")
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     for written in write(rows, folder):
         print(written)

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cli import InputError
 from partitioning.point import Point
 
 Row = dict[str, Any]
 
 
-class DamagedResults(ValueError):
+class DamagedResults(InputError):
     """A results file that holds something else than rows."""
 
 
@@ -66,7 +67,8 @@ def read(path: Path) -> Iterator[Row]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            if not isinstance(row["point"], dict) or not isinstance(row["source"], str):
+            Point.from_json(row["point"])
+            if not isinstance(row["source"], str):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise DamagedResults(
@@ -97,12 +99,18 @@ def environment(seed: int) -> Row:
 
 def commit() -> str | None:
     """The checkout's commit, `+` behind it when files differ; None outside a checkout."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return head.strip() + ("+" if changes() else "") if head else None
+
+
+def changes() -> str:
+    """What differs from the commit."""
+    return _git("diff", "HEAD")
+
+
+def _git(*args: str) -> str:
     here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return ""

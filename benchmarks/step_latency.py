@@ -11,7 +11,9 @@ continues where it stopped when it is started again with the same options; a fin
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +24,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 
 from benchmarks import processes
 from benchmarks.cli import InputError, guarded
-from benchmarks.rows import DamagedResults, Row, Rows, commit, environment
+from benchmarks.rows import Row, Rows, changes, commit, environment
 from models import text
-from partitioning.layouts import LAYOUTS, layout
+from partitioning.layouts import LAYOUTS, NoAxisLeft, layout
+from partitioning.mesh import Slice, attach
 from partitioning.point import Point
 
 DECODE_CONTEXT = 256
@@ -43,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--layouts", default=",".join(LAYOUTS), help="default: %(default)s")
     p.add_argument("--attention", default="heads,batch", help="default: %(default)s, where it makes sense")
     p.add_argument("--phases", default="decode,prefill", help="default: %(default)s")
-    p.add_argument("--batches", default="8,128", help="sequences per decode step (default: %(default)s)")
+    p.add_argument("--batches", help="sequences per decode step (default: 8,128, or a chip each and 16 a chip)")
     p.add_argument("--context", type=int, default=DECODE_CONTEXT, help="cached tokens in decode (default: %(default)s)")
-    p.add_argument("--prefill-batch", type=int, default=8, help="sequences per prefill (default: %(default)s)")
+    p.add_argument("--prefill-batch", type=int, help="sequences per prefill (default: 8, or a chip each)")
     p.add_argument(
         "--lengths",
         default=",".join(map(str, PREFILL_LENGTHS)),
@@ -69,34 +72,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a point failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(argv)
-    groups = grid(options)
-    points = [p for group in groups for p in group]
-    corpus = _text(options, points)
     for field, least in (("repeats", 1), ("processes", 1), ("seed", 0)):
         if getattr(options, field) < least:
             raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
-    if points[0].chip not in ("cpu", "gpu") and options.platform in ("cpu", "gpu"):
-        raise InputError(
-            f"platform={options.platform!r} does not fit slice={points[0].slice}: use --slice {options.platform}:DIMS"
-        )
-
-    if points[0].n_chips % options.processes:
-        raise InputError(f"processes={options.processes} does not divide the {points[0].n_chips} chips of the slice")
+    if not 0 < options.budget < math.inf:
+        raise InputError(f"budget={options.budget} must be a positive number of seconds")
+    groups = grid(options)
+    points = [p for group in groups for p in group]
+    first = points[0]
+    if any(p.weights == "int8" for p in points):
+        raise InputError("weights='int8' can be planned, but not run yet; use f32 or bf16")
+    corpus = _text(options, points)
+    wanted = first.chip if first.chip in ("cpu", "gpu") else "tpu"
+    platform = options.platform or wanted
+    if platform != wanted:
+        raise InputError(f"platform={platform!r} does not fit slice={first.slice}, whose chips are {wanted}")
+    if first.n_chips % options.processes:
+        raise InputError(f"processes={options.processes} does not divide the {first.n_chips} chips of the slice")
     if options.processes > 1 and not processes.is_started():
-        if options.platform == "tpu":
+        if platform != "cpu":
             raise InputError(
-                "processes is for one machine; on a TPU slice start the same command on every host without it"
+                "processes is for fake CPU devices; on a TPU slice start the same command on every host without it"
             )
+        if options.points == "-":
+            raise InputError("points='-' cannot be shared by several processes; put the points in a file")
         Rows(options.out / "rows.jsonl")  # refuses damaged results before anything starts
         return processes.start_locally("benchmarks.step_latency", argv, options.processes)
-    platform = options.platform or (points[0].chip if points[0].chip in ("cpu", "gpu") else "tpu")
-    chips = points[0].n_chips
-    processes.join(platform, chips, options.processes)
+    processes.join(platform, first.n_chips, options.processes)
+    try:
+        attach(first.mesh_shape, chip=first.chip)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"slice={first.slice}: {str(error).splitlines()[0]}") from None
 
     import jax
 
     speaks = jax.process_index() == 0
-    run = Run(options, speaks)
+    run = Run(options, speaks, [p.to_json() for p in points], corpus)
     console = Console(stderr=True, quiet=not speaks)
     with Progress(
         TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
@@ -105,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group in groups:
             for point in run_group(group, run, corpus):
                 progress.update(task, advance=1, description=f"{point.phase} {point.layout}/{point.attention}")
-    if not speaks:
+    if not run.rows:
         return 0
-    run.finish()
     if not options.json:
         from benchmarks.report import show, write
 
         show(run.rows.rows, Console(width=None if sys.stdout.isatty() else 120))
         for path in write(run.rows.rows, options.out):
             print(path)
+    run.finish()
     failed = [r for r in run.rows.rows if "error" in r and not run.rows.find(Point.from_json(r["point"]), r["source"])]
     for row in failed:
         print(f"failed: {row['point']['layout']}/{row['point']['attention']} {row['error']}", file=sys.stderr)
@@ -130,9 +141,10 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
         if options.points:
             return _from_file(options.points)
         names, attentions = options.layouts.split(","), options.attention.split(",")
+        each = max(8, Slice.parse(options.slice).n_chips)
         passes = {
-            "decode": [(b, 1, options.context) for b in _numbers("batches", options.batches)],
-            "prefill": [(options.prefill_batch, n, 0) for n in _numbers("lengths", options.lengths)],
+            "decode": [(b, 1, options.context) for b in _numbers("batches", options.batches or f"{each},{16 * each}")],
+            "prefill": [(options.prefill_batch or each, n, 0) for n in _numbers("lengths", options.lengths)],
         }
         groups = []
         for phase in options.phases.split(","):
@@ -157,8 +169,6 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
                         if len(attentions) == 1 or _makes_sense(name, attention)
                     ]
                 )
-        if options.weights == "int8":
-            raise ValueError("weights='int8' can be planned, but not run yet; use f32 or bf16")
         return groups
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
@@ -192,10 +202,8 @@ def _numbers(field: str, value: str) -> list[int]:
 def _makes_sense(name: str, attention: str) -> bool:
     try:
         layout(name, attention, (2, 2, 2), 1)
-    except ValueError as error:
-        if "makes no sense" in str(error):
-            return False
-        raise
+    except NoAxisLeft:
+        return False
     return True
 
 
@@ -218,10 +226,11 @@ def _text(options: argparse.Namespace, points: list[Point]) -> str:
 class Run:
     """Where the rows of one run go, and what an interrupted one has left."""
 
-    def __init__(self, options: argparse.Namespace, speaks: bool):
-        self.options, self.speaks = options, speaks
-        folder: Path = options.out
-        settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "json")} | {"commit": commit()}
+    def __init__(self, options: argparse.Namespace, speaks: bool, points: list[Row], corpus: str):
+        self.options = options
+        folder: Path = options.out.resolve()
+        settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "json", "points", "text")}
+        settings |= {"points": points, "text": _digest(corpus), "commit": commit(), "changes": _digest(changes())}
         marker, done = folder / "settings.json", folder / "finished"
         try:
             if speaks and folder.exists() and (done.exists() or _load(marker) != settings):
@@ -230,19 +239,17 @@ class Run:
             if speaks:
                 folder.mkdir(parents=True, exist_ok=True)
                 marker.write_text(json.dumps(settings, indent=1))
-            self.rows = Rows(folder / "rows.jsonl") if speaks else Rows(Path("/nonexistent"))
-        except DamagedResults as error:
-            raise InputError(str(error)) from None
+            self.rows = Rows(folder / "rows.jsonl") if speaks else None
         except OSError as error:
             raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
         self.environment = environment(options.seed)
-        if options.json and speaks:
+        if options.json and self.rows:
             for row in self.rows.rows:
                 print(json.dumps(row), flush=True)
 
     def add(self, point: Point, source: str, numbers: Row) -> None:
-        """Keeps a row, and prints it under `--json`."""
-        if self.speaks:
+        """Keeps a row, and prints it under `--json`; not a second time what an interrupted run has left."""
+        if self.rows and not self.rows.find(point, source):
             row = {"point": point.to_json(), "source": source, **numbers, "environment": self.environment}
             self.rows.add(row)
             if self.options.json:
@@ -254,7 +261,7 @@ class Run:
         import numpy as np
         from jax.experimental import multihost_utils
 
-        found = self.speaks and self.rows.find(point, "measured") is not None
+        found = bool(self.rows and self.rows.find(point, "measured"))
         return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
 
     def finish(self) -> None:
@@ -269,6 +276,10 @@ def _load(path: Path) -> object:
         return None
 
 
+def _digest(text_: str) -> str:
+    return hashlib.sha256(text_.encode()).hexdigest()[:16]
+
+
 def _put_aside(folder: Path) -> None:
     """Moves an earlier run's folder away; its results stay, under a number."""
     if not (folder / "rows.jsonl").exists():
@@ -281,7 +292,7 @@ def _put_aside(folder: Path) -> None:
 
 def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
     """Plans, compiles and times the points of one group against each other; yields each as it is ready."""
-    from benchmarks.contenders import Contender, analytic, prepare
+    from benchmarks.contenders import Contender, analytic, clear, prepare
 
     todo = [p for p in group if not run.has(p)]
     contenders: list[Contender] = []
@@ -300,6 +311,7 @@ def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
     timings = interleaved([c.step for c in contenders], repeats=options.repeats, budget_s=options.budget)
     for contender, timing in zip(contenders, timings, strict=True):
         run.add(contender.point, "measured", timing.numbers())
+    clear()
 
 
 def _try(run: Run, point: Point, source: str, work: Callable):

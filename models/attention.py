@@ -27,21 +27,29 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: jax.Array, span: int) -> jax.Array:
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: jax.Array,
+    starts: jax.Array,
+    kv_first: jax.Array | int = 0,
+    kv_heads: int | None = None,
+) -> jax.Array:
     """Softmax attention of new tokens over the cached positions up to each one's own.
 
     Args:
-        q: [b, L, h, Q], turned by RoPE; h is a multiple of k's heads, which are shared by equal runs of q heads.
+        q: [b, L, h, Q], turned by RoPE; equal runs of its heads share a KV head.
         k, v: [n_layers, b, k, S, Q], the new positions already written.
         layer: index of the layer, a scalar.
         starts: [b], position of each row's first new token.
-        span: positions at and beyond it are known to be out of reach, so they are not read; static, at most S.
+        kv_first, kv_heads: which of the KV heads these q heads read: so many, from this one on; all by default.
 
     Returns:
         [b, L, h, Q].
     """
     b, length, h, width = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, span = kv_heads or k.shape[2], k.shape[3]
     group = h // kv_heads
     q = (
         q.reshape(b, length, kv_heads, group, width)
@@ -56,7 +64,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, starts: j
 
     def read(cache, first, size):
         """[b, k, size, Q] of the layer."""
-        return lax.dynamic_slice(cache, (layer, 0, 0, first, 0), (1, b, kv_heads, size, width))[0]
+        return lax.dynamic_slice(cache, (layer, 0, kv_first, first, 0), (1, b, kv_heads, size, width))[0]
 
     def scores(first, size, seen_before):
         """[b, k, gL, size], float32, -inf where a token may not look."""

@@ -68,7 +68,7 @@ class Block(nnx.Module):
         self.w_out = nnx.Param(weight(rngs.params(), (n, g, e), dtype))
 
     def __call__(
-        self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout, span: int
+        self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout
     ) -> tuple[jax.Array, Cache]:
         """One layer of the block on the residual stream `x` = TE, as `layout.x` begins."""
         config = self.config
@@ -91,7 +91,7 @@ class Block(nnx.Module):
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
-                o, cache = attention(q, kv, cache, layer, rows, config, layout, span)
+                o, cache = attention(q, kv, cache, layer, rows, config, layout)
             with scope("o"):
                 parts = (follow(o, layout.o), *parts[1:])
         ins = [layout.o] * self.has_attention + [layout.h[-1:]] * self.has_mlp
@@ -148,15 +148,16 @@ class Decoder(nnx.Module):
             self.unembed = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
 
     def __call__(
-        self, tokens: Tokens, cache: Cache, layout: Layout, *, span: int | None = None, all_logits: bool = False
+        self, tokens: Tokens, cache: Cache, layout: Layout, *, all_logits: bool = False
     ) -> tuple[jax.Array, Cache]:
         """One pass over new tokens: prefill, a chunk of one, or a decode step.
 
         Args:
-            tokens: what to run; rows may differ in start and length.
+            tokens: what to run; rows may differ in start and length. `starts + L`, padding included, must not
+                exceed the cache's capacity: who makes the tokens checks it (`models.generate` does), a traced program
+                cannot.
             cache: in the layout's cache spec; donate it.
             layout: already made for the ambient mesh (`Layout.on`).
-            span: no token reaches position `span` or beyond; default: the cache's capacity.
             all_logits: logits of every token, padding included, instead of each row's last.
 
         Returns:
@@ -188,7 +189,7 @@ class Decoder(nnx.Module):
             modules = nnx.merge(graphs, params)
             for name in blocks:
                 with scope(name):
-                    x, cache = modules[name](x, cache, layer, rows, layout, span or cache.k.shape[3])
+                    x, cache = modules[name](x, cache, layer, rows, layout)
             return (x, cache), None
 
         (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(config.n_layers), params))
@@ -239,7 +240,6 @@ def attention(
     rows: Rows,
     config: ModelConfig,
     layout: Layout,
-    span: int,
 ) -> tuple[jax.Array, Cache]:
     """RoPE, cache update and attention of one layer, all on each chip's own rows and heads.
 
@@ -260,14 +260,15 @@ def attention(
         k = write(k, k_new.reshape(b, t // b, -1, width), layer, starts)
         v = write(v, v_new.reshape(b, t // b, -1, width), layer, starts)
         q = rope(q, cos, sin).reshape(b, t // b, h, width)
-        here = k.shape[2]
+        here, first = k.shape[2], _index(heads) * h
         if here == 1 or h == here * group:
-            o = attend(q, k, v, layer, starts, span)
-        else:  # more KV heads here than these heads read: pick theirs
-            first = _index(heads) * h
+            o = attend(q, k, v, layer, starts)
+        elif h % group == 0 or group % h == 0:  # more KV heads here than these heads read: a run of them
+            o = attend(q, k, v, layer, starts, first // group - _index(kv_heads) * here, max(1, h // group))
+        else:  # a run that begins or ends within a group: one KV head for each
             reads = (first + jnp.arange(h)) // group - _index(kv_heads) * here
             k_read, v_read = [lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads] for c in (k, v)]
-            o = attend(q, k_read, v_read, jnp.zeros_like(layer), starts, span)
+            o = attend(q, k_read, v_read, jnp.zeros_like(layer), starts)
         return o.reshape(t, h, width), k, v
 
     by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))

@@ -4,6 +4,8 @@ Decides how prompts of different lengths become passes of equal shapes, and what
 Leaves the pass to `models.decoder` and who asks for what to `benchmarks.generate` and `serving`.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from models.decoder import Tokens
 from models.parameters import abstract, everywhere, shardings
 from models.sampling import Sampler
 from partitioning.dataflow import Pass
-from partitioning.layouts import Layout, entries
+from partitioning.layouts import Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape, attach
 from partitioning.program import Program
 
@@ -53,11 +55,21 @@ class Generator:
     itemsize: int = 4
 
     def __post_init__(self):
-        for layout, length in ((self.prefill, self.chunk), (self.decode, 1)):
-            self.program(layout, length)
+        if self.chunk > self.capacity:
+            raise ValueError(f"chunk={self.chunk} does not fit a cache of {self.capacity} positions")
+        _ = self.first, self.second
 
-    def program(self, layout: Layout, length: int) -> Program:
-        """The pass of `length` tokens per sequence under a layout."""
+    @functools.cached_property
+    def first(self) -> Program:
+        """The prefill pass of one chunk."""
+        return self._program(self.prefill, self.chunk)
+
+    @functools.cached_property
+    def second(self) -> Program:
+        """The decode pass."""
+        return self._program(self.decode, 1)
+
+    def _program(self, layout: Layout, length: int) -> Program:
         pass_ = Pass(
             batch=self.batch,
             length=length,
@@ -96,29 +108,28 @@ class Generator:
         self._check(prompts, n_new)
         lengths = np.array([len(p) for p in prompts], np.int32)
         requests = np.arange(self.batch, dtype=np.int32)
-        first = self.program(self.prefill, self.chunk)
-        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, first.mesh, first.dtype)
+        mesh, dtype = self.first.mesh, self.first.dtype
+        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, mesh, dtype)
 
         picked = np.zeros(self.batch, np.int32)
         for begin in range(0, int(lengths.max()), self.chunk):
-            running = begin < lengths
-            starts = np.where(running, begin, 0)  # a row that has ended runs its first chunk again, to no effect
+            # a row's last chunk slides back to be full, and is run again until all rows are through: the same values
+            # go to the same places, and the last pass picks the first new token of every row
+            starts = np.maximum(np.minimum(begin, lengths - self.chunk), 0)
             now = np.minimum(lengths - starts, self.chunk)
             ids = np.zeros((self.batch, self.chunk), np.int32)
             for row, prompt in enumerate(prompts):
                 ids[row, : now[row]] = prompt[starts[row] : starts[row] + now[row]]
-            out, cache = self._run(first, params, ids, starts, now, cache, requests)
-            picked = np.where(running & (lengths <= begin + self.chunk), out, picked)
+            picked, cache = self._run(self.first, params, ids, starts, now, cache, requests)
 
-        second = self.program(self.decode, 1)
-        params, cache = self._hand_over(params, cache, second)
+        params, cache = self._hand_over(params, cache, self.second)
         found = [picked]
         each(picked)
         for step in range(n_new - 1):
             if stop is not None and all((np.array(found) == stop).any(axis=0)):
                 break
             out, cache = self._run(
-                second, params, found[-1][:, None], lengths + step, np.ones(self.batch, np.int32), cache, requests
+                self.second, params, found[-1][:, None], lengths + step, np.ones(self.batch, np.int32), cache, requests
             )
             found.append(out)
             each(out)
@@ -144,12 +155,6 @@ class Generator:
                     f"prompt {number} of {len(prompt)} tokens with {n_new} new ones is longer than "
                     f"the cache of {self.capacity} positions"
                 )
-            padded = -(-len(prompt) // self.chunk) * self.chunk
-            if padded > self.capacity:
-                raise ValueError(
-                    f"prompt {number} of {len(prompt)} tokens is prefilled as {padded} (chunks of {self.chunk}), "
-                    f"which is longer than the cache of {self.capacity} positions"
-                )
 
     def _run(self, program: Program, params: nnx.State, ids, starts, lengths, cache: Cache, requests):
         mesh = program.mesh
@@ -165,21 +170,17 @@ class Generator:
 
 
 def batch_multiple(*layouts: Layout, shape: Shape) -> int:
-    """The number that batches must be multiples of under all of the layouts: the largest split of the batch.
+    """The number that batches must be multiples of under all of the layouts.
 
     Example:
         >>> from partitioning.layouts import layout
         >>> batch_multiple(layout("ws2d", "batch", (2, 2, 2), 1), layout("wgx", "heads", (2, 2, 2), 1), shape=(2, 2, 2))
         8
     """
-    from partitioning.layouts import axes_of
-
     sizes = dict(zip(AXES, shape, strict=True))
-    needed = [1]
-    for layout in layouts:
-        for spec in (layout.cache, *layout.x[:1], *layout.tokens[-1:]):
-            n = 1
-            for axis in axes_of(entries(spec)[0]):
-                n *= sizes[axis]
-            needed.append(n)
-    return max(needed)
+    splits = [
+        math.prod(sizes[axis] for axis in axes_of(entries(spec)[0]))
+        for layout in layouts
+        for spec in (layout.cache, *layout.x[:1], *layout.tokens[-1:])
+    ]
+    return math.lcm(*splits)

@@ -176,7 +176,7 @@ def model(name_or_path: str | Path) -> ModelConfig:
             config = dataclasses.replace(config, n_layers=n_layers)
         return dataclasses.replace(config, name=text)
     path = Path(text)
-    if (text and path.exists()) or text.endswith(".json") or "/" in text:
+    if (text and len(text) < 256 and path.exists()) or text.endswith(".json") or "/" in text:
         return from_hugging_face(path)
     near = difflib.get_close_matches(match["base"].lower() if match else text, PRESETS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""

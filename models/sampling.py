@@ -37,8 +37,8 @@ class Sampler:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be 0 (all) or a positive integer")
         if not 0 < self.top_p <= 1:
@@ -72,13 +72,13 @@ class Sampler:
         columns = jnp.arange(logits.shape[1], dtype=jnp.int32)
         columns += (lax.axis_index(axes) * logits.shape[1]).astype(jnp.int32) if axes else 0
         if self.temperature:
-            logits = logits / self.temperature
+            logits = (logits - _max(jnp.max(logits, axis=1), axes)[:, None]) / self.temperature
             keys = _ordered(logits)
             if self.top_k:
                 least = _threshold(keys, jnp.ones_like(logits), jnp.float32(self.top_k), axes)
                 logits = jnp.where(keys >= least[:, None], logits, -jnp.inf)
             if self.top_p < 1:
-                weights = jnp.exp(logits - _max(jnp.max(logits, axis=1), axes)[:, None])
+                weights = jnp.exp(logits)
                 least = _threshold(keys, weights, self.top_p * _sum(jnp.sum(weights, axis=1), axes), axes)
                 logits = jnp.where(keys >= least[:, None], logits, -jnp.inf)
             logits += jax.vmap(jax.vmap(self._noise, (None, None, 0)), (0, 0, None))(requests, positions, columns)

@@ -12,7 +12,9 @@ from partitioning.dataflow import Planned
 from partitioning.hlo import Collective
 from partitioning.layouts import Axes
 
-Verdict = Literal["as planned", "merged", "all-reduce instead of reduce-scatter", "split", "extra", "missing"]
+Verdict = Literal[
+    "as planned", "merged", "widened to f32", "all-reduce instead of reduce-scatter", "split", "extra", "missing"
+]
 
 SCOPES = frozenset(
     [
@@ -59,7 +61,7 @@ class Matched:
     @property
     def explained(self) -> bool:
         """Whether the plan accounts for it."""
-        return self.verdict in ("as planned", "merged")
+        return self.verdict in ("as planned", "merged", "widened to f32")
 
 
 def scope_of(op_name: str) -> str:
@@ -75,8 +77,9 @@ def scope_of(op_name: str) -> str:
 def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[Matched]:
     """Matches every compiled collective to a planned one; what is left of either side comes after.
 
-    An exact match takes precedence; then, within a scope and axes, an all-reduce where a reduce-scatter was planned,
-    and several collectives that together move what one was to move.
+    An exact match takes precedence, then one of twice the bytes that moves float32 (XLA:CPU widens bfloat16); then,
+    within a scope and axes, an all-reduce where a reduce-scatter was planned, and several collectives that together
+    move what one was to move.
     """
     found = [(scope_of(c.scope), c) for c in compiled]
     left = list(planned)
@@ -101,9 +104,14 @@ def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[
         same = [
             p for p in left if (p.scope, p.kind, p.axes, p.bytes, p.count) == (scope, c.kind, c.axes, c.bytes, c.trips)
         ]
+        wide = [p for p in left if (p.scope, p.kind, p.axes, p.count) == (scope, c.kind, c.axes, c.trips)]
+        wide = [p for p in wide if c.dtype == "f32" and c.bytes == 2 * p.bytes]
         if same:
             left.remove(same[0])
             match(same[0], scope, c, "merged" if c.n_merged > 1 else "as planned")
+        elif wide:
+            left.remove(wide[0])
+            match(wide[0], scope, c, "widened to f32")
         else:
             rest.append((scope, c))
 

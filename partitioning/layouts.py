@@ -11,9 +11,9 @@ Letters of Pope et al. 2022: T = B*L tokens, batch-major, so that a split of T i
 C and G = columns of the fused input and rows of the fused output projection (Q heads and MLP); D = columns of K and V;
 H, Q = heads and their width; R = rows of logits; V = vocabulary. Figures 2, 4, 5 and A.2 of the paper are the source.
 
-Order of axes. Weight columns are split over (z, y), minor axis y, so that wgx, wgxy and wgxyz gather x, then y,
-then z, each from the minor end, and x joins last where a reduce-scatter over x splits them further: (z, y, x).
-The batch follows the same order where it can, so a cache written by wgxyz is where ws2d looks for it.
+Order of axes. Weight columns are split over (z, y), minor axis y, so that wgxy can gather y and leave z; x joins last
+where a reduce-scatter over x splits them further: (z, y, x). The batch follows the same order where it can, so that a
+cache written by wgxyz is where ws2d looks for it.
 """
 
 import dataclasses
@@ -310,6 +310,10 @@ def auto(attention: Attention, kv: Axes) -> Layout:
     return dataclasses.replace(placed, name="auto", **dict.fromkeys(activations, ()))
 
 
+class NoAxisLeft(ValueError):
+    """Attention over heads under a layout that leaves no axis to split them over."""
+
+
 LAYOUTS: dict[str, Callable[[Attention, Axes], Layout]] = {
     "ws1d": ws1d,
     "ws2d": ws2d,
@@ -340,7 +344,7 @@ def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
 def _layout(make: Callable[[Attention, Axes], Layout], attention: Attention, mesh: Shape, kv: Axes) -> Layout:
     made = make(attention, kv)
     if attention == "heads" and made.explicit and not any(axes_of(spec[1]) for spec in made.q):
-        raise ValueError(
+        raise NoAxisLeft(
             f"attention='heads' makes no sense under layout={made.name!r}: no axis is left to split heads over; "
             "use attention='batch'"
         )

@@ -1,7 +1,7 @@
 """The torus: slices of chips, the mesh over them, and the devices that stand in for the chips.
 
-Decides how `CHIP:DIMS` is read, which device gets which place in the mesh, and the axis types. It is the only
-module that names devices or axis types. What is sharded over the axes is decided in `partitioning.layouts`.
+Decides how `CHIP:DIMS` is read, which device gets which place in the mesh, and the axis types. No other
+module chooses devices or axis types. What is sharded over the axes is decided in `partitioning.layouts`.
 """
 
 import math

@@ -12,6 +12,7 @@ from typing import Any
 
 from models.config import ModelConfig
 from models.presets import model
+from partitioning.chips import PLATFORMS, chip
 from partitioning.dataflow import Pass, check
 from partitioning.layouts import Layout, layout
 from partitioning.mesh import Shape, Slice, mesh_shape
@@ -68,6 +69,10 @@ class Point:
             raise ValueError(f"context={self.context} must be at least 1 in decode: it counts this pass's token")
         if isinstance(self.mesh, list | tuple):
             object.__setattr__(self, "mesh", "x".join(map(str, self.mesh)))
+        if not isinstance(self.mesh, str | None):
+            raise ValueError(f"mesh={self.mesh!r} must be text such as 4x2x1, or a list of extents")
+        if self.chip not in PLATFORMS:
+            chip(self.chip).check_slice(Slice.parse(self.slice).dims)
         check(self.layout_value, self.config, self.pass_, self.mesh_shape)
 
     @property

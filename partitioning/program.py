@@ -5,11 +5,10 @@ collectives it should hold is `partitioning.dataflow`'s to say, and `partitionin
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ class Program:
     Args:
         config, layout, pass_: what runs; the layout must be made for the mesh's extents.
         mesh: devices, of Explicit axes where `layout.explicit`, else of Auto axes.
-        sampler: how tokens are chosen; unused where `pass_.all_logits`.
+        sampler: how tokens are chosen; unused where `pass_.all_logits`. Plans know greedy sampling only.
 
     Raises:
         ValueError: sizes that the layout cannot divide.
@@ -72,6 +71,8 @@ class Program:
     sampler: Sampler = GREEDY
 
     def __post_init__(self):
+        if self.pass_.weight_itemsize != self.pass_.itemsize:
+            raise ValueError(f"weights of {self.pass_.weight_itemsize} byte can be planned, but not run yet")
         check(self.layout, self.config, self.pass_, self.shape)
 
     @property
@@ -146,29 +147,33 @@ class Program:
     def _sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
-    def replace(self, **changes) -> "Program":
-        return dataclasses.replace(self, **changes)
-
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
     """Collects what is written to file descriptor 2, XLA's own warnings included.
 
-    All of it is written on afterwards, but for notes on rematerialisation: who compiles has them from here.
+    All of it is passed on as it comes, but for notes on rematerialisation: who compiles has them from here.
     """
     lines: list[str] = []
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        saved = os.dup(2)
-        os.dup2(held.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            sys.stderr.flush()
-            os.dup2(saved, 2)
-            os.close(saved)
-            held.seek(0)
-            lines += held.read().decode(errors="replace").splitlines()
-            other = [line for line in lines if "rematerialization" not in line]
-            if other:
-                os.write(2, "".join(f"{line}\n" for line in other).encode())
+    saved = os.dup(2)
+    read, write = os.pipe()
+
+    def tee() -> None:
+        with os.fdopen(read, "rb") as said:
+            for line in said:
+                lines.append(line.decode(errors="replace").rstrip("\n"))
+                if "rematerialization" not in lines[-1]:
+                    os.write(saved, line)
+
+    thread = threading.Thread(target=tee)
+    thread.start()
+    os.dup2(write, 2)
+    os.close(write)
+    try:
+        yield lines
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        thread.join()
+        os.close(saved)

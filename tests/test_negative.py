@@ -2,6 +2,7 @@
 
 import pytest
 
+from models import decoder
 from partitioning import collectives
 from tests import battery
 
@@ -12,7 +13,7 @@ def bench():
 
 
 def test_sound(bench):
-    battery.check_chunk_then_decode(bench)
+    battery.check_mixed_lengths(bench)
 
 
 def test_a_dropped_reduction(bench, monkeypatch):
@@ -33,7 +34,7 @@ def test_a_dropped_reduction(bench, monkeypatch):
     monkeypatch.setitem(collectives._RUN, "reduce-scatter", keeps_own_terms)
     monkeypatch.setattr(battery.Bench, "check", lambda *args: None)
     with pytest.raises(AssertionError, match="relative error"):
-        battery.check_chunk_then_decode(bench)
+        battery.check_mixed_lengths(bench)
 
 
 def test_a_dropped_reduction_is_missing_from_the_program(bench, monkeypatch):
@@ -45,17 +46,13 @@ def test_a_dropped_reduction_is_missing_from_the_program(bench, monkeypatch):
 
     monkeypatch.setitem(collectives._RUN, "reduce-scatter", all_reduced)
     with pytest.raises(AssertionError, match="all-reduce instead of reduce-scatter"):
-        battery.check_chunk_then_decode(bench)
+        battery.check_mixed_lengths(bench)
 
 
 def test_a_position_off_by_one(bench, monkeypatch):
-    """RoPE knows distances only, so the mistake is in the decode step alone."""
-    run = battery.Bench.run
-
-    def late(self, ids, starts, lengths, cache, **kwargs):
-        return run(self, ids, starts + (ids.shape[1] == 1), lengths, cache, **kwargs)
-
-    monkeypatch.setattr(battery.Bench, "run", late)
+    """RoPE knows distances only, so the mistake is in the decode step alone: one row of one token on each chip."""
+    tables = decoder.rope_tables
+    monkeypatch.setattr(decoder, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
     with pytest.raises(AssertionError, match="relative error"):
         battery.check_chunks_then_decode(bench)
 

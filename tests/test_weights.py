@@ -38,7 +38,7 @@ def test_random_parameters_are_the_same_everywhere():
 @pytest.mark.parametrize("block", ["parallel", "serial"])
 def test_gelu_models_pass_the_battery(block, mlp):
     bench = battery.Bench(battery.model(block, 1, mlp), "ws2d", "batch", (2, 2, 2))
-    battery.check_chunk_then_decode(bench)
+    battery.check_mixed_lengths(bench)
 
 
 def test_padding_heads_of_random_parameters_are_zero():
