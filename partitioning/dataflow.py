@@ -180,39 +180,55 @@ def bytes_of(move: Move, stage: Stage, size: dict[str, int], pass_: Pass, sizes:
     return move.bytes([size[d] for d in stage.dims], itemsize[stage.dtype], sizes)
 
 
+@functools.lru_cache(maxsize=4096)
+def requirements(layout: Layout, block: str) -> tuple[tuple[str, Axes], ...]:
+    """Every (dimension, axes in mesh order) that the layout splits: what must divide what."""
+    rungs = [(stage.dims, spec) for stage in stages(layout, block, 1, True) for spec in stage.ladder]
+    rest = (("E", "C"), ("E", "D"), ("G", "E"))
+    rungs += zip(rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
+    rungs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
+    found = {
+        (dim, tuple(a for a in AXES if a in axes_of(entry)))
+        for dims, spec in rungs
+        for dim, entry in zip(dims, entries(spec), strict=True)
+        if axes_of(entry) and dim not in ("n", "2")
+    }
+    return tuple(sorted(found))
+
+
 def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None:
     """Refuses sizes that the layout cannot divide evenly.
 
     Raises:
         ValueError: field, value and rule, and how to mend it where heads can be padded.
     """
-    sizes = dict(zip(AXES, mesh, strict=True))
+    x, y, z = mesh
+    sizes = {"x": x, "y": y, "z": z}
     units = {
-        **dict.fromkeys(("B", "T", "R"), ("batch", pass_.batch)),
-        **dict.fromkeys(("C", "G", "H"), ("n_heads", config.n_heads)),
-        **dict.fromkeys(("C_mlp", "G_mlp"), ("d_ff groups", config.mlp_groups)),
-        **dict.fromkeys(("D", "K"), ("n_kv_heads", config.n_kv_heads)),
+        "B": ("batch", pass_.batch),
+        "T": ("batch", pass_.batch),
+        "R": ("batch", pass_.batch),
+        "C": ("n_heads", config.n_heads),
+        "G": ("n_heads", config.n_heads),
+        "H": ("n_heads", config.n_heads),
+        "C_mlp": ("d_ff groups", config.mlp_groups),
+        "G_mlp": ("d_ff groups", config.mlp_groups),
+        "D": ("n_kv_heads", config.n_kv_heads),
+        "K": ("n_kv_heads", config.n_kv_heads),
         "E": ("d_model", config.d_model),
         "V": ("padded vocab", config.vocab_rows),
     }
-    rungs = [
-        (stage.dims, spec)
-        for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
-        for spec in stage.ladder
-    ]
-    rest = [("E", "C"), ("E", "D"), ("G", "E")]
-    rungs += zip(rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
-    rungs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
-    refused: list[tuple[int, str]] = []
-    for dims, spec in rungs:
-        for dim, entry in zip(dims, entries(spec), strict=True):
-            axes = tuple(a for a in AXES if a in axes_of(entry))
-            n = math.prod(sizes[a] for a in axes)
-            if n > 1 and dim in units and units[dim][1] % n:
-                field, value = units[dim]
-                padded = -(-value // n) * n
-                mend = f"; pad with n_heads={padded} (model suffix -h{padded})" if field == "n_heads" else ""
-                rule = f"{field}={value} is not divisible by {'*'.join(axes).upper()}={n}, which layout "
-                refused.append((n, f"{rule}{layout.name}/{layout.attention} splits it over{mend}"))
+    refused: list[tuple[int, bool, str]] = []
+    for dim, axes in requirements(layout, config.block):
+        n = 1
+        for axis in axes:
+            n *= sizes[axis]
+        field, value = units[dim]
+        if value % n:
+            padded = -(-value // n) * n
+            mend = f"; pad with n_heads={padded} (model suffix -h{padded})" if field == "n_heads" else ""
+            rule = f"{field}={value} is not divisible by {'*'.join(axes).upper()}={n}, which layout "
+            rule += f"{layout.name}/{layout.attention} splits it over{mend}"
+            refused.append((n, field == "n_heads", rule))
     if refused:
-        raise ValueError(max(refused, key=lambda r: (r[0], "n_heads" in r[1]))[1])
+        raise ValueError(max(refused)[2])

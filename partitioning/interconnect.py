@@ -172,6 +172,47 @@ def seconds(
     return fixed_s + n_phases * n_hops * hop_s + received / (n_links * chip.link_bytes_per_s)
 
 
+@functools.lru_cache(maxsize=65536)
+def rate(
+    kind: Kind,
+    axes: tuple[str, ...],
+    mesh: tuple[int, ...],
+    chip: Chip,
+    slice_dims: tuple[int, ...] | None = None,
+    *,
+    one_way: bool = False,
+) -> tuple[float, int]:
+    """The `axes` convention: a collective over several axes runs on one after the other, each on that axis' links only.
+
+    The gather over the longest axis comes last and moves most. This is what Pope et al.'s measurements on v4 show
+    (`partitioning.cost`); `seconds` with `links` is the bound that a collective on all axes at once could reach.
+
+    Args:
+        one_way: rings send in one direction only, as looped collective-permutes do.
+
+    Returns:
+        Seconds per received byte at full bandwidth, and hops: chips passed one by one, both phases of an all-reduce.
+    """
+    n_group = _group_size(axes, mesh)
+    if n_group == 1:
+        return 0.0, 0
+    phases = 2 if kind == "all-reduce" else 1
+    if chip.wrap == "switch":
+        if n_group > chip.max_chips:
+            seconds(kind, 1.0, axes, mesh, chip)  # raises
+        return 1 / (chip.n_links * chip.link_bytes_per_s), phases
+    group = _rings(axes, mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
+    hops = phases * sum(ring.stride * (ring.n_chips - 1) for ring in group)
+    if kind in ("all-to-all", "collective-permute"):
+        return 1 / (_usable_links(kind, group) * chip.link_bytes_per_s), hops
+    left, taken = n_group / (n_group - 1), 0.0
+    for ring in sorted(group, key=lambda ring: -ring.n_chips):
+        n_links = min(ring.n_links, 1.0) if one_way else ring.n_links
+        taken += left * (ring.n_chips - 1) / ring.n_chips / (n_links * chip.link_bytes_per_s)
+        left /= ring.n_chips
+    return taken, hops
+
+
 def _group_size(axes: tuple[str, ...], mesh: tuple[int, ...]) -> int:
     if not 1 <= len(mesh) <= len(MESH_AXES) or any(size < 1 for size in mesh):
         raise ValueError(f"mesh={mesh} must be one to three positive sizes")

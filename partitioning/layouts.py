@@ -66,6 +66,13 @@ class Layout:
     logits: Ladder  # RV
     ids: Ladder  # R, sampled tokens
 
+    def __hash__(self) -> int:
+        """Of all fields, worked out once: layouts are keys of many look-ups."""
+        if "_hash" not in self.__dict__:
+            values = tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+            object.__setattr__(self, "_hash", hash(values))
+        return self.__dict__["_hash"]
+
     @property
     def explicit(self) -> bool:
         """Whether the layout constrains the pass; otherwise XLA's partitioner is on its own."""

@@ -1,0 +1,424 @@
+"""What a pass costs: seconds, bytes and fit of any point, from its plan and the chip's figures. Touches no device.
+
+The collectives are the layout's own (`partitioning.dataflow`); matmuls, attention and memory follow from the same
+specs. What is beyond the data sheet is here and nowhere else:
+
+- a matmul's multiply-adds and its memory traffic (weights, and activations in and out) overlap, not perfectly: the
+  4-norm of the two, which is their maximum unless they are close;
+- a collective over several axes runs axis after axis on that axis' ring (`interconnect.rate`);
+- weights are gathered while the matmuls run, on rings that send one way, as looped einsums do: the 2-norm of both;
+- all other collectives are exposed;
+- an all-to-all sends K messages, 0.1 us each [assumed].
+
+Five constants are fitted, on the 28 rows of Pope et al. 2022, Tables 2 and 3 and Figure B.1, for the chip v4 (its file
+holds them); chips without fitted constants take v4's, which is an assumption. All estimates are of groups of points
+with one layout and mesh at once, vectorised over everything else.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from models.config import ModelConfig
+from partitioning.chips import Chip, chip
+from partitioning.collectives import moves
+from partitioning.dataflow import stages
+from partitioning.interconnect import rate
+from partitioning.layouts import Axes, Layout, axes_of, entries
+from partitioning.mesh import AXES, Shape, Slice
+from partitioning.point import WEIGHTS, Point
+
+MESSAGE_S = 1e-7
+"""[assumed] what each of the K messages of an all-to-all costs its sender."""
+ATTENTION_SHARE = 0.25
+"""[assumed] share of the matmuls' rate that attention's small products and its softmax reach."""
+Constants = Mapping[str, float]
+FITTED = ("matmul_efficiency", "hbm_efficiency", "link_efficiency", "collective_s", "hop_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveCost:
+    """One collective of the plan: bytes that one chip receives and seconds, of one execution; `count` a pass."""
+
+    scope: str
+    kind: str
+    axes: Axes
+    bytes: int
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one pass of a point costs.
+
+    Args:
+        latency_s: the whole pass, without dispatch and sampling's arithmetic.
+        stack_latency_s: the layers alone, as the paper's figures have it.
+        compute_s, memory_s, collective_s: each if it were alone; they overlap as the module says.
+        bound: the largest of the three.
+        mfu: 2 x parameters x tokens, padding left out, over latency x chips x peak.
+        hbm_bytes_per_chip: weights, KV cache, the largest activations and gathered weights.
+        fits: whether that is within the chip's memory.
+    """
+
+    point: Point
+    latency_s: float
+    stack_latency_s: float
+    compute_s: float
+    memory_s: float
+    collective_s: float
+    bound: str
+    mfu: float
+    hbm_bytes_per_chip: int
+    fits: bool
+    collectives: tuple[CollectiveCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of `toruslab estimate`."""
+        fields = {k: v for k, v in vars(self).items() if k not in ("point", "collectives")}
+        return {
+            "point": self.point.to_json(),
+            "source": "analytic",
+            **fields,
+            "collectives": [asdict(c) | {"axes": list(c.axes)} for c in self.collectives],
+        }
+
+
+def estimate(point: Point, constants: Constants | None = None) -> Estimate:
+    """The cost of one point.
+
+    Raises:
+        ValueError: a chip without a data sheet (`cpu`, `gpu`), a slice that it does not have, or `auto`, which has no
+            plan.
+
+    Example: PaLM 540B on 64 TPU v4 chips, a decode step of 64 sequences; 28.4 ms were measured.
+        >>> round(estimate(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
+        ...                      layout="ws2d", attention="batch", weights="int8")).latency_s, 3)
+        0.028
+    """
+    return estimate_many([point], constants)[0]
+
+
+def estimate_many(points: Sequence[Point], constants: Constants | None = None) -> list[Estimate]:
+    """The cost of many points, in their order; points that share layout, slice and mesh are worked out together."""
+    together: dict[tuple, list[int]] = {}
+    for i, p in enumerate(points):
+        config = p.config
+        key = (p.slice, p.mesh_shape, p.layout_value, config.block, config.mlp == "swiglu")
+        together.setdefault(key, []).append(i)
+    found: dict[int, Estimate] = {}
+    for (slice_, mesh, layout, block, _), members in together.items():
+        group = [points[i] for i in members]
+        numbers = Numbers.of(group)
+        cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants)
+        for row, i in enumerate(members):
+            found[i] = cost.at(row, points[i])
+    return [found[i] for i in range(len(points))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
+
+    `first` is the position of the first new token; `act` and `weight` are bytes per element.
+    """
+
+    size: Mapping[str, Any]
+    length: Any
+    first: Any
+    act: Any
+    weight: Any
+    n_layers: Any
+    n_params: Any
+    tied: Any
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> "Numbers":
+        """From points."""
+        rows = [_model_row(p.config) for p in points]
+        model = {k: np.array([r[k] for r in rows], float) for k in rows[0]}
+        batch = np.array([p.batch for p in points], float)
+        length = np.array([p.length for p in points], float)
+        weight = np.array([WEIGHTS[p.weights] for p in points], float)
+        return cls.join(
+            model,
+            batch=batch,
+            length=length,
+            first=np.array([p.start for p in points], float),
+            capacity=np.array([p.capacity for p in points], float),
+            weight=weight,
+        )
+
+    @classmethod
+    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight) -> "Numbers":
+        """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
+        letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
+        size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
+        return cls(
+            size=size,
+            length=length,
+            first=first,
+            act=np.where(weight == 4, 4.0, 2.0),
+            weight=weight,
+            n_layers=model["n_layers"],
+            n_params=model["n_params"],
+            tied=model["tied"],
+        )
+
+
+def model_numbers(config: ModelConfig) -> dict[str, float]:
+    """A model's sizes under the letters of the dataflow."""
+    return dict(_model_row(config))
+
+
+@functools.lru_cache(maxsize=1024)
+def _model_row(config: ModelConfig) -> dict[str, float]:
+    heads = config.n_heads * config.d_head
+    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
+    parallel = config.block == "parallel"
+    return {
+        "E": config.d_model,
+        "C": heads + mlp_in if parallel else heads,
+        "G": heads + config.d_ff if parallel else heads,
+        "C_mlp": mlp_in,
+        "G_mlp": config.d_ff,
+        "D": 2 * config.n_kv_heads * config.d_head,
+        "K": config.n_kv_heads,
+        "H": config.n_heads,
+        "Q": config.d_head,
+        "V": config.vocab_rows,
+        "n_layers": config.n_layers,
+        "n_params": config.n_params,
+        "tied": config.tied,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The estimates of a group, as arrays (see `Estimate`)."""
+
+    latency_s: Any
+    stack_latency_s: Any
+    compute_s: Any
+    memory_s: Any
+    collective_s: Any
+    mfu: Any
+    hbm_bytes_per_chip: Any
+    hbm_bytes: float
+    collectives: tuple[tuple["Entry", Any, Any], ...]
+    n_layers: Any
+
+    def at(self, row: int, point: Point) -> Estimate:
+        """One of them."""
+
+        def pick(array: Any) -> float:
+            return float(array[row]) if np.ndim(array) else float(array)
+
+        terms = {k: pick(getattr(self, f"{k}_s")) for k in ("compute", "memory", "collective")}
+        held = int(pick(self.hbm_bytes_per_chip))
+        return Estimate(
+            point=point,
+            latency_s=pick(self.latency_s),
+            stack_latency_s=pick(self.stack_latency_s),
+            **{f"{k}_s": v for k, v in terms.items()},
+            bound=max(terms, key=terms.__getitem__),
+            mfu=pick(self.mfu),
+            hbm_bytes_per_chip=held,
+            fits=held <= self.hbm_bytes,
+            collectives=tuple(
+                CollectiveCost(
+                    scope=entry.scope,
+                    kind=entry.kind,
+                    axes=entry.axes,
+                    bytes=round(pick(n_bytes)),
+                    count=int(pick(self.n_layers)) if entry.in_layer else 1,
+                    seconds=pick(taken),
+                )
+                for entry, n_bytes, taken in self.collectives
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A collective of the plan with its sizes left open: bytes = factor x product of `dims` x element size."""
+
+    scope: str
+    kind: str
+    axes: Axes
+    dims: tuple[str, ...]
+    dtype: str
+    factor: float
+    in_layer: bool
+    is_weight: bool
+    s_per_byte: float
+    hops: int
+    n_group: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip) -> tuple[Entry, ...]:
+    sizes = dict(zip(AXES, mesh, strict=True))
+    dims = _torus(slice_, chip_)
+    parts = _parts(entries(layout.logits[-1])[1], sizes)
+    found = []
+    for stage in stages(layout, block, 1, True):
+        for move in moves(stage.ladder):
+            if move.kind == "slice":
+                continue
+            axes = tuple(a for a in AXES if a in move.axes)
+            is_weight = stage.dtype == "weight"
+            k = move.group(sizes)
+            held = move.dst if move.kind == "all-gather" else move.src
+            split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
+            per_byte, hops = rate(move.kind, axes, mesh, chip_, dims, one_way=is_weight)
+            found.append(
+                Entry(
+                    scope=stage.scope,
+                    kind=move.kind,
+                    axes=axes,
+                    dims=tuple(d for d in stage.dims if d != "n"),
+                    dtype=stage.dtype,
+                    factor=(2 if move.kind == "all-reduce" else 1)
+                    * (k - 1)
+                    / k
+                    / split
+                    * (parts if "n" in stage.dims else 1),
+                    in_layer="/" in stage.scope,
+                    is_weight=is_weight,
+                    s_per_byte=per_byte,
+                    hops=hops,
+                    n_group=k,
+                )
+            )
+    return tuple(found)
+
+
+def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:
+    return None if chip_.wrap == "switch" else (*slice_.dims, 1, 1)[: max(3, len(slice_.dims))]
+
+
+def _parts(entry: Any, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[a] for a in axes_of(entry))
+
+
+@functools.lru_cache(maxsize=65536)
+def _splits(layout: Layout, field: str, mesh: Shape, rung: int) -> tuple[int, ...]:
+    """Into how many parts each dimension of a tensor is split on a rung of its ladder."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    value = getattr(layout, field)
+    spec = value[rung] if isinstance(value, tuple) else value
+    return tuple(_parts(e, sizes) for e in entries(spec))
+
+
+def constants_of(chip_: Chip) -> dict[str, float]:
+    """The chip's fitted constants, or v4's."""
+    fitted = chip_.fitted or chip("v4").fitted
+    return {name: fitted[name] for name in FITTED}
+
+
+def price(
+    layout: Layout, block: str, slice_: Slice, mesh: Shape, numbers: Numbers, constants: Constants | None = None
+) -> Cost:
+    """The cost of many passes of one layout on one mesh.
+
+    Args:
+        layout: made for the mesh.
+        block: `parallel` or `serial`.
+        slice_: chip and torus.
+        mesh: extents.
+        numbers: everything else, as arrays.
+        constants: the fitted ones (`FITTED`); the chip's own by default.
+    """
+    if not layout.explicit:
+        raise ValueError("layout='auto' has no plan: what XLA chooses is seen in the compiled program only")
+    chip_ = chip(slice_.chip)
+    chip_.check_slice(slice_.dims)
+    c = constants_of(chip_) if constants is None else constants
+    n, size = numbers, numbers.size
+    n_chips = math.prod(mesh)
+    peak = np.where(n.act == 4, chip_.peak_flops_per_s.get("f32", chip_.peak("bf16") / 6), chip_.peak("bf16"))
+    flops_rate, hbm_rate = peak * c["matmul_efficiency"], chip_.hbm_bytes_per_s * c["hbm_efficiency"]
+
+    def split(field: str, rung: int = -1) -> tuple[int, ...]:
+        return _splits(layout, field, mesh, rung)
+
+    # matmuls of one layer: rows here, inner and outer dimension here
+    suffixes = [""] if block == "parallel" else ["", "_mlp"]
+    matmuls = [("E", "D", "w_kv", "x_kv")]
+    for s in suffixes:
+        matmuls += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
+    compute = memory = matmul = weights_at_rest = gathered = 0.0
+    for inner, outer, weight, rows in matmuls:
+        (a, b), t = split(weight), size["T"] / split(rows)[0]
+        here = size[inner] * size[outer] / (a * b)
+        at_rest = size[inner] * size[outer] / math.prod(split(weight, 0))
+        taken = 2 * t * here / flops_rate
+        moved = (here * n.weight + t * (size[inner] / a + size[outer] / b) * n.act) / hbm_rate
+        compute, memory = compute + taken, memory + moved
+        matmul = matmul + (taken**4 + moved**4) ** 0.25
+        weights_at_rest = weights_at_rest + at_rest * n.weight
+        gathered = np.maximum(gathered, here * n.weight) if a * b < math.prod(split(weight, 0)) else gathered
+
+    # attention of one layer: new tokens against what is cached, on average half of their own pass
+    b_split, k_split = split("cache")[0], split("cache")[1]
+    seen = n.first + (n.length + 1) / 2
+    attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
+    cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * size["Q"] * n.act
+    attention_s = attention_flops / (flops_rate * ATTENTION_SHARE)
+    cache_s = cache_bytes * (n.first + n.length) / hbm_rate
+    compute, memory = compute + attention_s, memory + cache_s
+    attention = np.maximum(attention_s, cache_s)
+
+    # collectives
+    weight_s = exposed = outside = total = 0.0
+    found = []
+    element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
+    for e in _entries(layout, block, slice_, mesh, chip_):
+        n_bytes = e.factor * element[e.dtype]
+        for dim in e.dims:
+            n_bytes = n_bytes * size[dim]
+        latency = c["collective_s"] + e.hops * c["hop_s"] + (MESSAGE_S * e.n_group if e.kind == "all-to-all" else 0)
+        moving = n_bytes * e.s_per_byte / c["link_efficiency"]
+        found.append((e, n_bytes, moving + latency))
+        times = n.n_layers if e.in_layer else 1
+        total = total + (moving + latency) * times
+        if not e.in_layer:
+            outside = outside + moving + latency
+        else:
+            exposed = exposed + latency + (0 if e.is_weight else moving)
+            weight_s = weight_s + (moving if e.is_weight else 0)
+
+    stack = n.n_layers * (np.hypot(matmul + attention, weight_s) + exposed)
+    # embedding and unembedding: look-ups read T rows, logits read the table once
+    v, e_ = split("table")
+    table = size["V"] * size["E"] / (v * e_)
+    r_here = size["R"] / split("rows")[0]
+    head_compute = 2 * r_here * size["E"] / split("rows")[1] * size["V"] / split("logits", 0)[1] / flops_rate
+    head_memory = (table * n.act + size["T"] / split("embed", 0)[0] * size["E"] / e_ * 2 * n.act) / hbm_rate
+    compute = compute * n.n_layers + head_compute
+    memory = memory * n.n_layers + head_memory
+    latency = stack + (head_compute**4 + head_memory**4) ** 0.25 + outside
+
+    held = n.n_layers * weights_at_rest + table * n.act * np.where(n.tied, 1, 2) + gathered
+    held = held + n.n_layers * cache_bytes * size["S"]
+    t_here, (x_rows, x_cols) = size["T"] / split("h")[0], split("x")
+    held = held + (size["T"] / x_rows * size["E"] / x_cols * 2 + t_here * size["C"] / split("h", 0)[1]) * n.act
+    tokens = size["T"]
+    return Cost(
+        latency_s=latency,
+        stack_latency_s=stack,
+        compute_s=compute,
+        memory_s=memory,
+        collective_s=total,
+        mfu=2 * n.n_params * tokens / (latency * n_chips * chip_.peak("bf16")),
+        hbm_bytes_per_chip=held,
+        hbm_bytes=chip_.hbm_bytes,
+        collectives=tuple(found),
+        n_layers=n.n_layers,
+    )
