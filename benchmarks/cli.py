@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "bench": ("benchmarks.step_latency", "planned, compiled and measured: every layout and phase side by side"),
+    "estimate": ("benchmarks.estimate", "analytic cost of one point, or of many, without any device"),
     "explain": ("benchmarks.explain", "one layer's ladder in the paper's notation, with bytes at every step"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
 }

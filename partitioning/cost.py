@@ -18,7 +18,7 @@ with one layout and mesh at once, vectorised over everything else.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,7 @@ class Estimate:
             "point": self.point.to_json(),
             "source": "analytic",
             **fields,
-            "collectives": [asdict(c) | {"axes": list(c.axes)} for c in self.collectives],
+            "collectives": [vars(c) | {"axes": list(c.axes)} for c in self.collectives],
         }
 
 

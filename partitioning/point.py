@@ -120,9 +120,17 @@ class Point:
             weight_itemsize=WEIGHTS[self.weights],
         )
 
+    def check_chip(self) -> None:
+        """Refuses a slice whose chip has no data sheet, or no such torus, or a group larger than a switch joins.
+
+        Raises:
+            ValueError: which rule it breaks.
+        """
+        chip(self.chip).check_slice(Slice.parse(self.slice).dims)
+
     def to_json(self) -> dict[str, Any]:
         """The point as JSON fields; `mesh` only where it is given."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k != "mesh" or v is not None}
+        return {k: v for k, v in vars(self).items() if k != "mesh" or v is not None}
 
     @classmethod
     def from_json(cls, fields: object) -> "Point":

@@ -1,0 +1,155 @@
+"""Analytic cost of one point, or of many. Touches no device.
+
+    toruslab estimate --model palm-540b-h64 --slice v4:4x4x4 --phase decode --batch 64 --context 2048 --weights int8
+    toruslab estimate '{"model":"palm-62b","slice":"v4:2x4x2",...}' --json
+    toruslab estimate --points points.jsonl --json        (- reads standard input; one JSON point a line)
+
+From a file every line that can be answered is answered, in order; a line that cannot is named on standard error with
+its number, and the exit code is then 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.cli import InputError, guarded
+from partitioning.cost import Estimate, estimate_many
+from partitioning.layouts import LAYOUTS
+from partitioning.point import PHASES, WEIGHTS, Point
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1 when a line of a file was refused."""
+    p = argparse.ArgumentParser(
+        prog="toruslab estimate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("point", nargs="?", help="a JSON point; or use the options")
+    p.add_argument("--points", metavar="FILE", help="JSON points, one a line; - reads standard input")
+    p.add_argument("--model", default="palm-540b-h64", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--slice", default="v4:4x4x4", help="CHIP:DIMS (default: %(default)s)")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--phase", default="decode", help=", ".join(PHASES))
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--length", type=int, default=1)
+    p.add_argument("--context", type=int, help="default: 2048 in decode, 0 in prefill")
+    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
+    p.add_argument("--attention", default="batch", help="heads, batch")
+    p.add_argument("--weights", default="bf16", help=", ".join(WEIGHTS))
+    p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
+    options = p.parse_args(argv)
+    if options.points:
+        return _many(options.points, options.json)
+    fields = {k: v for k, v in vars(options).items() if k not in ("point", "points", "json") and v is not None}
+    fields.setdefault("context", 2048 if options.phase == "decode" else 0)
+    try:
+        found = estimate_many([Point.from_json(options.point or fields)])[0]
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if options.json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(found, Console(width=None if sys.stdout.isatty() else 120))
+    return 0
+
+
+def _many(path: str, as_json: bool) -> int:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"points={path!r} cannot be read: {error}") from None
+    points: list[Point] = []
+    refused = 0
+    known: dict[str, Point] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            if line not in known:
+                point = Point.from_json(line)
+                if not point.layout_value.explicit:
+                    raise ValueError("layout='auto' has no plan to estimate")
+                point.check_chip()
+                known[line] = point
+            points.append(known[line])
+        except ValueError as error:
+            refused += 1
+            print(f"error: {path}, line {number}: {error}", file=sys.stderr)
+    if not points and not refused:
+        raise InputError(f"points={path!r} holds no point")
+    found = estimate_many(points)
+    if as_json:
+        sys.stdout.writelines(json.dumps(e.to_json()) + "\n" for e in found)
+    else:
+        table(found, Console(width=None if sys.stdout.isatty() else 160))
+    return 1 if refused else 0
+
+
+def show(found: Estimate, console: Console) -> None:
+    """One estimate for a person: the terms, and every collective."""
+    p = found.point
+    console.print(
+        f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
+        f"{p.layout}/{p.attention}, {p.weights} weights (analytic)"
+    )
+    console.print(
+        f"latency {_time(found.latency_s)} (layers alone {_time(found.stack_latency_s)}), bound by {found.bound}; "
+        f"MFU {found.mfu:.1%}"
+    )
+    console.print(
+        f"each by itself: compute {_time(found.compute_s)}, memory {_time(found.memory_s)}, "
+        f"collectives {_time(found.collective_s)}"
+    )
+    console.print(f"{found.hbm_bytes_per_chip / 2**30:.2f} GiB a chip: {'fits' if found.fits else 'does not fit'}")
+    listing = Table()
+    for heading in ("scope", "collective", "MB a chip", "us", "times", "ms in the pass"):
+        listing.add_column(heading, justify="left" if heading in ("scope", "collective") else "right")
+    for c in found.collectives:
+        listing.add_row(
+            c.scope,
+            f"{c.kind}({''.join(c.axes)})",
+            f"{c.bytes / 1e6:,.3f}",
+            f"{c.seconds * 1e6:,.1f}",
+            str(c.count),
+            f"{c.seconds * c.count * 1e3:,.3f}",
+        )
+    console.print(listing)
+
+
+def table(found: Sequence[Estimate], console: Console) -> None:
+    """Many estimates for a person, a line each."""
+    listing = Table(title="analytic", title_justify="left")
+    for heading in ("model", "slice", "phase", "batch x length", "context", "layout", "weights"):
+        listing.add_column(heading)
+    for heading in ("latency", "layers", "bound", "MFU", "GiB", "fits"):
+        listing.add_column(heading, justify="right")
+    for e in found:
+        p = e.point
+        listing.add_row(
+            p.model,
+            p.slice,
+            p.phase,
+            f"{p.batch} x {p.length}",
+            str(p.context),
+            f"{p.layout}/{p.attention}",
+            p.weights,
+            _time(e.latency_s),
+            _time(e.stack_latency_s),
+            e.bound,
+            f"{e.mfu:.1%}",
+            f"{e.hbm_bytes_per_chip / 2**30:.2f}",
+            "yes" if e.fits else "no",
+        )
+    console.print(listing)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.4g} ms"
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
