@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cli import InputError, guarded
-from partitioning.cost import Estimate, estimate_many
+from partitioning.cost import Estimate, estimate, estimate_many
 from partitioning.layouts import LAYOUTS
 from partitioning.point import PHASES, WEIGHTS, Point
 
@@ -40,14 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
     p.add_argument("--attention", default="batch", help="heads, batch")
     p.add_argument("--weights", default="bf16", help=", ".join(WEIGHTS))
+    p.add_argument("--exposed", action="store_true", help="weights gathered before the matmuls, not under them")
     p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
     options = p.parse_args(argv)
     if options.points:
-        return _many(options.points, options.json)
-    fields = {k: v for k, v in vars(options).items() if k not in ("point", "points", "json") and v is not None}
+        return _many(options.points, options.json, not options.exposed)
+    other = ("point", "points", "json", "exposed")
+    fields = {k: v for k, v in vars(options).items() if k not in other and v is not None}
     fields.setdefault("context", 2048 if options.phase == "decode" else 0)
     try:
-        found = estimate_many([Point.from_json(options.point or fields)])[0]
+        found = estimate(Point.from_json(options.point or fields), overlap=not options.exposed)
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.json:
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _many(path: str, as_json: bool) -> int:
+def _many(path: str, as_json: bool, overlap: bool) -> int:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -81,7 +83,7 @@ def _many(path: str, as_json: bool) -> int:
             print(f"error: {path}, line {number}: {error}", file=sys.stderr)
     if not points and not refused:
         raise InputError(f"points={path!r} holds no point")
-    found = estimate_many(points)
+    found = estimate_many(points, overlap=overlap)
     if as_json:
         sys.stdout.writelines(json.dumps(e.to_json()) + "\n" for e in found)
     else:

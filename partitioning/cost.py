@@ -36,6 +36,9 @@ MESSAGE_S = 1e-7
 """[assumed] what each of the K messages of an all-to-all costs its sender."""
 ATTENTION_SHARE = 0.25
 """[assumed] share of the matmuls' rate that attention's small products and its softmax reach."""
+CONVERSION_FLOPS = 64
+"""[derived] what the matrix units could do while the vector unit turns one int8 weight into bf16: on v4, 2 cores of
+1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
 Constants = Mapping[str, float]
 FITTED = ("matmul_efficiency", "hbm_efficiency", "link_efficiency", "collective_s", "hop_s")
 
@@ -89,8 +92,14 @@ class Estimate:
         }
 
 
-def estimate(point: Point, constants: Constants | None = None) -> Estimate:
+def estimate(point: Point, constants: Constants | None = None, *, overlap: bool = True) -> Estimate:
     """The cost of one point.
+
+    Args:
+        point: what to price.
+        constants: the fitted ones (`FITTED`); the chip's own by default.
+        overlap: weights are gathered while matmuls run, as the paper's authors did it; otherwise before them, on rings
+            that send both ways, as our decoder does it today.
 
     Raises:
         ValueError: a chip without a data sheet (`cpu`, `gpu`), a slice that it does not have, or `auto`, which has no
@@ -101,10 +110,12 @@ def estimate(point: Point, constants: Constants | None = None) -> Estimate:
         ...                      layout="ws2d", attention="batch", weights="int8")).latency_s, 3)
         0.028
     """
-    return estimate_many([point], constants)[0]
+    return estimate_many([point], constants, overlap=overlap)[0]
 
 
-def estimate_many(points: Sequence[Point], constants: Constants | None = None) -> list[Estimate]:
+def estimate_many(
+    points: Sequence[Point], constants: Constants | None = None, *, overlap: bool = True
+) -> list[Estimate]:
     """The cost of many points, in their order; points that share layout, slice and mesh are worked out together."""
     together: dict[tuple, list[int]] = {}
     for i, p in enumerate(points):
@@ -115,7 +126,7 @@ def estimate_many(points: Sequence[Point], constants: Constants | None = None) -
     for (slice_, mesh, layout, block, _), members in together.items():
         group = [points[i] for i in members]
         numbers = Numbers.of(group)
-        cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants)
+        cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants, overlap=overlap)
         for row, i in enumerate(members):
             found[i] = cost.at(row, points[i])
     return [found[i] for i in range(len(points))]
@@ -262,7 +273,7 @@ class Entry:
 
 
 @functools.lru_cache(maxsize=4096)
-def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip) -> tuple[Entry, ...]:
+def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip, overlap: bool) -> tuple[Entry, ...]:
     sizes = dict(zip(AXES, mesh, strict=True))
     dims = _torus(slice_, chip_)
     parts = _parts(entries(layout.logits[-1])[1], sizes)
@@ -276,7 +287,7 @@ def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip
             k = move.group(sizes)
             held = move.dst if move.kind == "all-gather" else move.src
             split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
-            per_byte, hops = rate(move.kind, axes, mesh, chip_, dims, one_way=is_weight)
+            per_byte, hops = rate(move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap)
             found.append(
                 Entry(
                     scope=stage.scope,
@@ -323,7 +334,14 @@ def constants_of(chip_: Chip) -> dict[str, float]:
 
 
 def price(
-    layout: Layout, block: str, slice_: Slice, mesh: Shape, numbers: Numbers, constants: Constants | None = None
+    layout: Layout,
+    block: str,
+    slice_: Slice,
+    mesh: Shape,
+    numbers: Numbers,
+    constants: Constants | None = None,
+    *,
+    overlap: bool = True,
 ) -> Cost:
     """The cost of many passes of one layout on one mesh.
 
@@ -333,7 +351,7 @@ def price(
         slice_: chip and torus.
         mesh: extents.
         numbers: everything else, as arrays.
-        constants: the fitted ones (`FITTED`); the chip's own by default.
+        constants, overlap: see `estimate`.
     """
     if not layout.explicit:
         raise ValueError("layout='auto' has no plan: what XLA chooses is seen in the compiled program only")
@@ -358,7 +376,7 @@ def price(
         (a, b), t = split(weight), size["T"] / split(rows)[0]
         here = size[inner] * size[outer] / (a * b)
         at_rest = size[inner] * size[outer] / math.prod(split(weight, 0))
-        taken = 2 * t * here / flops_rate
+        taken = 2 * t * here / flops_rate + np.where(n.weight == 1, here * CONVERSION_FLOPS / peak, 0)
         moved = (here * n.weight + t * (size[inner] / a + size[outer] / b) * n.act) / hbm_rate
         compute, memory = compute + taken, memory + moved
         matmul = matmul + (taken**4 + moved**4) ** 0.25
@@ -379,7 +397,7 @@ def price(
     weight_s = exposed = outside = total = 0.0
     found = []
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
-    for e in _entries(layout, block, slice_, mesh, chip_):
+    for e in _entries(layout, block, slice_, mesh, chip_, overlap):
         n_bytes = e.factor * element[e.dtype]
         for dim in e.dims:
             n_bytes = n_bytes * size[dim]
@@ -391,8 +409,9 @@ def price(
         if not e.in_layer:
             outside = outside + moving + latency
         else:
-            exposed = exposed + latency + (0 if e.is_weight else moving)
-            weight_s = weight_s + (moving if e.is_weight else 0)
+            hidden = e.is_weight and overlap
+            exposed = exposed + latency + (0 if hidden else moving)
+            weight_s = weight_s + (moving if hidden else 0)
 
     stack = n.n_layers * (np.hypot(matmul + attention, weight_s) + exposed)
     # embedding and unembedding: look-ups read T rows, logits read the table once
