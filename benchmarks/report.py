@@ -182,6 +182,7 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
 def draw_latency(everything: dict[str, list[Line]]):
     """Latency against tokens of a pass, a line per layout, a panel per phase; bars span the middle half."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     phases = sorted({line.point["phase"] for lines in everything.values() for line in lines})
     figure = Figure(figsize=(6.5 * len(phases) + 2, 5), layout="constrained")
@@ -203,6 +204,7 @@ def draw_latency(everything: dict[str, list[Line]]):
             xscale="log", yscale="log", xlabel="tokens in the pass (B·L)", ylabel="measured ms per pass", title=phase
         )
         panel.grid(True, which="both", alpha=0.25)
+        panel.xaxis.set_minor_formatter(NullFormatter())
     panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
@@ -221,7 +223,7 @@ def draw_bytes(everything: dict[str, list[Line]]):
             panel.bar([i + offset for i in at], heights, 0.4, label=label, hatch=hatch, edgecolor="white")
         panel.set_xticks(list(at), [x.label for x in lines], rotation=30, ha="right", fontsize="small")
         panel.set_title(name, fontsize="small", loc="left")
-        panel.set_ylabel("MB a chip")
+        panel.set(yscale="log", ylabel="MB a chip")
     panels[0].legend(fontsize="small")
     return figure
 
