@@ -106,9 +106,10 @@ def estimate(point: Point, constants: Constants | None = None, *, overlap: bool 
             plan.
 
     Example: PaLM 540B on 64 TPU v4 chips, a decode step of 64 sequences; 28.4 ms were measured.
-        >>> round(estimate(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
-        ...                      layout="ws2d", attention="batch", weights="int8")).latency_s, 3)
-        0.028
+        >>> found = estimate(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
+        ...                        layout="ws2d", attention="batch", weights="int8"))
+        >>> abs(found.latency_s / 28.4e-3 - 1) < 0.05
+        True
     """
     return estimate_many([point], constants, overlap=overlap)[0]
 

@@ -3,7 +3,7 @@
 import doctest
 import itertools
 import json
-from pathlib import Path
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from partitioning import closed_forms as paper
 
-PUBLISHED = Path(__file__).parent / "published"
+PUBLISHED = resources.files("partitioning").joinpath("data", "published")
 POWERS = st.integers(0, 9).map(lambda k: 2**k)
 
 
 def published(name: str):
-    return json.loads((PUBLISHED / name).read_text())
+    return json.loads(PUBLISHED.joinpath(name).read_text(encoding="utf-8"))
 
 
 def test_doctests():

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from partitioning import closed_forms, interconnect
 from partitioning.chips import chip
 from partitioning.interconnect import Kind, Ring, rings, seconds
 
-BOOK = json.loads((Path(__file__).parent / "published" / "scaling_book.json").read_text())
+BOOK = json.loads(resources.files("partitioning").joinpath("data", "published", "scaling_book.json").read_text())
 KINDS: tuple[Kind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DIMS = st.tuples(*[st.sampled_from((1, 2, 3, 4, 8))] * 3)
 AXES = st.sampled_from([c for r in (1, 2, 3) for c in itertools.combinations("xyz", r)])
