@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
     p.add_argument("--repeats", type=int, default=20, help="times each step is timed (default: %(default)s)")
     p.add_argument(
-        "--budget", type=float, default=2.0, metavar="S", help="seconds of timing per point (default: %(default)s)"
+        "--budget", type=float, default=1.5, metavar="S", help="seconds of timing per point (default: %(default)s)"
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--processes", type=int, default=1, help="local processes over one mesh (default: %(default)s)")
