@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks.cli import InputError, guarded
 from partitioning.cost import Estimate, estimate, estimate_many
 from partitioning.layouts import LAYOUTS
+from partitioning.limits import largest_batch, longest_context
 from partitioning.point import PHASES, WEIGHTS, Point
 
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.json:
-        print(json.dumps(found.to_json()))
+        limits = {"max_batch": largest_batch(found.point), "max_context": longest_context(found.point)}
+        print(json.dumps({**found.to_json(), **limits}))
     else:
         show(found, Console(width=None if sys.stdout.isatty() else 120))
     return 0
@@ -120,6 +122,10 @@ def show(found: Estimate, console: Console) -> None:
             f"{c.seconds * c.count * 1e3:,.3f}",
         )
     console.print(listing)
+    batch, context = largest_batch(p), longest_context(p)
+    console.print(
+        f"the slice holds, all else equal: batch {batch or 'none'}, context {'none' if context is None else context}"
+    )
 
 
 def table(found: Sequence[Estimate], console: Console) -> None:

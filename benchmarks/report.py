@@ -217,13 +217,15 @@ def draw_bytes(everything: dict[str, list[Line]]):
     panels = figure.subplots(len(everything), 1, squeeze=False)[:, 0]
     for panel, (name, lines) in zip(panels, everything.items(), strict=True):
         at = range(len(lines))
+        moved = 0.0
         for offset, source, hatch in ((-0.2, "analytic", None), (0.2, "compiled", "//")):
             heights = [(x.number(source, "collective_bytes") or 0) / 1e6 for x in lines]
+            moved = max([moved, *heights])
             label = "planned" if source == "analytic" else "compiled"
             panel.bar([i + offset for i in at], heights, 0.4, label=label, hatch=hatch, edgecolor="white")
         panel.set_xticks(list(at), [x.label for x in lines], rotation=30, ha="right", fontsize="small")
         panel.set_title(name, fontsize="small", loc="left")
-        panel.set(yscale="log", ylabel="MB a chip")
+        panel.set(yscale="log" if moved else "linear", ylabel="MB a chip")
     panels[0].legend(fontsize="small")
     return figure
 

@@ -26,7 +26,7 @@ import numpy as np
 from models.config import ModelConfig
 from partitioning.chips import Chip, chip
 from partitioning.collectives import moves
-from partitioning.dataflow import stages
+from partitioning.dataflow import model_letters, stages
 from partitioning.interconnect import rate
 from partitioning.layouts import Axes, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape, Slice
@@ -127,7 +127,7 @@ def estimate_many(
     for (slice_, mesh, layout, block, _), members in together.items():
         group = [points[i] for i in members]
         numbers = Numbers.of(group)
-        cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants, overlap=overlap)
+        cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants, overlap=overlap, detail=True)
         for row, i in enumerate(members):
             found[i] = cost.at(row, points[i])
     return [found[i] for i in range(len(points))]
@@ -190,24 +190,8 @@ def model_numbers(config: ModelConfig) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=1024)
 def _model_row(config: ModelConfig) -> dict[str, float]:
-    heads = config.n_heads * config.d_head
-    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
-    parallel = config.block == "parallel"
-    return {
-        "E": config.d_model,
-        "C": heads + mlp_in if parallel else heads,
-        "G": heads + config.d_ff if parallel else heads,
-        "C_mlp": mlp_in,
-        "G_mlp": config.d_ff,
-        "D": 2 * config.n_kv_heads * config.d_head,
-        "K": config.n_kv_heads,
-        "H": config.n_heads,
-        "Q": config.d_head,
-        "V": config.vocab_rows,
-        "n_layers": config.n_layers,
-        "n_params": config.n_params,
-        "tied": config.tied,
-    }
+    counts = {"n_layers": config.n_layers, "n_params": config.n_params, "tied": config.tied}
+    return {**model_letters(config), **counts}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,21 +295,58 @@ def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip
     return tuple(found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What layout, block, slice and mesh decide about the cost, worked out once.
+
+    Args:
+        chip: the data sheet.
+        splits: (field, rung) -> into how many parts each dimension of that tensor is split.
+        entries: the collectives.
+        moving: (where, dtype, dims) -> seconds per element at full bandwidth, where `where` is `outside` the layers,
+            `exposed` in a layer, or `hidden` under its matmuls.
+        fixed: where -> (collectives, hops, messages of all-to-alls).
+    """
+
+    chip: Chip
+    splits: Mapping[tuple[str, int], tuple[int, ...]]
+    entries: tuple[Entry, ...]
+    moving: Mapping[tuple[str, str, tuple[str, ...]], float]
+    fixed: Mapping[str, tuple[int, int, int]]
+
+
+@functools.lru_cache(maxsize=65536)
+def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool) -> Recipe:
+    if not layout.explicit:
+        raise ValueError("layout='auto' has no plan: what XLA chooses is seen in the compiled program only")
+    chip_ = chip(slice_.chip)
+    chip_.check_slice(slice_.dims)
+    sizes = dict(zip(AXES, mesh, strict=True))
+    splits = {}
+    for field in ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "rows", "embed", "logits"):
+        value = getattr(layout, field)
+        ladder = value if isinstance(value, tuple) else (value,)
+        for rung in (0, -1):
+            splits[field, rung] = tuple(_parts(e, sizes) for e in entries(ladder[rung]))
+    found = _entries(layout, block, slice_, mesh, chip_, overlap)
+    moving: dict[tuple[str, str, tuple[str, ...]], float] = {}
+    fixed = {"outside": (0, 0, 0), "exposed": (0, 0, 0)}
+    for e in found:
+        where = "outside" if not e.in_layer else "hidden" if e.is_weight and overlap else "exposed"
+        key = (where, e.dtype, e.dims)
+        moving[key] = moving.get(key, 0.0) + e.factor * e.s_per_byte
+        where = "exposed" if e.in_layer else "outside"
+        n, hops, messages = fixed[where]
+        fixed[where] = (n + 1, hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
+    return Recipe(chip=chip_, splits=splits, entries=found, moving=moving, fixed=fixed)
+
+
 def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:
     return None if chip_.wrap == "switch" else (*slice_.dims, 1, 1)[: max(3, len(slice_.dims))]
 
 
 def _parts(entry: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[a] for a in axes_of(entry))
-
-
-@functools.lru_cache(maxsize=65536)
-def _splits(layout: Layout, field: str, mesh: Shape, rung: int) -> tuple[int, ...]:
-    """Into how many parts each dimension of a tensor is split on a rung of its ladder."""
-    sizes = dict(zip(AXES, mesh, strict=True))
-    value = getattr(layout, field)
-    spec = value[rung] if isinstance(value, tuple) else value
-    return tuple(_parts(e, sizes) for e in entries(spec))
 
 
 def constants_of(chip_: Chip) -> dict[str, float]:
@@ -343,6 +364,7 @@ def price(
     constants: Constants | None = None,
     *,
     overlap: bool = True,
+    detail: bool = False,
 ) -> Cost:
     """The cost of many passes of one layout on one mesh.
 
@@ -353,11 +375,10 @@ def price(
         mesh: extents.
         numbers: everything else, as arrays.
         constants, overlap: see `estimate`.
+        detail: list the collectives, too.
     """
-    if not layout.explicit:
-        raise ValueError("layout='auto' has no plan: what XLA chooses is seen in the compiled program only")
-    chip_ = chip(slice_.chip)
-    chip_.check_slice(slice_.dims)
+    recipe = _recipe(layout, block, slice_, mesh, overlap)
+    chip_ = recipe.chip
     c = constants_of(chip_) if constants is None else constants
     n, size = numbers, numbers.size
     n_chips = math.prod(mesh)
@@ -365,7 +386,7 @@ def price(
     flops_rate, hbm_rate = peak * c["matmul_efficiency"], chip_.hbm_bytes_per_s * c["hbm_efficiency"]
 
     def split(field: str, rung: int = -1) -> tuple[int, ...]:
-        return _splits(layout, field, mesh, rung)
+        return recipe.splits[field, rung]
 
     # matmuls of one layer: rows here, inner and outer dimension here
     suffixes = [""] if block == "parallel" else ["", "_mlp"]
@@ -394,27 +415,19 @@ def price(
     compute, memory = compute + attention_s, memory + cache_s
     attention = np.maximum(attention_s, cache_s)
 
-    # collectives
-    weight_s = exposed = outside = total = 0.0
-    found = []
+    # collectives: those outside the layers, those in a layer that are exposed, and those hidden under its matmuls
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
-    for e in _entries(layout, block, slice_, mesh, chip_, overlap):
-        n_bytes = e.factor * element[e.dtype]
-        for dim in e.dims:
-            n_bytes = n_bytes * size[dim]
-        latency = c["collective_s"] + e.hops * c["hop_s"] + (MESSAGE_S * e.n_group if e.kind == "all-to-all" else 0)
-        moving = n_bytes * e.s_per_byte / c["link_efficiency"]
-        found.append((e, n_bytes, moving + latency))
-        times = n.n_layers if e.in_layer else 1
-        total = total + (moving + latency) * times
-        if not e.in_layer:
-            outside = outside + moving + latency
-        else:
-            hidden = e.is_weight and overlap
-            exposed = exposed + latency + (0 if hidden else moving)
-            weight_s = weight_s + (moving if hidden else 0)
-
-    stack = n.n_layers * (np.hypot(matmul + attention, weight_s) + exposed)
+    taken_s = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0}
+    for (where, dtype, dims), s_per_element in recipe.moving.items():
+        seconds = s_per_element / c["link_efficiency"] * element[dtype]
+        for dim in dims:
+            seconds = seconds * size[dim]
+        taken_s[where] = taken_s[where] + seconds
+    for where, (count, hops, messages) in recipe.fixed.items():
+        taken_s[where] = taken_s[where] + count * c["collective_s"] + hops * c["hop_s"] + messages * MESSAGE_S
+    total = taken_s["outside"] + n.n_layers * (taken_s["exposed"] + taken_s["hidden"])
+    outside = taken_s["outside"]
+    stack = n.n_layers * (np.hypot(matmul + attention, taken_s["hidden"]) + taken_s["exposed"])
     # embedding and unembedding: look-ups read T rows, logits read the table once
     v, e_ = split("table")
     table = size["V"] * size["E"] / (v * e_)
@@ -439,6 +452,18 @@ def price(
         mfu=2 * n.n_params * tokens / (latency * n_chips * chip_.peak("bf16")),
         hbm_bytes_per_chip=held,
         hbm_bytes=chip_.hbm_bytes,
-        collectives=tuple(found),
+        collectives=_listed(recipe, c, size, element) if detail else (),
         n_layers=n.n_layers,
     )
+
+
+def _listed(recipe: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
+    """Every collective with its bytes and seconds."""
+    found = []
+    for e in recipe.entries:
+        n_bytes = e.factor * element[e.dtype]
+        for dim in e.dims:
+            n_bytes = n_bytes * size[dim]
+        latency = c["collective_s"] + e.hops * c["hop_s"] + (MESSAGE_S * e.n_group if e.kind == "all-to-all" else 0)
+        found.append((e, n_bytes, n_bytes * e.s_per_byte / c["link_efficiency"] + latency))
+    return tuple(found)

@@ -74,14 +74,23 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
     """
     sizes = dict(zip(AXES, mesh, strict=True))
     parts = axes_of(entries(layout.logits[-1])[1]) if layout.logits else ()
-    heads = config.n_heads * config.d_head
-    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
-    parallel = config.block == "parallel"
     tokens = pass_.batch * pass_.length
-    return {
+    return model_letters(config) | {
         "B": pass_.batch,
         "T": tokens,
         "R": tokens if pass_.all_logits else pass_.batch,
+        "S": pass_.capacity,
+        "n": math.prod(sizes[a] for a in parts),
+        "2": 2,
+    }
+
+
+def model_letters(config: ModelConfig) -> dict[str, int]:
+    """The letters that the model alone decides."""
+    heads = config.n_heads * config.d_head
+    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
+    parallel = config.block == "parallel"
+    return {
         "E": config.d_model,
         "C": heads + mlp_in if parallel else heads,
         "G": heads + config.d_ff if parallel else heads,
@@ -89,12 +98,9 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
         "G_mlp": config.d_ff,
         "D": 2 * config.n_kv_heads * config.d_head,
         "K": config.n_kv_heads,
-        "S": pass_.capacity,
         "H": config.n_heads,
         "Q": config.d_head,
         "V": config.vocab_rows,
-        "n": math.prod(sizes[a] for a in parts),
-        "2": 2,
     }
 
 

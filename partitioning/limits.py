@@ -1,0 +1,75 @@
+"""How much a slice can hold: the largest batch and the longest context of a point that fit the chips' memory."""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from partitioning.cost import Numbers, model_numbers, price
+from partitioning.dataflow import requirements
+from partitioning.layouts import Layout
+from partitioning.mesh import AXES, Shape, Slice
+from partitioning.point import WEIGHTS, Point
+
+MOST = 2**40
+"""No batch, context or length is larger."""
+
+
+@functools.lru_cache(maxsize=65536)
+def batch_step(made: Layout, block: str, mesh: Shape) -> int:
+    """What a batch must be a multiple of under a layout."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    splits = (axes for dim, axes in requirements(made, block) if dim in ("B", "T", "R"))
+    return math.lcm(1, *(math.prod(sizes[a] for a in axes) for axes in splits))
+
+
+def largest_batch(point: Point) -> int | None:
+    """The largest batch that a point's slice can hold, all else equal; None where not even the smallest fits.
+
+    Example:
+        >>> largest_batch(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
+        ...                     layout="ws2d", attention="batch", weights="int8"))
+        6464
+    """
+    step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
+    found = _last(point, MOST // step, lambda k: {"batch": k * step})
+    return None if found is None else found * step
+
+
+def longest_context(point: Point) -> int | None:
+    """The longest `context` that a point's slice can hold, all else equal; None where not even the shortest fits.
+
+    As in a point: with this pass's token in decode (1 at least), before this pass's tokens in prefill (0 at least).
+    """
+    least = 1 if point.phase == "decode" else 0
+    found = _last(point, MOST + 1 - least, lambda k: {"context": k - 1 + least})
+    return None if found is None else found - 1 + least
+
+
+def _last(point: Point, most: int, change) -> int | None:
+    """The largest k of 1..most whose changed point fits; memory never falls as k grows, so 1024 are tried at a time."""
+    below, above = 0, most + 1
+    while above - below > 1:
+        tried = np.unique(np.linspace(below, above, 1026, dtype=np.int64)[1:-1])
+        tried = tried[(tried > below) & (tried < above)]
+        fits = _fits(point, change(tried))
+        n = int(np.count_nonzero(fits))
+        below, above = (int(tried[n - 1]) if n else below), (int(tried[n]) if n < len(tried) else above)
+    return below or None
+
+
+def _fits(point: Point, changed: Mapping[str, np.ndarray]) -> np.ndarray:
+    context = changed.get("context", np.array(point.context))
+    decode = point.phase == "decode"
+    numbers = Numbers.join(
+        model_numbers(point.config),
+        batch=np.asarray(changed.get("batch", point.batch), float),
+        length=float(point.length),
+        first=np.asarray(context - (point.length if decode else 0), float),
+        capacity=np.asarray(context + (0 if decode else point.length), float),
+        weight=float(WEIGHTS[point.weights]),
+    )
+    slice_ = Slice.parse(point.slice)
+    cost = price(point.layout_value, point.config.block, slice_, point.mesh_shape, numbers)
+    return np.floor(cost.hbm_bytes_per_chip) <= cost.hbm_bytes
