@@ -3,11 +3,13 @@
 Every command is a module with `main(argv) -> int` that can also be run as `python -m benchmarks.NAME`.
 """
 
+import argparse
 import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 COMMANDS = {
     "bench": ("benchmarks.step_latency", "planned, compiled and measured: every layout and phase side by side"),
@@ -53,7 +55,20 @@ def guarded(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] 
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a full disk, a closed descriptor: what was written stays
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Options whose errors are one sentence, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses."""
+        raise InputError(f"{message} ({self.prog} --help)")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from benchmarks.cli import main as command  # not this module's second self: its InputError would be another
+
+    sys.exit(command())

@@ -11,6 +11,8 @@ from benchmarks.rows import Row
 from benchmarks.timing import Step, stepper
 from models import text
 from models.parameters import initial
+from partitioning.chips import PLATFORMS
+from partitioning.cost import estimate
 from partitioning.dataflow import Planned, plan
 from partitioning.evidence import compare
 from partitioning.hlo import read
@@ -37,7 +39,9 @@ def planned(point: Point) -> list[Planned]:
 def analytic(point: Point) -> Row:
     """What the layout alone says: its collectives, and the bytes that one chip receives in a pass."""
     found = planned(point)
-    return {
+    priced = {} if point.chip in PLATFORMS or not point.layout_value.explicit else estimate(point).to_json()
+    numbers = {k: v for k, v in priced.items() if k not in ("point", "source", "collectives")}
+    return numbers | {
         "collectives": [dataclasses.asdict(p) for p in found],
         "collective_bytes": sum(p.bytes * p.count for p in found),
         "n_collectives": sum(p.count for p in found),

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.cli import COMMANDS, InputError, guarded
+from benchmarks.cli import COMMANDS, InputError, Parser, guarded
 from benchmarks.explain import steps
 from partitioning.layouts import LAYOUTS, layout
 from partitioning.point import Point
@@ -70,9 +70,7 @@ def renewed(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes or checks."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.docs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="python -m benchmarks.docs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--check", action="store_true")
     p.add_argument("file", type=Path)
     options = p.parse_args(argv)

@@ -12,12 +12,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
+from benchmarks.lines import read_lines
 from partitioning.cost import Estimate, estimate, estimate_many
 from partitioning.layouts import LAYOUTS
 from partitioning.limits import largest_batch, longest_context
@@ -26,9 +26,7 @@ from partitioning.point import PHASES, WEIGHTS, Point
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a line of a file was refused."""
-    p = argparse.ArgumentParser(
-        prog="toruslab estimate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab estimate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("point", nargs="?", help="a JSON point; or use the options")
     p.add_argument("--points", metavar="FILE", help="JSON points, one a line; - reads standard input")
     p.add_argument("--model", default="palm-540b-h64", help="preset or config.json (default: %(default)s)")
@@ -44,13 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--exposed", action="store_true", help="weights gathered before the matmuls, not under them")
     p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
     options = p.parse_args(argv)
-    if options.points:
+    if options.points is not None:
         return _many(options.points, options.json, not options.exposed)
     other = ("point", "points", "json", "exposed")
     fields = {k: v for k, v in vars(options).items() if k not in other and v is not None}
     fields.setdefault("context", 2048 if options.phase == "decode" else 0)
     try:
-        found = estimate(Point.from_json(options.point or fields), overlap=not options.exposed)
+        found = estimate(
+            Point.from_json(fields if options.point is None else options.point), overlap=not options.exposed
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.json:
@@ -62,17 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _many(path: str, as_json: bool, overlap: bool) -> int:
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"points={path!r} cannot be read: {error}") from None
     points: list[Point] = []
     refused = 0
     known: dict[str, Point] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in read_lines("points", path):
         try:
+            if isinstance(line, ValueError):
+                raise line
             if line not in known:
                 point = Point.from_json(line)
                 if not point.layout_value.explicit:

@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
+from partitioning.chips import PLATFORMS
 from partitioning.collectives import classify
+from partitioning.cost import estimate
 from partitioning.dataflow import Stage, bytes_of, letters, stages
 from partitioning.layouts import LAYOUTS, axes_of, entries
 from partitioning.mesh import AXES
@@ -61,19 +63,33 @@ def notation(dims: Sequence[str], spec: P) -> str:
 
 
 def steps(point: Point) -> list[dict]:
-    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, count.
+    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count.
+
+    Seconds are analytic, and None for chips without a data sheet.
 
     A tensor that does not move is one row without a kind.
     """
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
     config, layout = point.config, point.layout_value
     size = letters(config, point.pass_, layout, point.mesh_shape)
+    priced = iter(() if point.chip in PLATFORMS else estimate(point).collectives)
     found = []
     for stage in stages(layout, config.block, config.n_layers, True):
         common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
         if len(stage.ladder) == 1:
             at = notation(stage.dims, stage.ladder[0])
-            found.append({**common, "from": at, "kind": None, "axes": [], "to": at, "bytes": 0, "count": stage.count})
+            found.append(
+                {
+                    **common,
+                    "from": at,
+                    "kind": None,
+                    "axes": [],
+                    "to": at,
+                    "bytes": 0,
+                    "seconds": None,
+                    "count": stage.count,
+                }
+            )
         for src, dst in zip(stage.ladder, stage.ladder[1:], strict=False):
             move = classify(src, dst)
             found.append(
@@ -84,6 +100,7 @@ def steps(point: Point) -> list[dict]:
                     "axes": [a for a in AXES if a in move.axes],
                     "to": notation(stage.dims, dst),
                     "bytes": bytes_of(move, stage, size, point.pass_, sizes),
+                    "seconds": None if move.kind == "slice" else next((c.seconds for c in priced), None),
                     "count": stage.count,
                 }
             )
@@ -96,9 +113,7 @@ def _what(stage: Stage) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    p = argparse.ArgumentParser(
-        prog="toruslab explain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab explain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("point", nargs="?", help="a JSON point; or use the options")
     p.add_argument("--model", default="toy")
     p.add_argument("--slice", default="cpu:2x2x2")
@@ -115,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fields = {k: v for k, v in vars(options).items() if k not in ("point", "json") and v is not None}
     fields.setdefault("context", 256 if options.phase == "decode" else 0)
     try:
-        point = Point.from_json(options.point or fields)
+        point = Point.from_json(fields if options.point is None else options.point)
     except ValueError as error:
         raise InputError(str(error)) from None
     if not point.layout_value.explicit:
@@ -140,12 +155,14 @@ def _show(point: Point, rows: list[dict]) -> None:
     for name in ("scope", "tensor", "from", "move", "to"):
         table.add_column(name, no_wrap=name != "tensor")
     table.add_column("kB a chip", justify="right")
+    table.add_column("us", justify="right")
     table.add_column("times", justify="right")
     for row in rows:
         move = f"{row['kind']}({''.join(row['axes'])})" if row["kind"] else ""
         volume = f"{row['bytes'] / 1e3:,.2f}" if row["bytes"] else ""
+        taken = "" if row["seconds"] is None else f"{row['seconds'] * 1e6:,.1f}"
         table.add_row(
-            row["scope"], row["tensor"], row["from"], move, row["to"] if move else "", volume, str(row["count"])
+            row["scope"], row["tensor"], row["from"], move, row["to"] if move else "", volume, taken, str(row["count"])
         )
     console = Console(width=max(140, Console().width))
     console.print(table)

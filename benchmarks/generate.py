@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks import processes
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
 from models import text
 from models.presets import model
 from models.sampling import Sampler
@@ -25,9 +25,7 @@ from partitioning.mesh import Slice, mesh_shape
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        prog="toruslab generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; - reads standard input"
     )

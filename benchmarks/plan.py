@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
 from partitioning.cost import estimate
 from partitioning.planner import BATCHES, GOALS, PHASES, PLANNED, Plan, Space, Workload, pareto, read_slices, search
 
@@ -238,9 +238,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="toruslab plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab plan", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", default="palm-540b-h64")
     p.add_argument(
         "--slices",

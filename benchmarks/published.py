@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.published_figures import write
 from partitioning.chips import chip
 from partitioning.cost import constants_of, estimate
@@ -178,9 +178,7 @@ def _summary_table(summary: Sequence[Row], has_loo: bool) -> Table:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a row of the user's file was refused."""
-    p = argparse.ArgumentParser(
-        prog="toruslab published", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab published", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--points", metavar="FILE", help="published numbers of your own (- for standard input)")
     p.add_argument("--fit", action="store_true", help="fit the constants afresh, use them, and leave each row out once")
     p.add_argument(

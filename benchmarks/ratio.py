@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import processes
-from benchmarks.cli import guarded
+from benchmarks.cli import Parser, guarded
 from models import cache, presets, text
 
 CONTENDERS = (
@@ -28,9 +28,7 @@ CONTENDERS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.ratio", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="python -m benchmarks.ratio", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--repeats", type=int, default=40)
     repeats = p.parse_args(argv).repeats
     processes.join("cpu", 8, 1)

@@ -3,7 +3,6 @@
 python -m benchmarks.report results/bench
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.rows import Row, Rows
 
 PICTURES = ("latency", "bytes")
@@ -265,7 +264,7 @@ def _digits(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws the tables and pictures of a folder of rows again."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    p = Parser(prog="python -m benchmarks.report", description=main.__doc__)
     p.add_argument("folder", type=Path)
     folder = p.parse_args(argv).folder
     path = folder / "rows.jsonl"

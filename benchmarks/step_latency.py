@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import processes
-from benchmarks.cli import InputError, guarded
+from benchmarks.cli import InputError, Parser, guarded
+from benchmarks.lines import read_lines
 from benchmarks.rows import Row, Rows, changes, commit, environment
 from models import text
 from partitioning.layouts import LAYOUTS, NoAxisLeft, layout
@@ -36,9 +37,7 @@ PREFILL_LENGTHS = (16, 256)
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = argparse.ArgumentParser(
-        prog="toruslab bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser(prog="toruslab bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order (default: %(default)s)")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
     p.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: cpu or gpu as the slice says, else tpu")
@@ -138,12 +137,15 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
         InputError: an option that no point can be made of.
     """
     try:
-        if options.points:
+        if options.points is not None:
             return _from_file(options.points)
         names, attentions = options.layouts.split(","), options.attention.split(",")
         each = max(8, Slice.parse(options.slice).n_chips)
         passes = {
-            "decode": [(b, 1, options.context) for b in _numbers("batches", options.batches or f"{each},{16 * each}")],
+            "decode": [
+                (b, 1, options.context)
+                for b in _numbers("batches", f"{each},{16 * each}" if options.batches is None else options.batches)
+            ],
             "prefill": [(options.prefill_batch or each, n, 0) for n in _numbers("lengths", options.lengths)],
         }
         groups = []
@@ -175,15 +177,15 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
 
 
 def _from_file(path: str) -> list[list[Point]]:
-    lines = (sys.stdin.read() if path == "-" else Path(path).read_text()).splitlines()
     groups: dict[tuple, list[Point]] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                point = Point.from_json(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            groups.setdefault((point.phase, point.batch, point.length, point.context), []).append(point)
+    for number, line in read_lines("points", path):
+        try:
+            if isinstance(line, ValueError):
+                raise line
+            point = Point.from_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        groups.setdefault((point.phase, point.batch, point.length, point.context), []).append(point)
     if not groups:
         raise ValueError(f"points={path!r} holds no point")
     slices = {(p.slice, p.mesh_shape) for group in groups.values() for p in group}
@@ -302,7 +304,8 @@ def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
             contender = _try(run, point, "compiled", lambda point=point: prepare(point, run.options.seed, corpus))
             if contender:
                 run.add(point, "compiled", contender.compiled_row)
-                contenders.append(contender)
+                if _try(run, point, "measured", lambda contender=contender: contender.step() or True):
+                    contenders.append(contender)
         yield point
 
     from benchmarks.timing import interleaved

@@ -54,8 +54,8 @@ class ModelConfig:
     def __post_init__(self):
         for field in ("n_layers", "d_model", "d_ff", "n_heads", "d_head", "n_kv_heads", "vocab"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field}={value!r} must be a positive integer")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 2**40:
+                raise ValueError(f"{field}={str(value)[:40]} must be a positive integer, at most {2**40}")
         if self.block not in ("parallel", "serial"):
             raise ValueError(f"block={self.block!r} must be 'parallel' or 'serial'")
         if self.mlp not in ("swiglu", "gelu"):

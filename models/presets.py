@@ -220,8 +220,8 @@ def from_hugging_face(path: Path) -> ModelConfig:
     if not file.is_file():
         raise ValueError(f"model={str(path)!r}: there is no file {str(file)!r}")
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"model={str(path)!r}: {file.name} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"model={str(path)!r}: {file.name} must hold one JSON object")
@@ -233,7 +233,7 @@ def from_hugging_face(path: Path) -> ModelConfig:
 
 def _from_fields(name: str, data: Mapping[str, Any]) -> ModelConfig:
     kind = data.get("model_type")
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"model_type={kind!r} is not a decoder that this one can stand for: {', '.join(_TYPES)}")
     for field in _EXPERTS:
         if data.get(field):

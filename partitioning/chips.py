@@ -20,6 +20,8 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 _FIGURES = ("hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "n_links", "torus_axes", "wrap", "hop_s", "max_dims")
 _FIGURES += ("max_chips",)
 _OPTIONAL = ("clock_hz",)
+FITTED = ("matmul_efficiency", "hbm_efficiency", "link_efficiency", "collective_s", "hop_s")
+"""The constants of `partitioning.cost` that are fitted to measurements; a chip has all of them or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,12 @@ class Chip:
         for key, value in figures.items():
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{self.name}: {key}={value!r} must be a positive number")
+        if self.fitted and set(self.fitted) != set(FITTED):
+            raise ValueError(f"{self.name}: fitted must hold all of {', '.join(FITTED)}, or nothing")
+        for key, value in self.fitted.items():
+            least = 0.0 if key.endswith("_s") else 1e-3
+            if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
+                raise ValueError(f"{self.name}: fitted.{key}={value!r} must be a number of at least {least}")
         if "bf16" not in self.peak_flops_per_s and "f32" not in self.peak_flops_per_s:
             raise ValueError(f"{self.name}: peak_flops_per_s must have bf16 or f32")
         if not isinstance(self.hop_s, int | float) or not 0 <= self.hop_s < math.inf:

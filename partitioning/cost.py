@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from models.config import ModelConfig
-from partitioning.chips import Chip, chip
+from partitioning.chips import FITTED, Chip, chip
 from partitioning.collectives import moves
 from partitioning.dataflow import model_letters, stages
 from partitioning.interconnect import rate
@@ -40,7 +40,6 @@ CONVERSION_FLOPS = 64
 """[derived] what the matrix units could do while the vector unit turns one int8 weight into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
 Constants = Mapping[str, float]
-FITTED = ("matmul_efficiency", "hbm_efficiency", "link_efficiency", "collective_s", "hop_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,8 @@ class Estimate:
         stack_latency_s: the layers alone, as the paper's figures have it.
         compute_s, memory_s, collective_s: each if it were alone; they overlap as the module says.
         bound: the largest of the three.
-        mfu: 2 x parameters x tokens, padding left out, over latency x chips x peak.
+        mfu: 2 x parameters x tokens over latency x chips x peak, as the paper counts: padding left out, but the
+            embedding counted for every token, so that a model of few layers can pass 1.
         hbm_bytes_per_chip: weights, KV cache, the largest activations and gathered weights.
         fits: whether that is within the chip's memory.
     """
@@ -350,9 +350,10 @@ def _parts(entry: Any, sizes: Mapping[str, int]) -> int:
 
 
 def constants_of(chip_: Chip) -> dict[str, float]:
-    """The chip's fitted constants, or v4's."""
-    fitted = chip_.fitted or chip("v4").fitted
-    return {name: fitted[name] for name in FITTED}
+    """The chip's fitted constants; or v4's, with no link faster than its own data sheet."""
+    if chip_.fitted:
+        return {name: chip_.fitted[name] for name in FITTED}
+    return {**chip("v4").fitted, "link_efficiency": min(1.0, chip("v4").fitted["link_efficiency"])}
 
 
 def price(
@@ -382,7 +383,9 @@ def price(
     c = constants_of(chip_) if constants is None else constants
     n, size = numbers, numbers.size
     n_chips = math.prod(mesh)
-    peak = np.where(n.act == 4, chip_.peak_flops_per_s.get("f32", chip_.peak("bf16") / 6), chip_.peak("bf16"))
+    rates = chip_.peak_flops_per_s
+    bf16 = rates.get("bf16", rates.get("f32", 0.0))
+    peak = np.where(n.act == 4, rates.get("f32", bf16 / 6), bf16)
     flops_rate, hbm_rate = peak * c["matmul_efficiency"], chip_.hbm_bytes_per_s * c["hbm_efficiency"]
 
     def split(field: str, rung: int = -1) -> tuple[int, ...]:
@@ -441,7 +444,9 @@ def price(
     held = n.n_layers * weights_at_rest + table * n.act * np.where(n.tied, 1, 2) + gathered
     held = held + n.n_layers * cache_bytes * size["S"]
     t_here, (x_rows, x_cols) = size["T"] / split("h")[0], split("x")
-    held = held + (size["T"] / x_rows * size["E"] / x_cols * 2 + t_here * size["C"] / split("h", 0)[1]) * n.act
+    widest = size["C"] if block == "parallel" else np.maximum(size["C"], size["C_mlp"])
+    held = held + (size["T"] / x_rows * size["E"] / x_cols * 2 + t_here * widest / split("h", 0)[1]) * n.act
+    held = held + r_here * size["V"] / split("logits", 0)[1] * n.act
     tokens = size["T"]
     return Cost(
         latency_s=latency,
@@ -449,7 +454,7 @@ def price(
         compute_s=compute,
         memory_s=memory,
         collective_s=total,
-        mfu=2 * n.n_params * tokens / (latency * n_chips * chip_.peak("bf16")),
+        mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
         hbm_bytes_per_chip=held,
         hbm_bytes=chip_.hbm_bytes,
         collectives=_listed(recipe, c, size, element) if detail else (),

@@ -207,7 +207,7 @@ def rate(
         return 1 / (_usable_links(kind, group) * chip.link_bytes_per_s), hops
     left, taken = n_group / (n_group - 1), 0.0
     for ring in sorted(group, key=lambda ring: -ring.n_chips):
-        n_links = min(ring.n_links, 1.0) if one_way else ring.n_links
+        n_links = ring.n_links / 2 if one_way and ring.closed else ring.n_links
         taken += left * (ring.n_chips - 1) / ring.n_chips / (n_links * chip.link_bytes_per_s)
         left /= ring.n_chips
     return taken, hops

@@ -30,7 +30,7 @@ def largest_batch(point: Point) -> int | None:
     Example:
         >>> largest_batch(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
         ...                     layout="ws2d", attention="batch", weights="int8"))
-        6464
+        6400
     """
     step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
     found = _last(point, MOST // step, lambda k: {"batch": k * step})

@@ -36,7 +36,7 @@ class Slice:
         Raises:
             ValueError: text of another form, or an extent of zero.
         """
-        match = re.fullmatch(r"([A-Za-z0-9_.\-/]+):(\d+(?:x\d+){0,2})", str(text))
+        match = re.fullmatch(r"([A-Za-z0-9_.\-/]+):(\d{1,7}(?:x\d{1,7}){0,2})", str(text), re.ASCII)
         if not match:
             raise ValueError(
                 f"slice={text!r} must be CHIP:DIMS with one to three extents, such as cpu:2x2x2 or v5e:4x4"
@@ -67,10 +67,8 @@ def mesh_shape(slice_: Slice, mesh: str | Sequence[int] | None = None) -> Shape:
     if mesh is None:
         dims = slice_.dims
     else:
-        try:
-            dims = tuple(int(d) for d in (mesh.split("x") if isinstance(mesh, str) else mesh))
-        except (ValueError, TypeError):
-            dims = ()
+        text = mesh if isinstance(mesh, str) else "x".join(map(str, mesh))
+        dims = tuple(map(int, text.split("x"))) if re.fullmatch(r"\d{1,7}(x\d{1,7}){0,2}", text, re.ASCII) else ()
         if not 1 <= len(dims) <= 3 or min(dims) < 1:
             raise ValueError(f"mesh={mesh!r} must be one to three positive extents, such as 2x2x2")
         if math.prod(dims) != slice_.n_chips:

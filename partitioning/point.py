@@ -14,8 +14,9 @@ from models.config import ModelConfig
 from models.presets import model
 from partitioning.chips import PLATFORMS, chip
 from partitioning.dataflow import Pass, check
+from partitioning.interconnect import rate, rings
 from partitioning.layouts import Layout, layout
-from partitioning.mesh import Shape, Slice, mesh_shape
+from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 
 PHASES = ("prefill", "decode")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
@@ -72,7 +73,10 @@ class Point:
         if not isinstance(self.mesh, str | None):
             raise ValueError(f"mesh={self.mesh!r} must be text such as 4x2x1, or a list of extents")
         if self.chip not in PLATFORMS:
-            chip(self.chip).check_slice(Slice.parse(self.slice).dims)
+            try:
+                chip(self.chip).check_slice(Slice.parse(self.slice).dims)
+            except ValueError as error:
+                raise ValueError(f"slice={self.slice!r}: {error}") from None
         check(self.layout_value, self.config, self.pass_, self.mesh_shape)
 
     @property
@@ -126,7 +130,11 @@ class Point:
         Raises:
             ValueError: which rule it breaks.
         """
-        chip(self.chip).check_slice(Slice.parse(self.slice).dims)
+        described = chip(self.chip)
+        if described.wrap == "switch":
+            rate("all-gather", AXES, self.mesh_shape, described)
+        else:
+            rings(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
         """The point as JSON fields; `mesh` only where it is given."""
@@ -147,7 +155,7 @@ class Point:
         if isinstance(fields, str):
             try:
                 fields = json.loads(fields)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise ValueError(f"a point is a JSON object, not {type(fields).__name__}")

@@ -21,6 +21,10 @@ hop_s = { value = 0, source = "measured" }
 max_dims = { value = [8], source = "devices" }
 max_chips = { value = 8, source = "devices" }
 [fitted]
+matmul_efficiency = { value = 0.8, on = "products on this host" }
+hbm_efficiency = { value = 0.9, on = "copies on this host" }
+link_efficiency = { value = 1, on = "64 collectives on this host" }
+hop_s = { value = 0, on = "64 collectives on this host" }
 collective_s = { value = 1e-4, on = "64 collectives on this host" }
 """
 
@@ -112,7 +116,7 @@ def test_a_chip_of_ones_own(tmp_path):
     file.write_text(MINE)
     mine = chip(file)
     assert mine.hbm_bytes == 16_000_000_000 and mine.max_dims == (8,)
-    assert mine.fitted == {"collective_s": 1e-4}
+    assert mine.fitted["collective_s"] == 1e-4 and len(mine.fitted) == 5
     assert mine.sources["fitted.collective_s"] == "64 collectives on this host"
 
 

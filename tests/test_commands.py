@@ -210,3 +210,13 @@ def test_a_report_draws_what_there_is(tmp_path):
     ]
     assert "| ws2d/batch |" in markdown(rows)
     assert all(path.stat().st_size for path in write(rows, tmp_path))
+
+
+@pytest.mark.parametrize("module", ["benchmarks.cli", "benchmarks.estimate"])
+def test_refused_however_it_is_started(module):
+    """Also as `python -m benchmarks.cli`, where a module can come to exist twice."""
+    command = ["estimate"] if module == "benchmarks.cli" else []
+    for wrong in (["--layout", "ws2"], ["--batch", "1.5"], ["--bacth", "3"]):
+        done = subprocess.run([sys.executable, "-m", module, *command, *wrong], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

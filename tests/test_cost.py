@@ -186,6 +186,32 @@ def test_good_lines_are_answered_whatever_the_others(capsys, tmp_path):
     assert all(math.isfinite(r["latency_s"]) for r in rows)
 
 
+def test_lines_that_are_no_text_are_refused_alone(capsys, tmp_path):
+    off_torus = GOOD | {"slice": "v4:4x4x12", "mesh": "3x8x8", "batch": 192, "layout": "replicated"}
+    path = tmp_path / "points.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf"
+        + json.dumps(GOOD).encode()
+        + b"\r\n\xff\xfe\n"
+        + b"[" * 100_000
+        + b"\n"
+        + json.dumps(off_torus).encode()
+    )
+    assert command.main(["--points", str(path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1
+    assert "line 2: not UTF-8" in err and "line 3: not JSON" in err and "line 4: mesh 3x8x8 cannot be laid" in err
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, "a", math.inf])
+def test_a_chips_fitted_constants_are_checked(wrong):
+    v4 = chip("v4")
+    with pytest.raises(ValueError, match=r"fitted\.hbm_efficiency"):
+        dataclasses.replace(v4, fitted={**v4.fitted, "hbm_efficiency": wrong})
+    with pytest.raises(ValueError, match="fitted must hold all"):
+        dataclasses.replace(v4, fitted={"hop_s": 1e-6})
+
+
 def test_estimate_touches_no_device():
     program = (
         "import sys; from benchmarks import estimate; code = estimate.main([]);"
