@@ -408,6 +408,11 @@ def price(
         weights_at_rest = weights_at_rest + at_rest * n.weight
         gathered = np.maximum(gathered, here * n.weight) if a * b < math.prod(split(weight, 0)) else gathered
 
+    # the vector unit's passes over the residual stream: the norm reads and writes its input, the sum reads two, writes one
+    streams = 2 * size["T"] * size["E"] / math.prod(split("x")) + 3 * size["T"] * size["E"] / math.prod(split("x", 0))
+    vector = len(suffixes) * streams * n.act / hbm_rate
+    memory = memory + vector
+
     # attention of one layer: new tokens against what is cached, on average half of their own pass
     b_split, k_split = split("cache")[0], split("cache")[1]
     seen = n.first + (n.length + 1) / 2
@@ -430,7 +435,7 @@ def price(
         taken_s[where] = taken_s[where] + count * c["collective_s"] + hops * c["hop_s"] + messages * MESSAGE_S
     total = taken_s["outside"] + n.n_layers * (taken_s["exposed"] + taken_s["hidden"])
     outside = taken_s["outside"]
-    stack = n.n_layers * (np.hypot(matmul + attention, taken_s["hidden"]) + taken_s["exposed"])
+    stack = n.n_layers * (np.hypot(matmul + vector + attention, taken_s["hidden"]) + taken_s["exposed"])
     # embedding and unembedding: look-ups read T rows, logits read the table once
     v, e_ = split("table")
     table = size["V"] * size["E"] / (v * e_)
