@@ -408,7 +408,7 @@ def price(
         weights_at_rest = weights_at_rest + at_rest * n.weight
         gathered = np.maximum(gathered, here * n.weight) if a * b < math.prod(split(weight, 0)) else gathered
 
-    # the vector unit's passes over the residual stream: the norm reads and writes its input, the sum reads two, writes one
+    # the vector unit's passes over the residual stream: a norm reads and writes, a sum reads two and writes one
     streams = 2 * size["T"] * size["E"] / math.prod(split("x")) + 3 * size["T"] * size["E"] / math.prod(split("x", 0))
     vector = len(suffixes) * streams * n.act / hbm_rate
     memory = memory + vector
