@@ -167,12 +167,10 @@ def check_mixed_lengths(bench: Bench) -> None:
 
 
 def check_greedy(bench: Bench) -> None:
-    """The sampled token after a padded prefill and after a decode step is the reference's likeliest."""
+    """The token sampled in a decode step after a padded prefill is the reference's likeliest."""
     _, ids, expected = case(bench.config)
-    lengths = 1 + np.arange(BATCH) % CHUNK
-    picked, cache = bench.run(ids[:, :CHUNK], np.zeros(BATCH), lengths, bench.cache(), all_logits=False)
-    rows = np.arange(BATCH)
-    np.testing.assert_array_equal(picked, expected[rows, lengths - 1].argmax(-1))
+    rows, lengths = np.arange(BATCH), 1 + np.arange(BATCH) % CHUNK
+    _, cache = bench.run(ids[:, :CHUNK], np.zeros(BATCH), lengths, bench.cache())
     picked, _ = bench.run(ids[rows, lengths][:, None], lengths, np.ones(BATCH), cache, all_logits=False)
     np.testing.assert_array_equal(picked, expected[rows, lengths].argmax(-1))
 
