@@ -62,13 +62,13 @@ def test_llama_2_13b_steps_of_the_scaling_book():
 
 
 def test_llama_3_70b_steps_of_the_scaling_book():
-    """The book rounds 17.2 ms to 17; int8 weights and cache."""
+    """The book rounds 17.3 ms to 17; int8 weights and cache."""
     table = BOOK["llama_3_70b_step"]
     llama = model("llama-3-70b")
     per_token = closed_forms.kv_bytes_per_token(llama.n_layers, llama.n_kv_heads, llama.d_head, 1)
     read = llama.n_params + table["batch"] * per_token * table["context"]
     step_s = read / (np.array(table["n_chips"]) * chip(table["chip"]).hbm_bytes_per_s)
-    np.testing.assert_allclose(step_s, table["seconds"], rtol=0.03)
+    np.testing.assert_allclose(step_s, table["seconds"], rtol=0.02)
 
 
 def test_flat_is_the_papers_formula():
