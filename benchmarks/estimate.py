@@ -16,41 +16,27 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import point_options
 from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.lines import read_lines
 from partitioning.cost import Estimate, estimate, estimate_many
-from partitioning.layouts import LAYOUTS
 from partitioning.limits import largest_batch, longest_context
-from partitioning.point import PHASES, WEIGHTS, Point
+from partitioning.point import Point
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a line of a file was refused."""
     p = Parser(prog="toruslab estimate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("point", nargs="?", help="a JSON point; or use the options")
+    point_options.add(p, model="palm-540b-h64", slice_="v4:4x4x4", batch=64, context=2048, weights="bf16")
     p.add_argument("--points", metavar="FILE", help="JSON points, one a line; - reads standard input")
-    p.add_argument("--model", default="palm-540b-h64", help="preset or config.json (default: %(default)s)")
-    p.add_argument("--slice", default="v4:4x4x4", help="CHIP:DIMS (default: %(default)s)")
-    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
-    p.add_argument("--phase", default="decode", help=", ".join(PHASES))
-    p.add_argument("--batch", type=int, default=64)
-    p.add_argument("--length", type=int, default=1)
-    p.add_argument("--context", type=int, help="default: 2048 in decode, 0 in prefill")
-    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
-    p.add_argument("--attention", default="batch", help="heads, batch")
-    p.add_argument("--weights", default="bf16", help=", ".join(WEIGHTS))
     p.add_argument("--exposed", action="store_true", help="weights gathered before the matmuls, not under them")
     p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
     options = p.parse_args(argv)
     if options.points is not None:
         return _many(options.points, options.json, not options.exposed)
-    other = ("point", "points", "json", "exposed")
-    fields = {k: v for k, v in vars(options).items() if k not in other and v is not None}
-    fields.setdefault("context", 2048 if options.phase == "decode" else 0)
+    point = point_options.read(options)
     try:
-        found = estimate(
-            Point.from_json(fields if options.point is None else options.point), overlap=not options.exposed
-        )
+        found = estimate(point, overlap=not options.exposed)
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.json:

@@ -17,14 +17,15 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import point_options
 from benchmarks.cli import InputError, Parser, guarded
 from partitioning.chips import PLATFORMS
 from partitioning.collectives import classify
 from partitioning.cost import estimate
 from partitioning.dataflow import Stage, bytes_of, letters, stages
-from partitioning.layouts import LAYOUTS, axes_of, entries
+from partitioning.layouts import axes_of, entries
 from partitioning.mesh import AXES
-from partitioning.point import PHASES, WEIGHTS, Point
+from partitioning.point import Point
 
 LETTERS = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
 WHAT = {
@@ -114,28 +115,16 @@ def _what(stage: Stage) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     p = Parser(prog="toruslab explain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("point", nargs="?", help="a JSON point; or use the options")
-    p.add_argument("--model", default="toy")
-    p.add_argument("--slice", default="cpu:2x2x2")
-    p.add_argument("--mesh")
-    p.add_argument("--phase", default="decode", help=", ".join(PHASES))
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--length", type=int, default=1)
-    p.add_argument("--context", type=int, help="default: 256 in decode, 0 in prefill")
-    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
-    p.add_argument("--attention", default="batch", help="heads, batch")
-    p.add_argument("--weights", default="f32", help=", ".join(WEIGHTS))
+    point_options.add(p, model="toy", slice_="cpu:2x2x2", batch=8, context=256, weights="f32")
     p.add_argument("--json", action="store_true", help="one JSON object a step on standard output")
     options = p.parse_args(argv)
-    fields = {k: v for k, v in vars(options).items() if k not in ("point", "json") and v is not None}
-    fields.setdefault("context", 256 if options.phase == "decode" else 0)
-    try:
-        point = Point.from_json(fields if options.point is None else options.point)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    point = point_options.read(options)
     if not point.layout_value.explicit:
         raise InputError(f"layout={point.layout!r} constrains nothing, so there is no ladder: XLA decides (see bench)")
-    rows = steps(point)
+    try:
+        rows = steps(point)
+    except ValueError as error:  # a mesh that cannot be laid over the slice's torus has no seconds
+        raise InputError(str(error)) from None
     if options.json:
         for row in rows:
             print(json.dumps({"point": point.to_json(), "source": "analytic", **row}))

@@ -78,6 +78,10 @@ def test_bench_refuses_in_one_sentence(capsys, argv, sentence, tmp_path):
         ({"layout": ["ws2d"]}, "layout=['ws2d'] must be text"),
         ({"batch": "8"}, "batch='8' must be an integer"),
         ({"mesh": {}}, "mesh={} must be text"),
+        (
+            {"model": "palm-8b-h64", "slice": "v4:4x4x12", "mesh": "3x8x8", "batch": 192, "layout": "replicated"},
+            "cannot",
+        ),
     ],
 )
 def test_explain_refuses_in_one_sentence(capsys, change, sentence):

@@ -1,0 +1,39 @@
+"""The options that spell one point on a command line, for the commands that answer about one."""
+
+import argparse
+
+from benchmarks.cli import InputError
+from partitioning.layouts import LAYOUTS
+from partitioning.point import PHASES, WEIGHTS, Point
+
+FIELDS = ("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights")
+
+
+def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, context: int, weights: str) -> None:
+    """Adds the options, with a command's own defaults; `context` is decode's, prefill's is 0."""
+    p.add_argument("point", nargs="?", help="a JSON point; or use the options")
+    p.add_argument("--model", default=model, help="preset or config.json (default: %(default)s)")
+    p.add_argument("--slice", default=slice_, help="CHIP:DIMS (default: %(default)s)")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--phase", default="decode", help=", ".join(PHASES))
+    p.add_argument("--batch", type=int, default=batch, help="default: %(default)s")
+    p.add_argument("--length", type=int, default=1, help="default: %(default)s")
+    p.add_argument("--context", type=int, help=f"default: {context} in decode, 0 in prefill")
+    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
+    p.add_argument("--attention", default="batch", help="heads, batch")
+    p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
+    p.set_defaults(decode_context=context)
+
+
+def read(options: argparse.Namespace) -> Point:
+    """The point that was asked for.
+
+    Raises:
+        InputError: what the point refuses.
+    """
+    fields = {k: getattr(options, k) for k in FIELDS if getattr(options, k) is not None}
+    fields.setdefault("context", options.decode_context if options.phase == "decode" else 0)
+    try:
+        return Point.from_json(fields if options.point is None else options.point)
+    except ValueError as error:
+        raise InputError(str(error)) from None
