@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
+TEST_EXTRAS ?= test,crosscheck
+FAST_EXTRAS ?= test
 
 .PHONY: bench test fast lint format docs clean
 
@@ -25,8 +27,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/.bench  ## the commands' help and the generated tables of the README are up to date
-	$(BIN)/python -m benchmarks.docs --check README.md
+docs: $(VENV)/.bench  ## the commands' help and the generated tables of README and docs are up to date
+	$(BIN)/python -m benchmarks.docs --check README.md docs/tpu_compiler.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,10 +37,10 @@ $(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable . && touch $@
 
 $(VENV)/.fast: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[test]' && touch $@
+	$(PIP) --editable '.[$(FAST_EXTRAS)]' && touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[test,crosscheck]' && touch $@
+	$(PIP) --editable '.[$(TEST_EXTRAS)]' && touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]' && touch $@

@@ -12,8 +12,8 @@ from benchmarks.timing import Step, stepper
 from models import text
 from models.parameters import initial
 from partitioning.chips import PLATFORMS
+from partitioning.compiled import planned
 from partitioning.cost import estimate
-from partitioning.dataflow import Planned, plan
 from partitioning.evidence import compare
 from partitioning.hlo import read
 from partitioning.mesh import AXES, Shape, attach
@@ -28,12 +28,6 @@ class Contender:
     point: Point
     compiled_row: Row
     step: Step
-
-
-def planned(point: Point) -> list[Planned]:
-    """The plan of a point; `auto`, which has none, is held against the one of `ws2d`."""
-    counterpart = point if point.layout_value.explicit else dataclasses.replace(point, layout="ws2d")
-    return plan(counterpart.layout_value, point.config, point.pass_, point.mesh_shape)
 
 
 def analytic(point: Point) -> Row:
@@ -65,7 +59,7 @@ def prepare(point: Point, seed: int, corpus: str) -> Contender:
         "unexplained": sum(not m.explained for m in matched),
         "rematerialisations": len(compiled.warnings),
     }
-    params = _params(point, mesh, program.dtype, seed)
+    params = _params(point, program, seed)
     ids = text.prompts(point.batch, point.length, seed, corpus)
     return Contender(point=point, compiled_row=row, step=stepper(program, compiled, params, ids, point.start))
 
@@ -73,13 +67,14 @@ def prepare(point: Point, seed: int, corpus: str) -> Contender:
 _placed: dict[tuple, nnx.State] = {}
 
 
-def _params(point: Point, mesh: Mesh, dtype, seed: int) -> nnx.State:
+def _params(point: Point, program: Program, seed: int) -> nnx.State:
     """Weights at rest, kept for the next layout that wants them in the same places."""
     layout = point.layout_value
     rest = (layout.table, layout.w_in[0], layout.w_kv[0], layout.w_out[0], layout.explicit)
-    key = (point.model, dtype, seed, rest, point.mesh_shape)
+    key = (point.model, point.weights, seed, rest, point.mesh_shape)
     if key not in _placed:
-        _placed[key] = initial(point.config, layout, mesh, seed=seed, dtype=dtype)
+        made = initial(point.config, layout, program.mesh, seed=seed, dtype=program.dtype, int8=program.int8)
+        _placed[key] = made
     return _placed[key]
 
 

@@ -1,7 +1,7 @@
-"""The generated parts of the README: written from the code, checked so that they cannot go stale.
+"""The generated parts of README and docs: written from code and data, checked so that they cannot go stale.
 
-python -m benchmarks.docs README.md           writes them anew
-python -m benchmarks.docs --check README.md   exits with 1 and says which one is stale
+python -m benchmarks.docs README.md docs/tpu_compiler.md           writes them anew
+python -m benchmarks.docs --check README.md docs/tpu_compiler.md   exits with 1 and says which one is stale
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import compiled_page
 from benchmarks.cli import COMMANDS, InputError, Parser, guarded
 from benchmarks.explain import steps
 from partitioning.layouts import LAYOUTS, layout
@@ -51,19 +52,26 @@ def layouts() -> str:
     return "\n".join(out)
 
 
-PARTS: dict[str, Callable[[], str]] = {"commands": commands, "layouts": layouts}
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"commands": commands, "layouts": layouts},
+    "tpu_compiler.md": compiled_page.PARTS,
+}
+"""The parts that a file of this name must have."""
 
 
-def renewed(text: str) -> str:
-    """The text with every generated part written anew.
+def renewed(path: Path) -> str:
+    """The text of a file with every generated part written anew.
 
     Raises:
-        InputError: a part that the text does not have, or that is not closed.
+        InputError: a file that is not known, or without one of its parts.
     """
-    for name, make in PARTS.items():
+    if path.name not in PARTS:
+        raise InputError(f"{path} has no generated parts; those that have: {', '.join(PARTS)}")
+    text = path.read_text()
+    for name, make in PARTS[path.name].items():
         pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise InputError(f"the file has no part '<!-- generated: {name} -->' ... '<!-- end -->'")
+            raise InputError(f"{path} has no part '<!-- generated: {name} -->' ... '<!-- end -->'")
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
     return text
 
@@ -72,16 +80,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes or checks."""
     p = Parser(prog="python -m benchmarks.docs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--check", action="store_true")
-    p.add_argument("file", type=Path)
+    p.add_argument("files", type=Path, nargs="+", metavar="file")
     options = p.parse_args(argv)
-    text = options.file.read_text()
-    new = renewed(text)
-    if not options.check:
-        options.file.write_text(new)
-    elif new != text:
-        print(f"{options.file} is stale: run python -m benchmarks.docs {options.file}", file=sys.stderr)
-        return 1
-    return 0
+    stale = False
+    for file in options.files:
+        new = renewed(file)
+        if not options.check:
+            file.write_text(new)
+        elif new != file.read_text():
+            stale = True
+            print(f"{file} is stale: run python -m benchmarks.docs {file}", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

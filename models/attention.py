@@ -13,6 +13,14 @@ BLOCK = 512
 """Cached positions per block; up to twice as many are done in one piece."""
 
 
+def n_turns(start: int, length: int) -> int:
+    """Turns of the loop over blocks of positions: of tokens `start`..`start + length - 1` over a longer cache.
+
+    The compiled program does not tell it, because it depends on where the sequences are.
+    """
+    return (start + length - 1) // BLOCK
+
+
 def rope_tables(positions: jax.Array, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of RoPE for positions [...]: each [..., Q/2], float32."""
     frequencies = theta ** (-jnp.arange(d_head // 2, dtype=jnp.float32) * 2 / d_head)

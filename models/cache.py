@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
+from partitioning.collectives import tpu
 from partitioning.layouts import Layout, entries
 
 
@@ -50,6 +51,9 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
             has checked: a traced program cannot, and would slide the update over older positions or drop it.
     """
     new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)  # bkLQ
+    mesh = jax.sharding.get_abstract_mesh()
+    if tpu() and mesh.are_all_axes_manual:
+        return _write_rows(cache, new, layer, starts)
     if len(new) <= FEW_ROWS:
         for row in range(len(new)):
             at = (layer, row, 0, starts[row], 0)
@@ -59,10 +63,22 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
     return lax.scatter(cache, where, new, _PER_ROW, **_NO_TWO_ALIKE)
 
 
+def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
+    """The same on the cache as a matrix of rows [n_layers * b * k * S, Q], of which XLA:TPU updates many at once: 64
+    sequences take it 1.9 us, and 193 us in a scatter of windows, which it makes a loop of 64 turns. (To be told that
+    the rows are in order as well, it takes 5 s longer to compile, for 0.7 us.)"""
+    _, b, k, span, width = cache.shape
+    at = (layer * b + jnp.arange(b))[:, None] * k + jnp.arange(k)  # bk
+    at = (at * span + starts[:, None])[..., None] + jnp.arange(new.shape[2])  # bkL
+    rows = cache.reshape(-1, width).at[at.reshape(-1)]
+    rows = rows.set(new.reshape(-1, width), mode="promise_in_bounds", unique_indices=True)
+    return rows.reshape(cache.shape)
+
+
 FEW_ROWS = 8
-"""Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU devices), but
-every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache nor, where
-XLA partitions it by itself, gathers it."""
+"""Not on TPUs. Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU
+devices), but every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache
+nor, where XLA partitions it by itself, gathers it."""
 
 _PER_ROW = lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2, 3),  # kLQ

@@ -79,8 +79,12 @@ class ModelConfig:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embedding table: `vocab`, padded so that it can be split over many chips."""
-        multiple = 128 if self.vocab < 16384 else 1024
+        """Rows of the embedding table: `vocab`, padded so that it can be split over many chips.
+
+        Large tables by whole tiles of 128 on 64 chips: parts of other sizes cost TPUs a padded reduce-scatter of the
+        logits and a shift between neighbours.
+        """
+        multiple = 128 if self.vocab < 16384 else 1024 if self.vocab < 65536 else 8192
         return -(-self.vocab // multiple) * multiple
 
     @property

@@ -50,10 +50,11 @@ class Rows(NamedTuple):
 class Block(nnx.Module):
     """Norm, input projection, attention and/or MLP, output projection; parameters of all layers stacked.
 
-    `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E].
+    `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E]; where these are int8, also their scales
+    (`models.quantise`), `w_in_scale` [n, C] and so on.
     """
 
-    def __init__(self, config: ModelConfig, *, attention: bool, mlp: bool, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, attention: bool, mlp: bool, dtype, int8: bool, rngs: nnx.Rngs):
         n, e, q = config.n_layers, config.d_model, config.d_head
         self.config, self.has_mlp, self.has_attention = config, mlp, attention
         groups = config.n_heads if attention else config.mlp_groups
@@ -62,10 +63,17 @@ class Block(nnx.Module):
         g = groups * ((q if attention else 0) + f)
         weight = nnx.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
         self.norm = nnx.Param(jnp.ones((n, e), dtype))
-        self.w_in = nnx.Param(weight(rngs.params(), (n, e, c), dtype))
+
+        def matrix(*shape: int) -> tuple[nnx.Param, nnx.Param | None]:
+            """A matrix and, if int8, its scales: places for what `quantise` makes."""
+            if not int8:
+                return nnx.Param(weight(rngs.params(), shape, dtype)), None
+            return nnx.Param(jnp.zeros(shape, jnp.int8)), nnx.Param(jnp.ones((n, shape[-1]), dtype))
+
+        self.w_in, self.w_in_scale = matrix(n, e, c)
         if attention:
-            self.w_kv = nnx.Param(weight(rngs.params(), (n, e, 2 * config.n_kv_heads * q), dtype))
-        self.w_out = nnx.Param(weight(rngs.params(), (n, g, e), dtype))
+            self.w_kv, self.w_kv_scale = matrix(n, e, 2 * config.n_kv_heads * q)
+        self.w_out, self.w_out_scale = matrix(n, g, e)
 
     def __call__(
         self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout
@@ -78,7 +86,7 @@ class Block(nnx.Module):
         with scope("w_in"):
             w_in = follow(self.w_in[...], layout.w_in)
         with scope("h"):
-            h = follow(matmul("te,ec->tc", y, w_in, layout.h), layout.h)
+            h = follow(matmul("te,ec->tc", y, w_in, layout.h, _value(self.w_in_scale)), layout.h)
 
         parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
         if self.has_attention:
@@ -87,7 +95,7 @@ class Block(nnx.Module):
             with scope("w_kv"):
                 w_kv = follow(self.w_kv[...], layout.w_kv)
             with scope("kv"):
-                kv = follow(matmul("te,ed->td", y_kv, w_kv, layout.kv), layout.kv)
+                kv = follow(matmul("te,ed->td", y_kv, w_kv, layout.kv, _value(self.w_kv_scale)), layout.kv)
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
@@ -102,7 +110,7 @@ class Block(nnx.Module):
         with scope("w_out"):
             w_out = follow(self.w_out[...], layout.w_out)
         with scope("out"):
-            out = follow(matmul("tg,ge->te", g, w_out, layout.out), layout.out)
+            out = follow(matmul("tg,ge->te", g, w_out, layout.out, _value(self.w_out_scale)), layout.out)
         return x + out, cache
 
     def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
@@ -131,18 +139,19 @@ class Decoder(nnx.Module):
     Args:
         config: the sizes.
         dtype: of parameters and activations.
+        int8: keep the matrices of the blocks as int8 with scales (placeholders: `models.parameters` fills them).
         rngs: for the initial weights; `nnx.eval_shape` around the constructor allocates nothing.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, int8: bool = False, rngs: nnx.Rngs):
         self.config = config
         table = nnx.initializers.normal(stddev=config.d_model**-0.5)
         self.table = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
         if config.block == "parallel":
-            self.layer = Block(config, attention=True, mlp=True, dtype=dtype, rngs=rngs)
+            self.layer = Block(config, attention=True, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
         else:
-            self.attention = Block(config, attention=True, mlp=False, dtype=dtype, rngs=rngs)
-            self.mlp = Block(config, attention=False, mlp=True, dtype=dtype, rngs=rngs)
+            self.attention = Block(config, attention=True, mlp=False, dtype=dtype, int8=int8, rngs=rngs)
+            self.mlp = Block(config, attention=False, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
         self.final_norm = nnx.Param(jnp.ones((config.d_model,), dtype))
         if not config.tied:
             self.unembed = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
@@ -209,9 +218,18 @@ class Decoder(nnx.Module):
             return local(mask, [at], [at])(logits)[0], cache
 
 
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
-    """`x @ w`, left as the ladder begins: partial sums stay where they are."""
-    return jnp.einsum(subscripts, x, w, out_sharding=ladder[0] if ladder else None)
+def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder, scale: jax.Array | None = None) -> jax.Array:
+    """`x @ w`, left as the ladder begins: partial sums stay where they are.
+
+    `scale` [columns of w], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+    """
+    out: jax.Array = jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+    if scale is None:
+        return out
+    if not ladder:
+        return out * scale
+    # JAX's type for a factor of partial sums: the same on all chips that hold terms of them
+    return out * jax.sharding.reshard(scale, P(entries(ladder[0])[1], reduced=ladder[0].unreduced))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.Array:
@@ -276,6 +294,10 @@ def attention(
     ins = [layout.q, layout.kv, stored, stored, scalar, by_row, by_token, by_token]
     o, k, v = local(on_shards, ins, [layout.o, stored, stored])(q, kv, *cache, layer, *rows)
     return o, Cache(k, v)
+
+
+def _value(param: nnx.Param | None) -> jax.Array | None:
+    return None if param is None else param[...]
 
 
 def split_axes(ladder: Ladder, dim: int) -> Axes:

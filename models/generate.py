@@ -165,7 +165,7 @@ class Generator:
     def _hand_over(self, params: nnx.State, cache: Cache, to: Program) -> tuple[nnx.State, Cache]:
         """Weights and cache where the decode layout wants them; what lies there already is not copied."""
         stored = NamedSharding(to.mesh, cache_spec(to.layout))
-        wanted = shardings(abstract(self.config, to.dtype)[1], to.layout, to.mesh)
+        wanted = shardings(abstract(self.config, to.dtype, to.int8)[1], to.layout, to.mesh)
         return jax.device_put((params, cache), (wanted, Cache(stored, stored)))
 
 

@@ -5,6 +5,8 @@ Plans on shapes and allocates last: `abstract` allocates nothing, `initial` make
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,15 @@ from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.quantise import quantise
 from models.weights import Canonical, pack
 from partitioning.layouts import Layout, entries
 
 
 @functools.lru_cache(maxsize=64)
-def abstract(config: ModelConfig, dtype=jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure and its parameters as shapes."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0))))
+def abstract(config: ModelConfig, dtype=jnp.float32, int8: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
+    """The decoder's structure and its parameters as shapes; `int8`: matrices as int8, with scales."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, int8=int8, rngs=nnx.Rngs(0))))
 
 
 def specs(params: nnx.State, layout: Layout) -> nnx.State:
@@ -44,26 +47,34 @@ def shardings(params: nnx.State, layout: Layout, mesh: Mesh) -> nnx.State:
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(params, layout), is_leaf=lambda s: isinstance(s, P))
 
 
-def initial(config: ModelConfig, layout: Layout, mesh: Mesh, *, seed: int = 0, dtype=jnp.float32) -> nnx.State:
+def initial(
+    config: ModelConfig, layout: Layout, mesh: Mesh, *, seed: int = 0, dtype=jnp.float32, int8: bool = False
+) -> nnx.State:
     """Random parameters, every shard made on its own device; the same values under every layout and mesh."""
+    _, wanted = abstract(config, dtype, int8)
 
     def make() -> nnx.State:
         params = nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: _without_padding(config, path, leaf), params)
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: _without_padding(config, path, leaf), params)
+        if not int8:
+            return params
+        nested = quantise(nnx.to_pure_dict(params), dtype)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _at(nested, path), wanted)
 
-    return jax.jit(make, out_shardings=shardings(abstract(config, dtype)[1], layout, mesh))()
+    return jax.jit(make, out_shardings=shardings(wanted, layout, mesh))()
 
 
-def load(config: ModelConfig, weights: Canonical, layout: Layout, mesh: Mesh, *, dtype=jnp.float32) -> nnx.State:
+def load(
+    config: ModelConfig, weights: Canonical, layout: Layout, mesh: Mesh, *, dtype=jnp.float32, int8: bool = False
+) -> nnx.State:
     """Canonical weights (see `models.reference`) as parameters on their devices, over all processes."""
     packed = pack(config, weights)
-    _, params = abstract(config, dtype)
+    if int8:
+        packed = quantise(packed, dtype)
+    _, params = abstract(config, dtype, int8)
 
     def place(path: tuple, leaf, sharding: NamedSharding) -> jax.Array:
-        array = packed
-        for key in (k.key for k in path if isinstance(k, jax.tree_util.DictKey)):
-            array = array[key]
-        array = np.asarray(array, leaf.dtype)
+        array = np.asarray(_at(packed, path), leaf.dtype)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: array[index])
 
     return jax.tree_util.tree_map_with_path(place, params, shardings(params, layout, mesh))
@@ -75,8 +86,16 @@ def everywhere(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
 
 
+def _keys(path: tuple) -> list[str]:
+    return [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+
+
 def _name(path: tuple) -> str:
-    return [k.key for k in path if isinstance(k, jax.tree_util.DictKey)][-1]
+    return _keys(path)[-1]
+
+
+def _at(nested: Mapping[str, Any], path: tuple) -> Any:
+    return functools.reduce(lambda inner, key: inner[key], _keys(path), nested)
 
 
 def _without_padding(config: ModelConfig, path: tuple, leaf: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax import lax
@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from partitioning.layouts import Axes, Ladder, axes_of, entries
 from partitioning.mesh import AXES
 
+LANES, SUBLANES = 128, 8
+"""A TPU's tile: columns and rows."""
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
 
 
@@ -114,6 +116,12 @@ def follow(array: jax.Array, ladder: Ladder) -> jax.Array:
     return array
 
 
+def tpu() -> Any:
+    """What the devices of the ambient mesh are (`device_kind`, `num_cores`), if TPUs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None and device.platform == "tpu" else None
+
+
 def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequence[Ladder | P]) -> Callable:
     """`function` on every chip's own shards, with no communication.
 
@@ -141,11 +149,33 @@ def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequenc
 
 
 def _all_gather(move: Move, shard: jax.Array) -> jax.Array:
-    return lax.all_gather(shard, move.axes, axis=move.source, tiled=True, to="invarying")
+    for axes in reversed(_steps(move.axes)):
+        shard = lax.all_gather(shard, axes, axis=move.source, tiled=True, to="invarying")
+    return shard
 
 
 def _reduce_scatter(move: Move, shard: jax.Array) -> jax.Array:
-    return lax.psum_scatter(shard, move.axes, scatter_dimension=move.target, tiled=True)
+    for axes in _steps(move.axes):
+        shard = _scatter(shard, axes, move.target)
+    return shard
+
+
+def _scatter(shard: jax.Array, axes: Axes, at: int) -> jax.Array:
+    """Where a chip's part is not whole tiles for each core of a TPU, the parts become a dimension of their own:
+    XLA:TPU makes an all-reduce and a slice of it otherwise."""
+    k = lax.axis_size(axes)
+    part = shard.shape[at] // k
+    device = tpu()
+    if not device or part % (LANES * device.num_cores if at == shard.ndim - 1 else SUBLANES) == 0:
+        return lax.psum_scatter(shard, axes, scatter_dimension=at, tiled=True)
+    parts = shard.reshape(*shard.shape[:at], k, part, *shard.shape[at + 1 :])
+    return lax.psum_scatter(parts, axes, scatter_dimension=at, tiled=False)
+
+
+def _steps(axes: Axes) -> list[Axes]:
+    """Two axes at once on a TPU, then the third, the same bytes in all: over three XLA:TPU has no all-gather and no
+    reduce-scatter, and makes an all-reduce, of twice the bytes."""
+    return [axes[:2], axes[2:]] if len(axes) > 2 and tpu() else [axes]
 
 
 def _all_reduce(move: Move, shard: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ ATTENTION_SHARE = 0.25
 CONVERSION_FLOPS = 64
 """[derived] what the matrix units could do while the vector unit turns one int8 weight into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
+SCORES = 512
+"""Positions whose scores attention holds at once; up to twice as many in one piece (`models.attention.BLOCK`)."""
 Constants = Mapping[str, float]
 
 
@@ -65,7 +68,7 @@ class Estimate:
         bound: the largest of the three.
         mfu: 2 x parameters x tokens over latency x chips x peak, as the paper counts: padding left out, but the
             embedding counted for every token, so that a model of few layers can pass 1.
-        hbm_bytes_per_chip: weights, KV cache, the largest activations and gathered weights.
+        hbm_bytes_per_chip: weights, KV cache, and the activations and gathered weights that live at once.
         fits: whether that is within the chip's memory.
     """
 
@@ -302,6 +305,8 @@ class Recipe:
     Args:
         chip: the data sheet.
         splits: (field, rung) -> into how many parts each dimension of that tensor is split.
+        gathered: weight -> the share of it that a chip holds while it is gathered: before and after the last step; 0
+            where it is not.
         entries: the collectives.
         moving: (where, dtype, dims) -> seconds per element at full bandwidth, where `where` is `outside` the layers,
             `exposed` in a layer, or `hidden` under its matmuls.
@@ -310,6 +315,7 @@ class Recipe:
 
     chip: Chip
     splits: Mapping[tuple[str, int], tuple[int, ...]]
+    gathered: Mapping[str, float]
     entries: tuple[Entry, ...]
     moving: Mapping[tuple[str, str, tuple[str, ...]], float]
     fixed: Mapping[str, tuple[int, int, int]]
@@ -323,11 +329,16 @@ def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: boo
     chip_.check_slice(slice_.dims)
     sizes = dict(zip(AXES, mesh, strict=True))
     splits = {}
-    for field in ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "rows", "embed", "logits"):
+    fields = ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "out", "rows", "embed", "logits")
+    for field in fields:
         value = getattr(layout, field)
         ladder = value if isinstance(value, tuple) else (value,)
-        for rung in (0, -1):
-            splits[field, rung] = tuple(_parts(e, sizes) for e in entries(ladder[rung]))
+        for rung, spec in ((0, ladder[0]), (1, ladder[min(1, len(ladder) - 1)]), (-1, ladder[-1])):
+            splits[field, rung] = tuple(_parts(e, sizes) for e in entries(spec))
+    gathered = {}
+    for field in ("w_in", "w_kv", "w_out"):
+        shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in getattr(layout, field)]
+        gathered[field] = max((before + after for before, after in pairwise(shares)), default=0.0)
     found = _entries(layout, block, slice_, mesh, chip_, overlap)
     moving: dict[tuple[str, str, tuple[str, ...]], float] = {}
     fixed = {"outside": (0, 0, 0), "exposed": (0, 0, 0)}
@@ -338,7 +349,7 @@ def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: boo
         where = "exposed" if e.in_layer else "outside"
         n, hops, messages = fixed[where]
         fixed[where] = (n + 1, hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
-    return Recipe(chip=chip_, splits=splits, entries=found, moving=moving, fixed=fixed)
+    return Recipe(chip=chip_, splits=splits, gathered=gathered, entries=found, moving=moving, fixed=fixed)
 
 
 def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:
@@ -396,7 +407,7 @@ def price(
     matmuls = [("E", "D", "w_kv", "x_kv")]
     for s in suffixes:
         matmuls += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
-    compute = memory = matmul = weights_at_rest = gathered = 0.0
+    compute = memory = matmul = weights_at_rest = scales = gathered = 0.0
     for inner, outer, weight, rows in matmuls:
         (a, b), t = split(weight), size["T"] / split(rows)[0]
         here = size[inner] * size[outer] / (a * b)
@@ -406,7 +417,8 @@ def price(
         compute, memory = compute + taken, memory + moved
         matmul = matmul + (taken**4 + moved**4) ** 0.25
         weights_at_rest = weights_at_rest + at_rest * n.weight
-        gathered = np.maximum(gathered, here * n.weight) if a * b < math.prod(split(weight, 0)) else gathered
+        scales = scales + np.where(n.weight == 1, size[outer] * n.act, 0)
+        gathered = np.maximum(gathered, recipe.gathered[weight] * size[inner] * size[outer] * n.weight)
 
     # the vector unit's passes over the residual stream: a norm reads and writes, a sum reads two and writes one
     streams = 2 * size["T"] * size["E"] / math.prod(split("x")) + 3 * size["T"] * size["E"] / math.prod(split("x", 0))
@@ -446,12 +458,8 @@ def price(
     memory = memory * n.n_layers + head_memory
     latency = stack + (head_compute**4 + head_memory**4) ** 0.25 + outside
 
-    held = n.n_layers * weights_at_rest + table * n.act * np.where(n.tied, 1, 2) + gathered
-    held = held + n.n_layers * cache_bytes * size["S"]
-    t_here, (x_rows, x_cols) = size["T"] / split("h")[0], split("x")
-    widest = size["C"] if block == "parallel" else np.maximum(size["C"], size["C_mlp"])
-    held = held + (size["T"] / x_rows * size["E"] / x_cols * 2 + t_here * widest / split("h", 0)[1]) * n.act
-    held = held + r_here * size["V"] / split("logits", 0)[1] * n.act
+    held = n.n_layers * (weights_at_rest + scales) + table * n.act * np.where(n.tied, 1, 2)
+    held = held + n.n_layers * cache_bytes * size["S"] + _working(recipe, block, n, gathered)
     tokens = size["T"]
     return Cost(
         latency_s=latency,
@@ -465,6 +473,37 @@ def price(
         collectives=_listed(recipe, c, size, element) if detail else (),
         n_layers=n.n_layers,
     )
+
+
+def _working(recipe: Recipe, block: str, n: Numbers, gathered: Any) -> Any:
+    """Bytes of the activations and gathered weights that live at once, where they are most.
+
+    Besides the residual stream, each step holds what goes in and what comes out: into the input projection (its input
+    stays for K and V), through attention (float32 scores of one block of positions), out of the output projection,
+    through its reduce-scatter, before which TPUs lay the partial sums out anew.
+    """
+    size = n.size
+
+    def held(field: str, rung: int, rows: str, columns: str) -> Any:
+        r, c, *_ = recipe.splits[field, rung]
+        return size[rows] / r * size[columns] / c * n.act
+
+    stream = held("x", 0, "T", "E")
+    out = held("out", 0, "T", "E")
+    scattered = 2 * out if recipe.splits["out", 0] != recipe.splits["out", -1] else 0.0
+    steps = [scattered]
+    for s in ("",) if block == "parallel" else ("", "_mlp"):
+        h = held("h", 0, "T", "C" + s)
+        scattered_h = held("h", -1, "T", "C" + s) if recipe.splits["h", 0] != recipe.splits["h", -1] else 0.0
+        steps.append(held("x", -1, "T", "E") + h + scattered_h)
+        steps.append(held("g", -1, "T", "G" + s) + out)
+    q = held("q", -1, "T", "H")
+    scores = q / n.act * 4 * np.minimum(size["S"], np.where(size["S"] <= 2 * SCORES, 2 * SCORES, SCORES))
+    steps.append(held("h", -1, "T", "C") + 2 * q * size["Q"] + scores)
+    layer = stream + functools.reduce(np.maximum, steps) + gathered
+    embed = held("embed", 0, "T", "E") + held("embed", 1, "T", "E")
+    logits = stream + held("rows", -1, "R", "E") + held("logits", 0, "R", "V")
+    return np.maximum(layer, np.maximum(embed, logits))
 
 
 def _listed(recipe: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:

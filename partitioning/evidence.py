@@ -1,7 +1,7 @@
 """The plan held against the compiled program, collective by collective.
 
-Decides what counts as the same collective: scope, axes, kind and bytes, executed as often. Neither side is changed:
-what does not match stays in the list, with a verdict.
+Decides what counts as the same collective: scope, axes, kind and bytes, executed as often; and in which ways a
+compiler may depart from that. Neither side is changed: what does not match stays in the list, with a verdict.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,26 @@ from partitioning.hlo import Collective
 from partitioning.layouts import Axes
 
 Verdict = Literal[
-    "as planned", "merged", "widened to f32", "all-reduce instead of reduce-scatter", "split", "extra", "missing"
+    "as planned",
+    "merged",
+    "split",
+    "widened to f32",
+    "narrowed to bf16",
+    "padded",
+    "all-reduce instead of reduce-scatter",
+    "all-reduce instead of all-gather",
+    "extra",
+    "missing",
 ]
+"""How a collective of the program stands to the plan.
+
+- as planned: same scope, kind, axes, bytes and count; merged: the same, sharing an instruction with others.
+- split: several that together move the planned bytes over the planned axes, as our program for TPUs does over three.
+- widened, narrowed: XLA:CPU moves bfloat16 as float32; XLA:TPU moves float32 weights as bfloat16.
+- padded: a reduce-scatter of whole tiles, at most a quarter larger, and the shift between neighbours that undoes it.
+- all-reduce instead: the compiler had no such collective for these sizes, and moves about twice the bytes.
+- extra: nobody planned it; missing: planned, but not in the program.
+"""
 
 SCOPES = frozenset(
     [
@@ -39,6 +57,8 @@ SCOPES = frozenset(
         "sample",
     ]
 )
+PADDING = 1.25
+"""At most so many times the planned bytes are the plan's, padded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +66,10 @@ class Matched:
     """One collective of the program, or one that it should have had.
 
     `bytes`: what one chip receives in one execution; `count`: executions in one pass. `kind` and `bytes` are None
-    where the collective is missing from the program, `planned_kind` and `planned_bytes` where it has no plan.
+    where the collective is missing from the program, `planned_kind` and `planned_bytes` where it has no plan; of a
+    planned one that was split, `planned_bytes` stands with the first part, and 0 with the others.
+    `algorithm` is what the compiler says of how it runs, `asynchronous` whether other work may run meanwhile, `line`
+    where it stands in the program's text.
     """
 
     scope: str
@@ -57,11 +80,14 @@ class Matched:
     planned_kind: str | None
     planned_bytes: int | None
     verdict: Verdict
+    algorithm: str | None = None
+    asynchronous: bool = False
+    line: int | None = None
 
     @property
     def explained(self) -> bool:
         """Whether the plan accounts for it."""
-        return self.verdict in ("as planned", "merged", "widened to f32")
+        return self.verdict not in ("extra", "missing")
 
 
 def scope_of(op_name: str) -> str:
@@ -77,73 +103,30 @@ def scope_of(op_name: str) -> str:
 def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[Matched]:
     """Matches every compiled collective to a planned one; what is left of either side comes after.
 
-    An exact match takes precedence, then one of twice the bytes that moves float32 (XLA:CPU widens bfloat16); then,
-    within a scope and axes, an all-reduce where a reduce-scatter was planned, and several collectives that together
-    move what one was to move.
+    An exact match takes precedence; then, each within a scope, the departures that `Verdict` names, in their order.
+    A collective whose name the compiler dropped has the scope of what it reads; what is left of these may be
+    collectives of any scope.
     """
-    found = [(scope_of(c.scope), c) for c in compiled]
+    rest = [(_scope(c), c) for c in compiled]
     left = list(planned)
     matched: list[Matched] = []
 
-    def match(p: Planned, scope: str, c: Collective, verdict: Verdict) -> None:
-        matched.append(
-            Matched(
-                scope=scope,
-                kind=c.kind,
-                axes=c.axes,
-                bytes=c.bytes,
-                count=c.trips,
-                planned_kind=p.kind,
-                planned_bytes=p.bytes,
-                verdict=verdict,
-            )
-        )
+    def take(p: Planned, parts: list[tuple[str, Collective]], verdict: Verdict) -> None:
+        left.remove(p)
+        for n, (scope, c) in enumerate(parts):
+            rest.remove((scope, c))
+            matched.append(_row(p.scope, c, verdict, planned_kind=p.kind, planned_bytes=0 if n else p.bytes))
 
-    rest: list[tuple[str, Collective]] = []
-    for scope, c in found:
-        same = [
-            p for p in left if (p.scope, p.kind, p.axes, p.bytes, p.count) == (scope, c.kind, c.axes, c.bytes, c.trips)
-        ]
-        wide = [p for p in left if (p.scope, p.kind, p.axes, p.count) == (scope, c.kind, c.axes, c.trips)]
-        wide = [p for p in wide if c.dtype == "f32" and c.bytes == 2 * p.bytes]
-        if same:
-            left.remove(same[0])
-            match(same[0], scope, c, "merged" if c.n_merged > 1 else "as planned")
-        elif wide:
-            left.remove(wide[0])
-            match(wide[0], scope, c, "widened to f32")
-        else:
-            rest.append((scope, c))
-
-    for p in list(left):
-        near = [(s, c) for s, c in rest if (s, c.axes, c.trips) == (p.scope, p.axes, p.count)]
-        whole = [(s, c) for s, c in near if c.kind == "all-reduce" and p.kind == "reduce-scatter"]
-        parts = [(s, c) for s, c in near if c.kind == p.kind]
-        if whole:
-            left.remove(p)
-            rest.remove(whole[0])
-            match(p, *whole[0], "all-reduce instead of reduce-scatter")
-        elif len(parts) > 1 and sum(c.bytes for _, c in parts) == p.bytes:
-            left.remove(p)
-            for part in parts:
-                rest.remove(part)
-                match(p, *part, "split")
-
+    for anywhere in (False, True):
+        for rule in (_exact, _widened, _narrowed, _instead, _split, _padded):
+            for p in list(left):
+                near = [(s, c) for s, c in rest if c.trips == p.count]
+                near = [(s, c) for s, c in near if (s == p.scope or (anywhere and not scope_of(c.scope)))]
+                if found := rule(p, near):
+                    take(p, *found)
     return [
         *matched,
-        *(
-            Matched(
-                scope=scope,
-                kind=c.kind,
-                axes=c.axes,
-                bytes=c.bytes,
-                count=c.trips,
-                planned_kind=None,
-                planned_bytes=None,
-                verdict="extra",
-            )
-            for scope, c in rest
-        ),
+        *(_row(scope, c, "extra", planned_kind=None, planned_bytes=None) for scope, c in rest),
         *(
             Matched(
                 scope=p.scope,
@@ -158,3 +141,80 @@ def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[
             for p in left
         ),
     ]
+
+
+_INSTEAD: dict[str, Verdict] = {
+    "reduce-scatter": "all-reduce instead of reduce-scatter",
+    "all-gather": "all-reduce instead of all-gather",
+}
+Near = list[tuple[str, Collective]]
+Found = tuple[Near, Verdict] | None
+
+
+def _scope(c: Collective) -> str:
+    return next((s for s in map(scope_of, (c.scope, *c.near)) if s), "")
+
+
+def _row(scope: str, c: Collective, verdict: Verdict, *, planned_kind, planned_bytes) -> Matched:
+    return Matched(
+        scope=scope,
+        kind=c.kind,
+        axes=c.axes,
+        bytes=c.bytes,
+        count=c.trips,
+        planned_kind=planned_kind,
+        planned_bytes=planned_bytes,
+        verdict=verdict,
+        algorithm=" ".join(filter(None, (c.strategy, c.emitter))) or None,
+        asynchronous=c.asynchronous,
+        line=c.line,
+    )
+
+
+def _same_kind(p: Planned, near: Near) -> Near:
+    return [(s, c) for s, c in near if (c.kind, c.axes) == (p.kind, p.axes)]
+
+
+def _exact(p: Planned, near: Near) -> Found:
+    same = [(s, c) for s, c in _same_kind(p, near) if c.bytes == p.bytes]
+    return (same[:1], "merged" if same[0][1].n_merged > 1 else "as planned") if same else None
+
+
+def _widened(p: Planned, near: Near) -> Found:
+    wide = [(s, c) for s, c in _same_kind(p, near) if c.dtype == "f32" and c.bytes == 2 * p.bytes]
+    return (wide[:1], "widened to f32") if wide else None
+
+
+def _narrowed(p: Planned, near: Near) -> Found:
+    narrow = [(s, c) for s, c in _same_kind(p, near) if c.dtype == "bf16" and 2 * c.bytes == p.bytes]
+    return (narrow[:1], "narrowed to bf16") if narrow else None
+
+
+def _instead(p: Planned, near: Near) -> Found:
+    whole = [(s, c) for s, c in near if c.kind == "all-reduce" and c.axes == p.axes]
+    whole = [(s, c) for s, c in whole if 2 * p.bytes <= c.bytes + 2 <= PADDING * 2 * p.bytes + 2]
+    return (whole[:1], _INSTEAD[p.kind]) if whole and p.kind in _INSTEAD else None
+
+
+def _split(p: Planned, near: Near) -> Found:
+    """In several pieces over the same axes, or axes by axes; some of these may have become all-reduces."""
+    whole = _same_kind(p, near)
+    by_axes = [(s, c) for s, c in near if c.kind in (p.kind, "all-reduce") and set(c.axes) < set(p.axes)]
+    shared = sorted(a for _, c in by_axes for a in c.axes)
+    for parts in (whole, by_axes if shared == sorted(p.axes) and p.kind != "all-reduce" else []):
+        halved = [c for _, c in parts if c.kind != p.kind]
+        moved = sum(c.bytes // 2 if c in halved else c.bytes for _, c in parts)
+        if len(parts) > 1 and abs(moved - p.bytes) <= len(parts):
+            return parts, _INSTEAD[p.kind] if halved else "split"
+    return None
+
+
+def _padded(p: Planned, near: Near) -> Found:
+    larger = [(s, c) for s, c in _same_kind(p, near) if p.bytes < c.bytes <= PADDING * p.bytes]
+    if not larger:
+        return None
+    added = larger[0][1].bytes - p.bytes
+    shifts = [
+        (s, c) for s, c in near if c.kind == "collective-permute" and set(c.axes) <= set(p.axes) and c.bytes <= added
+    ]
+    return larger[:1] + shifts[:1], "padded"

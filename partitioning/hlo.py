@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, get_args
 
-from partitioning.hlo_cycles import Copy, Cycles, copies, estimated_cycles
+from partitioning.hlo_cycles import Copy, Cycles, async_key, copies, cycles_meanwhile, estimated_cycles, feeds
 from partitioning.hlo_groups import mesh_axes, replica_groups
 from partitioning.hlo_loops import SAME, Frame, Place, walk
-from partitioning.hlo_text import Computation, HloError, Instruction, Module, Shape, parse
+from partitioning.hlo_text import HloError, Instruction, Module, Shape, parse
 
 __all__ = [
     "Collective",
@@ -27,6 +27,7 @@ __all__ = [
     "Kind",
     "Module",
     "copies",
+    "cycles_meanwhile",
     "estimated_cycles",
     "parse",
     "read",
@@ -91,24 +92,6 @@ def _is_collective(i: Instruction) -> bool:
         if i.attributes.get("is_host_transfer") == "true":
             return False
         raise HloError(i.line, f"opcode {i.opcode!r} looks like a collective that this reader does not know")
-    return False
-
-
-def _key(i: Instruction) -> tuple[str, ...]:
-    a = i.attributes
-    return (i.opcode, *(a.get(k, "") for k in ("channel_id", "replica_groups", "frontend_attributes")))
-
-
-def _feeds(i: Instruction, computation: Computation, target: str) -> bool:
-    """Whether a custom-call to `target` consumes the instruction (a TPU async collective fusion's mark)."""
-    behind, seen = [i], {i.name}
-    while behind:
-        for user in computation.users.get(behind.pop().name, ()):
-            if f'custom_call_target="{target}"' in user.rest:
-                return True
-            if user.name not in seen:
-                seen.add(user.name)
-                behind.append(user)
     return False
 
 
@@ -321,17 +304,17 @@ def read(
     ended: list[Instruction] = []
     for i, frame in walk(module, lines, unknown_trips):
         inside = frame.is_fused
-        begins = inside and _feeds(i, frame.computation, "AsyncCollectiveStart")
+        begins = inside and feeds(i, frame.computation, "AsyncCollectiveStart")
         if begins:
-            begun.add(_key(i))
-        elif inside and _feeds(i, frame.computation, "AsyncCollectiveDone"):
+            begun.add(async_key(i))
+        elif inside and feeds(i, frame.computation, "AsyncCollectiveDone"):
             ended.append(i)
             continue
-        elif inside and frame.computation.name.startswith("async_collective_fusion") and _key(i) in begun:
+        elif inside and frame.computation.name.startswith("async_collective_fusion") and async_key(i) in begun:
             continue  # a step of one that has begun, overlapped with the rest of this fusion
         axes, k = mesh_axes(i, module, mesh, partial_axes)
         found += _collectives(i, frame, axes, k, frame.asynchronous or i.opcode.endswith("-start") or begins)
     for i in ended:
-        if _key(i) not in begun:
+        if async_key(i) not in begun:
             raise HloError(i.line, f"{i.name} ends an async collective fusion that nothing began")
     return found

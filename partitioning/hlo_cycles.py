@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partitioning.hlo_loops import walk
-from partitioning.hlo_text import Module, parse
+from partitioning.hlo_text import Computation, Instruction, Module, parse
 
 _CYCLES = re.compile(r'"estimated_cycles":"?(-?\d+)')
 
@@ -74,6 +74,7 @@ class Cycles:
 
     total: int
     by_scope: Mapping[str, int]  # op_name -> clocks; "" is what has none
+    in_loops: Mapping[str, int]  # the part of it that is in loops
 
 
 def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) -> Cycles | None:
@@ -83,15 +84,14 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) ->
         HloError: as `hlo.read` does.
     """
     module = parse(text) if isinstance(text, str) else text
-    fused = {name for i in module.instructions if i.opcode == "fusion" for name in i.called}  # theirs is the fusion's
-    counted = [c for c in module.computations.values() if c.name not in fused]
-    cycles = {i.line: int(found[1]) for c in counted for i in c.instructions if (found := _CYCLES.search(i.rest))}
+    cycles = _estimates(module)
     if not cycles:
         return None
-    by_branch: dict[str, dict[str, int]] = {"": {}}
+    by_branch: dict[str, dict[tuple[str, bool], int]] = {"": {}}  # of (op_name, whether in a loop)
     for i, frame in walk(module, set(cycles), unknown_trips):
         scopes = by_branch.setdefault(frame.branch or "", {})
-        scopes[i.op_name] = scopes.get(i.op_name, 0) + cycles[i.line] * frame.trips
+        key = (i.op_name, frame.in_loop)
+        scopes[key] = scopes.get(key, 0) + cycles[i.line] * frame.trips
     while len(by_branch) > 1:  # the innermost conditional first: its slowest branch joins what is around it
         innermost = max(by_branch, key=lambda branch: branch.count("["))
         conditional = innermost.rpartition("[")[0]
@@ -99,4 +99,73 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) ->
         around = by_branch.setdefault(conditional.rpartition("/")[0], {})
         for scope, n in max(rivals, key=lambda scopes: sum(scopes.values())).items():
             around[scope] = around.get(scope, 0) + n
-    return Cycles(total=sum(by_branch[""].values()), by_scope=by_branch[""])
+    by_scope: dict[str, int] = {}
+    for (name, _), n in by_branch[""].items():
+        by_scope[name] = by_scope.get(name, 0) + n
+    in_loops = {name: n for (name, in_loop), n in by_branch[""].items() if in_loop}
+    return Cycles(total=sum(by_scope.values()), by_scope=by_scope, in_loops=in_loops)
+
+
+def cycles_meanwhile(text: str | Module, *, unknown_trips: int | None = None) -> dict[int, int]:
+    """What is computed while each asynchronous collective is under way, in core clocks of one execution.
+
+    Between its start and its done, in the order in which the compiler has put the instructions: the same work counts
+    for every collective that is under way.
+
+    Returns:
+        line of the collective (as `hlo.Collective.line`) -> clocks. Synchronous ones are not there.
+
+    Raises:
+        HloError: as `hlo.read` does.
+    """
+    module = parse(text) if isinstance(text, str) else text
+    estimates = _estimates(module)
+    found: dict[int, int] = {}
+
+    def between(computation: Computation, start: Instruction, done: Instruction) -> int:
+        order = computation.instructions
+        lines = [i.line for i in order[order.index(start) + 1 : order.index(done)]]
+        return sum(estimates.get(line, 0) for line in lines)
+
+    begun: dict[tuple[str, ...], tuple[int, Instruction, Computation]] = {}
+    for computation in module.computations.values():
+        for i in computation.instructions:
+            if i.opcode.endswith("-start"):
+                ends = [u for u in computation.users.get(i.name, ()) if u.opcode == f"{i.opcode[:-6]}-done"]
+                if ends:
+                    found[i.line] = between(computation, i, ends[0])
+            for called in module.called(i) if i.opcode == "fusion" else ():
+                for inner in called.instructions:
+                    key = async_key(inner)
+                    if feeds(inner, called, "AsyncCollectiveStart"):
+                        begun[key] = (inner.line, i, computation)
+                    elif feeds(inner, called, "AsyncCollectiveDone") and key in begun:
+                        line, start, around = begun[key]
+                        found[line] = between(around, start, i) if around is computation else 0
+    return found
+
+
+def async_key(i: Instruction) -> tuple[str, ...]:
+    """What the steps of one asynchronous collective fusion have in common."""
+    a = i.attributes
+    return (i.opcode, *(a.get(k, "") for k in ("channel_id", "replica_groups", "frontend_attributes")))
+
+
+def feeds(i: Instruction, computation: Computation, target: str) -> bool:
+    """Whether a custom-call to `target` consumes the instruction (a TPU async collective fusion's mark)."""
+    behind, seen = [i], {i.name}
+    while behind:
+        for user in computation.users.get(behind.pop().name, ()):
+            if f'custom_call_target="{target}"' in user.rest:
+                return True
+            if user.name not in seen:
+                seen.add(user.name)
+                behind.append(user)
+    return False
+
+
+def _estimates(module: Module) -> dict[int, int]:
+    """Line -> estimated clocks; an estimate inside a fusion is the fusion's and not counted."""
+    fused = {name for i in module.instructions if i.opcode == "fusion" for name in i.called}
+    counted = [c for c in module.computations.values() if c.name not in fused]
+    return {i.line: int(found[1]) for c in counted for i in c.instructions if (found := _CYCLES.search(i.rest))}

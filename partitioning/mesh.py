@@ -113,11 +113,11 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True) -> Mesh:
     n = math.prod(shape)
     if len(devices) < n:
         raise ValueError(f"mesh={'x'.join(map(str, shape))} needs {n} devices, but there are {len(devices)}")
-    placed = _on_torus(devices, shape) if platform == "tpu" else np.array(devices[:n]).reshape(shape)
+    placed = place_on_torus(devices, shape) if platform == "tpu" else np.array(devices[:n]).reshape(shape)
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 3)
 
 
-def _on_torus(devices, shape: Shape):
+def place_on_torus(devices, shape: Shape):
     """TPU devices by coordinates where the mesh is the slice itself; JAX's own assignment where it folds the axes."""
     import numpy as np
     from jax.experimental import mesh_utils

@@ -71,8 +71,6 @@ class Program:
     sampler: Sampler = GREEDY
 
     def __post_init__(self):
-        if self.pass_.weight_itemsize != self.pass_.itemsize:
-            raise ValueError(f"weights of {self.pass_.weight_itemsize} byte can be planned, but not run yet")
         check(self.layout, self.config, self.pass_, self.shape)
 
     @property
@@ -82,12 +80,18 @@ class Program:
 
     @property
     def dtype(self):
+        """Of the activations, the cache, and of weights that are not int8."""
         return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
+
+    @property
+    def int8(self) -> bool:
+        """Whether the matrices are int8."""
+        return self.pass_.weight_itemsize == 1
 
     @functools.cached_property
     def jitted(self) -> Any:
         """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated."""
-        graph, _ = abstract(self.config, self.dtype)
+        graph, _ = abstract(self.config, self.dtype, self.int8)
 
         def run(params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
             decoder = nnx.merge(graph, params)
@@ -107,7 +111,7 @@ class Program:
 
     def arguments(self) -> tuple[nnx.State, Tokens, Cache, jax.ShapeDtypeStruct]:
         """The arguments as shapes with their shardings; nothing is allocated."""
-        _, params = abstract(self.config, self.dtype)
+        _, params = abstract(self.config, self.dtype, self.int8)
         params = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             params,
@@ -126,8 +130,12 @@ class Program:
         tokens = Tokens(integers(batch, length), integers(batch), integers(batch))
         return params, tokens, Cache(stored, stored), integers(batch)
 
-    def compile(self) -> Compiled:
-        """Compiles ahead of time, from shapes alone."""
+    def compile(self, *, text: bool = True) -> Compiled:
+        """Compiles ahead of time, from shapes alone; without its `text`, which takes a while, where that is not wanted.
+
+        Raises:
+            jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler knows that the memory will not do.
+        """
         started = time.perf_counter()
         with captured_stderr() as said, jax.set_mesh(self.mesh):
             executable = self.jitted.lower(*self.arguments()).compile()
@@ -135,7 +143,7 @@ class Program:
         memory = executable.memory_analysis()
         return Compiled(
             executable=executable,
-            text=executable.as_text() or "",
+            text=(executable.as_text() or "") if text else "",
             compile_s=took,
             argument_bytes=memory.argument_size_in_bytes,
             output_bytes=memory.output_size_in_bytes,

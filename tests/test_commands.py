@@ -49,7 +49,6 @@ def refused(capsys, command, *argv) -> str:
         (["--slice", "cpu:3x2x2"], "is not divisible by"),
         (["--mesh", "2x2"], "mesh='2x2' has 4 places, slice=cpu:2x2x2 has 8 chips"),
         (["--model", "palm-8c"], "palm-8b"),
-        (["--weights", "int8"], "weights='int8' can be planned, but not run yet"),
         (["--weights", "fp4"], "weights='fp4' must be one of"),
         (["--text", "no/such/file"], "no/such/file"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),

@@ -8,7 +8,6 @@ once for each; the TPU targets need libtpu, none needs a TPU. Which files come o
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from partitioning.mesh import Slice
+from partitioning.targets import describe
 
 YZ = ("y", "z")
 Lowered = Any
@@ -190,11 +191,7 @@ TARGETS: dict[str, tuple[tuple[int, int, int], list[tuple[Callable[[Mesh, Any], 
 
 
 def devices(target: str) -> list[Any]:
-    if target.startswith("cpu"):
-        return jax.devices()
-    whole = {"chip_config_name": "megacore", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
-    options = whole if target.startswith("v4") else {}
-    return list(topologies.get_topology_desc(target, platform="tpu", **options).devices)
+    return jax.devices() if target.startswith("cpu") else describe(Slice.parse(target))
 
 
 def strip(text: str) -> str:
@@ -218,7 +215,6 @@ def main(target: str) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     main(sys.argv[1])

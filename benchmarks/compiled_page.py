@@ -1,0 +1,238 @@
+"""The page "What the TPU compiler does with each layout": its tables, from rows of `toruslab compile`.
+
+    toruslab compile --points docs/points.jsonl --json > rows.jsonl
+    python -m benchmarks.compiled_page rows.jsonl      keeps what the page needs of them in docs/tpu_compiler.jsonl
+    python -m benchmarks.docs docs/tpu_compiler.md     writes the tables anew (--check: are they those of the data?)
+
+Reads rows and nothing else, but for the published numbers beside them.
+"""
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.cli import InputError, Parser, guarded
+from benchmarks.lines import read_lines
+from benchmarks.rows import Row
+from partitioning.cost import estimate_many
+from partitioning.point import Point
+
+DATA = Path(__file__).parent.parent / "docs" / "tpu_compiler.jsonl"
+KEPT = (
+    "point",
+    "n_layers",
+    "compile_s",
+    "host_peak_bytes",
+    "argument_bytes",
+    "temporary_bytes",
+    "peak_bytes_per_chip",
+    "fits",
+    "unexplained",
+    "extra_bytes",
+    "compute_s",
+    "stack_compute_s",
+    "overlapped",
+    "findings",
+    "versions",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Keeps the rows."""
+    p = Parser(
+        prog="python -m benchmarks.compiled_page", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
+    options = p.parse_args(argv)
+    kept = [compact(row) for path in options.rows for row in _rows(path)]
+    DATA.parent.mkdir(exist_ok=True)
+    DATA.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    print(f"{DATA}: {len(kept)} rows")
+    return 0
+
+
+def _rows(path: str) -> Iterable[Row]:
+    for number, line in read_lines("rows", path):
+        try:
+            if isinstance(line, ValueError):
+                raise line
+            row = json.loads(line)
+            Point.from_json(row["point"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is not a row of toruslab compile: {error}") from None
+        if "error" in row:
+            raise InputError(f"{path}, line {number} is of a point that failed: {row['error']}")
+        yield row
+
+
+def compact(row: Row) -> Row:
+    """What the page needs of a row."""
+    departures = [c for c in row["collectives"] if c["verdict"] != "as planned"]
+    return {name: row[name] for name in KEPT} | {
+        "n_collectives": len(row["collectives"]),
+        "departures": [
+            {k: c[k] for k in ("scope", "axes", "planned_kind", "verdict", "algorithm")}
+            | {"extra_bytes": ((c["bytes"] or 0) - (c["planned_bytes"] or 0)) * c["count"]}
+            for c in departures
+        ],
+    }
+
+
+@functools.cache
+def data() -> tuple[Row, ...]:
+    """The rows that the page is made of, each with the cost model's answer of today."""
+    rows = [json.loads(line) for line in DATA.read_text().splitlines()]
+    found = estimate_many([Point.from_json(row["point"]) for row in rows])
+    return tuple(row | {"analytic": analytic} for row, analytic in zip(rows, found, strict=True))
+
+
+def totals() -> str:
+    """All rows in a few lines."""
+    rows = data()
+    programs = [r for r in rows if r["n_layers"]]
+    errors = sorted(abs(e) for r in rows if (e := _memory_error(r)) is not None)
+    by = ", ".join(f"{k} {v}" for k, v in rows[0]["versions"].items())
+    within = sum(e <= 0.1 for e in errors)
+    return "\n".join(
+        [
+            f"- {len(rows)} points, by {by}; {sum(r['fits'] for r in rows)} fit their slice, "
+            f"{len(rows) - len(programs)} leave no program to look at.",
+            f"- collectives in these programs: {sum(r['n_collectives'] for r in programs):,}; unexplained: "
+            f"{sum(r['unexplained'] for r in programs)}; as planned to the byte: "
+            f"{sum(r['n_collectives'] - len(r['departures']) for r in programs):,}.",
+            f"- peak memory against the analytic figure: median error {statistics.median(errors):.1%}, "
+            f"90th percentile {errors[int(0.9 * len(errors))]:.1%}, worst {errors[-1]:.1%}; "
+            f"{within} of {len(errors)} within 10%.",
+            f"- to compile: median {statistics.median(r['compile_s'] for r in programs):.1f} s, longest "
+            f"{max(r['compile_s'] for r in programs):.1f} s (two at a time, on two cores); host memory at most "
+            f"{max(r['host_peak_bytes'] for r in rows) / 2**30:.1f} GiB.",
+        ]
+    )
+
+
+def departures() -> str:
+    """Where the compiler departs from the plan, by what happened and to which tensor."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in data():
+        for d in row["departures"]:
+            found.setdefault((d["verdict"], d["scope"], d["algorithm"] or ""), []).append(row | {"departure": d})
+    out = [
+        "| verdict | tensor | programs | layouts | MB beyond the plan, at most | algorithm |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (verdict, scope, algorithm), rows in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]))):
+        layouts = Counter(r["point"]["layout"] for r in rows)
+        most = max(r["departure"]["extra_bytes"] for r in rows) / 1e6
+        programs = len({json.dumps(r["point"]) for r in rows})
+        names = ", ".join(sorted(layouts))
+        out.append(f"| {verdict} | {scope} | {programs} | {names} | {most:,.3f} | {algorithm or '(none named)'} |")
+    return "\n".join(out)
+
+
+def published() -> str:
+    """The compiler's compute with the analytic collectives, beside the published times of the layers."""
+    from partitioning.published import calibration, figures
+
+    by_point = {json.dumps(r["point"], sort_keys=True): r for r in data()}
+    out = [
+        "| published | point | published ms | compiler + analytic ms | error | analytic alone | error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for row in (*calibration(), *figures()):
+        compiled = by_point.get(json.dumps(row.point.to_json(), sort_keys=True))
+        if not compiled or compiled["stack_compute_s"] is None or row.stack_s is None:
+            continue
+        analytic = compiled["analytic"]
+        moving = math.fsum(c.seconds * c.count for c in analytic.collectives if "/" in c.scope)
+        seconds = (compiled["stack_compute_s"] + moving, analytic.stack_latency_s)
+        pair = (seconds[0] / row.stack_s - 1, seconds[1] / row.stack_s - 1)
+        for name in (row.set, "all"):
+            errors.setdefault(name, []).append(pair)
+        out.append(
+            f"| {row.set} | {_label(compiled)} | {row.stack_s * 1e3:,.2f} | {seconds[0] * 1e3:,.2f} | {pair[0]:+.1%} | "
+            f"{seconds[1] * 1e3:,.2f} | {pair[1]:+.1%} |"
+        )
+    out.append("")
+    for name in sorted(errors, key=lambda name: (name == "all", name)):
+        theirs, ours = (statistics.median(abs(p[i]) for p in errors[name]) for i in (0, 1))
+        out.append(f"- {name}: {len(errors[name])} points, median error {theirs:.1%} (analytic alone {ours:.1%})")
+    return "\n".join(out)
+
+
+def findings() -> str:
+    """What the whole-program checks found."""
+    found: dict[str, list[Row]] = {}
+    for row in data():
+        for finding in row["findings"]:
+            kind = finding.split(" costs ")[0] if " costs " in finding else finding.lstrip("0123456789 ")
+            found.setdefault(kind, []).append(row)
+    out = ["| check | programs | of these |", "|---|---|---|"]
+    for kind, rows in found.items():
+        where = Counter(f"{r['point']['phase']} {r['point']['layout']}" for r in rows)
+        out.append(f"| {kind} | {len(rows)} | {', '.join(f'{n} {w}' for w, n in sorted(where.items()))} |")
+    clean = sum(not r["findings"] for r in data() if r["n_layers"])
+    return "\n".join([*out, "", f"{clean} programs have no finding."])
+
+
+def everything() -> str:
+    """A line for every point."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in data():
+        groups.setdefault((row["point"]["model"], row["point"]["slice"]), []).append(row)
+    out: list[str] = []
+    for (model, slice_), rows in groups.items():
+        out += [
+            f"### {model} on {slice_}",
+            "",
+            "| point | GiB a chip | analytic | fits | collectives | not as planned | unexplained | "
+            "compute ms: compiler | analytic compute, memory |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *map(_line, rows),
+            "",
+        ]
+    return "\n".join(out[:-1])
+
+
+def _line(row: Row) -> str:
+    analytic, error = row["analytic"], _memory_error(row)
+    peak = "?" if row["peak_bytes_per_chip"] is None else f"{row['peak_bytes_per_chip'] / 2**30:.2f}"
+    beside = f"{analytic.hbm_bytes_per_chip / 2**30:.2f}" + ("" if error is None else f" ({error:+.1%})")
+    seconds = "" if row["compute_s"] is None else f"{row['compute_s'] * 1e3:,.2f}"
+    seen = f"{row['n_collectives']} | {len(row['departures'])} | {row['unexplained']}" if row["n_layers"] else " | | "
+    return (
+        f"| {_label(row, short=True)} | {peak} | {beside} | {'yes' if row['fits'] else 'no'} | {seen} | {seconds} | "
+        f"{analytic.compute_s * 1e3:,.2f}, {analytic.memory_s * 1e3:,.2f} |"
+    )
+
+
+def _memory_error(row: Row) -> float | None:
+    """The analytic figure over the compiler's, less one."""
+    if row["peak_bytes_per_chip"] is None:
+        return None
+    return row["analytic"].hbm_bytes_per_chip / row["peak_bytes_per_chip"] - 1
+
+
+def _label(row: Row, *, short: bool = False) -> str:
+    p = row["point"]
+    sizes = f"{p['batch']} x {p['length']}" if p["phase"] == "prefill" else f"{p['batch']}, context {p['context']}"
+    label = f"{p['phase']} {sizes}, {p['layout']}/{p['attention']}, {p['weights']}"
+    return label if short else f"{p['model']} on {p['slice']}, {label}"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "totals": totals,
+    "departures": departures,
+    "published": published,
+    "findings": findings,
+    "everything": everything,
+}
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

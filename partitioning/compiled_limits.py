@@ -1,0 +1,51 @@
+"""The largest batch and the longest context that the compiler takes, found by compiling."""
+
+import dataclasses
+from collections.abc import Callable
+
+from partitioning.limits import MOST, batch_step, largest_batch, longest_context
+from partitioning.point import Point
+
+CONTEXT_STEP = 128
+"""Contexts are tried in whole tiles of a TPU."""
+FIRST_STRIDE = 1 / 32
+"""How far from the analytic limit the first try on its other side lies, as a share of it."""
+
+
+def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
+    """The largest batch whose step fits, all else equal; None where not even the smallest does.
+
+    Args:
+        point: its own batch does not matter.
+        fits: whether a point fits, as `partitioning.compiled.fits` says.
+
+    Returns:
+        A multiple of what the layout splits the batch into.
+    """
+    step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
+    return _last(step, largest_batch(point) or step, lambda n: fits(dataclasses.replace(point, batch=n)))
+
+
+def max_context(point: Point, fits: Callable[[Point], bool]) -> int | None:
+    """The longest context, in steps of `CONTEXT_STEP`, whose step fits; None where not even the shortest does."""
+    guess = longest_context(point) or CONTEXT_STEP
+    return _last(CONTEXT_STEP, guess, lambda n: fits(dataclasses.replace(point, context=n)))
+
+
+def _last(step: int, guess: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest multiple of `step` that fits, if fitting ends once for all: outwards from the guess, then between."""
+    k = min(max(1, guess // step), MOST // step)
+    below, above = 0, MOST // step + 1  # the first fits or is 0, the second does not fit or is out of reach
+    stride = max(1, int(k * FIRST_STRIDE))
+    up = fits(k * step)
+    below, above = (k, above) if up else (below, k)
+    while above - below > 1:
+        if up and above > MOST // step:
+            k = min(below + stride, above - 1)
+        elif not up and below == 0:
+            k = max(above - stride, 1)
+        else:
+            k = (below + above) // 2
+        stride *= 2
+        below, above = (k, above) if fits(k * step) else (below, k)
+    return below * step or None
