@@ -253,7 +253,7 @@ def show(row: Row, console: Console) -> None:
             str(c["count"]),
             "" if not c["planned_kind"] else f"{c['planned_kind']} {c['planned_bytes'] / 1e3:,.2f}",
             c["verdict"],
-            (c["algorithm"] or "") + (" async" if c["asynchronous"] else ""),
+            (c["algorithm"] or "") + (f" async, beside {_time(c['hidden_s'] or 0)}" if c["asynchronous"] else ""),
         )
     console.print(listing)
     console.print(f"{row['unexplained']} unexplained; {row['extra_bytes'] / 1e6:,.3f} MB a chip beyond the plan")

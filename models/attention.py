@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from models.cache import pad_width
+
 BLOCK = 512
 """Cached positions per block; up to twice as many are done in one piece."""
 
@@ -48,7 +50,7 @@ def attend(
 
     Args:
         q: [b, L, h, Q], turned by RoPE; equal runs of its heads share a KV head.
-        k, v: [n_layers, b, k, S, Q], the new positions already written.
+        k, v: [n_layers, b, k, S, Q], the new positions already written; a Q wider than q's is zeros from there on.
         layer: index of the layer, a scalar.
         starts: [b], position of each row's first new token.
         kv_first, kv_heads: which of the KV heads these q heads read: so many, from this one on; all by default.
@@ -56,9 +58,9 @@ def attend(
     Returns:
         [b, L, h, Q].
     """
-    b, length, h, width = q.shape
-    kv_heads, span = kv_heads or k.shape[2], k.shape[3]
-    group = h // kv_heads
+    b, length, h, d_head = q.shape
+    kv_heads, span, width = kv_heads or k.shape[2], k.shape[3], k.shape[4]
+    group, q = h // kv_heads, pad_width(q, width)
     q = (
         q.reshape(b, length, kv_heads, group, width)
         .transpose(0, 2, 3, 1, 4)
@@ -76,7 +78,7 @@ def attend(
 
     def scores(first, size, seen_before):
         """[b, k, gL, size], float32, -inf where a token may not look."""
-        s = dot(q, read(k, first, size), 3, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
+        s = dot(q, read(k, first, size), 3, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(d_head))
         positions = first + jnp.arange(size)
         seen = (positions <= reach[..., None]) & (positions >= seen_before)
         return jnp.where(seen[:, None], s, -jnp.inf)
@@ -87,7 +89,7 @@ def attend(
             o.astype(q.dtype)
             .reshape(b, kv_heads, group, length, width)
             .transpose(0, 3, 1, 2, 4)
-            .reshape(b, length, h, width)
+            .reshape(b, length, h, width)[..., :d_head]
         )
 
     if span <= 2 * BLOCK:

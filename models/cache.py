@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from partitioning.collectives import tpu
+from partitioning.collectives import LANES, tpu
 from partitioning.layouts import Layout, entries
 
 
@@ -23,9 +23,25 @@ class Cache(NamedTuple):
     v: Any
 
 
-def cache_shape(config: ModelConfig, batch: int, capacity: int) -> tuple[int, ...]:
-    """[n_layers, B, K, S, Q]."""
-    return (config.n_layers, batch, config.n_kv_heads, capacity, config.d_head)
+def cache_shape(config: ModelConfig, batch: int, capacity: int, width: int | None = None) -> tuple[int, ...]:
+    """[n_layers, B, K, S, Q]; Q is `width` where that is given (see `cache_width`)."""
+    return (config.n_layers, batch, config.n_kv_heads, capacity, width or config.d_head)
+
+
+def cache_width(config: ModelConfig, mesh: Mesh) -> int:
+    """Q as it is stored: on TPUs whole tiles of 128. A TPU would store a head of 160 as 256 anyway, or turn the cache
+    around to save that, and then copy it whole on every step."""
+    return whole_tiles(config.d_head) if mesh.devices.flat[0].platform == "tpu" else config.d_head
+
+
+def whole_tiles(n: int) -> int:
+    """`n`, rounded up to whole tiles of a TPU.
+
+    Example:
+        >>> whole_tiles(160), whole_tiles(128)
+        (256, 128)
+    """
+    return -(-n // LANES) * LANES
 
 
 def cache_spec(layout: Layout) -> P:
@@ -36,7 +52,8 @@ def cache_spec(layout: Layout) -> P:
 def empty_cache(config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32) -> Cache:
     """Zeros on their devices. Callers remember how many positions of each row are in use."""
     sharding = NamedSharding(mesh, cache_spec(layout))
-    make = jax.jit(lambda: jnp.zeros(cache_shape(config, batch, capacity), dtype), out_shardings=sharding)
+    shape = cache_shape(config, batch, capacity, cache_width(config, mesh))
+    make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     return Cache(make(), make())
 
 
@@ -45,12 +62,12 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
 
     Args:
         cache: [n_layers, b, k, S, Q].
-        new: [b, L, k, Q].
+        new: [b, L, k, Q]; narrower than the cache, it is filled up with zeros.
         layer: index of the layer, a scalar.
         starts: [b], the first position of each row's new tokens; `starts + L` must not exceed S, which the caller
             has checked: a traced program cannot, and would slide the update over older positions or drop it.
     """
-    new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)  # bkLQ
+    new = pad_width(jnp.swapaxes(new, 1, 2).astype(cache.dtype), cache.shape[-1])  # bkLQ
     mesh = jax.sharding.get_abstract_mesh()
     if tpu() and mesh.are_all_axes_manual:
         return _write_rows(cache, new, layer, starts)
@@ -61,6 +78,12 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
         return cache
     where = jnp.stack([jnp.broadcast_to(layer, starts.shape), starts], axis=1)  # b2
     return lax.scatter(cache, where, new, _PER_ROW, **_NO_TWO_ALIKE)
+
+
+def pad_width(x: jax.Array, width: int) -> jax.Array:
+    """[..., Q] filled up with zeros to [..., width]."""
+    more = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
 
 def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:

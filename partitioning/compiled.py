@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from models.attention import n_turns
-from models.cache import cache_shape, cache_spec
+from models.cache import cache_shape, cache_spec, whole_tiles
 from models.config import ModelConfig
 from partitioning.chips import PLATFORMS, chip
 from partitioning.cost import Estimate, estimate
@@ -329,7 +329,8 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
     """How often the pass copies the cache (whole, or of one layer), and a layer's weights, as they rest or are used."""
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
-    cache = _shard(cache_shape(config, pass_.batch, pass_.capacity), entries(cache_spec(layout)), sizes)
+    width = whole_tiles(config.d_head) if point.chip in TPUS else config.d_head
+    cache = _shard(cache_shape(config, pass_.batch, pass_.capacity, width), entries(cache_spec(layout)), sizes)
     cached = {_long((n, *cache[1:]))}
     if pass_.length < pass_.capacity:  # else a layer's cache has the shape of the new keys
         cached.add(_long(cache[1:]))

@@ -26,7 +26,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from partitioning.chips import FITTED, Chip, chip
-from partitioning.collectives import moves
+from partitioning.collectives import LANES, moves
 from partitioning.dataflow import model_letters, stages
 from partitioning.interconnect import rate
 from partitioning.layouts import Axes, Layout, axes_of, entries
@@ -429,7 +429,8 @@ def price(
     b_split, k_split = split("cache")[0], split("cache")[1]
     seen = n.first + (n.length + 1) / 2
     attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
-    cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * size["Q"] * n.act
+    stored = size["Q"] if chip_.wrap == "switch" else np.ceil(size["Q"] / LANES) * LANES  # a TPU's tiles are whole
+    cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act
     attention_s = attention_flops / (flops_rate * ATTENTION_SHARE)
     cache_s = cache_bytes * (n.first + n.length) / hbm_rate
     compute, memory = compute + attention_s, memory + cache_s

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import attention
-from models.cache import write
+from models.cache import _write_rows, pad_width, write
 
 
 def plain(q, k, v, starts):
@@ -71,3 +71,31 @@ def test_rows_are_written_where_they_start(rows):
     for row, start in enumerate(starts):
         expected[1, row, :, start : start + 3] = new[row].swapaxes(0, 1)
     np.testing.assert_array_equal(jax.jit(write)(cache, new, jnp.int32(1), starts), expected)
+
+
+def test_a_cache_wider_than_the_heads_changes_nothing():
+    """As TPUs store it: a head of 6 in whole tiles."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 4, 6), (2, 2, 2, 9, 6), (2, 2, 2, 9, 6)))
+    starts = jnp.asarray([2, 5], jnp.int32)
+    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    narrow = attention.attend(q, k, v, jnp.int32(1), starts)
+    wide = attention.attend(q, pad_width(k, 16), pad_width(v, 16), jnp.int32(1), starts)
+    np.testing.assert_allclose(wide, narrow, rtol=1e-6, atol=1e-6)
+
+
+def test_the_ways_to_write_the_cache_agree():
+    rng = np.random.default_rng(4)
+    for b, length in ((2, 3), (11, 2)):  # row by row, and in one scatter
+        cache = jnp.asarray(rng.standard_normal((3, b, 2, 9, 8)), jnp.float32)
+        new = jnp.asarray(rng.standard_normal((b, length, 2, 8)), jnp.float32)
+        starts = jnp.asarray(rng.integers(0, 9 - length + 1, b), jnp.int32)
+        expected = np.array(cache)
+        for row in range(b):
+            expected[1, row, :, starts[row] : starts[row] + length] = np.swapaxes(new[row], 0, 1)
+        np.testing.assert_array_equal(write(cache, new, jnp.int32(1), starts), expected)
+        rows = _write_rows(cache, jnp.swapaxes(new, 1, 2), jnp.int32(1), starts)
+        np.testing.assert_array_equal(rows, expected)
+    narrow = write(cache, new[..., :5], jnp.int32(1), starts)
+    np.testing.assert_array_equal(narrow[1, 0, :, starts[0], :5], new[0, 0, :, :5])
+    assert not np.any(narrow[1, 0, :, starts[0], 5:])

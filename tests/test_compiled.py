@@ -97,6 +97,13 @@ def test_other_chips(slice_):
 
 
 @needs_libtpu
+def test_heads_that_are_no_whole_tiles_cost_memory_and_no_copies():
+    found = evidence(on_v4(model="mt-nlg-530b-3l", weights="bf16"))
+    assert found.findings == () and found.analytic
+    assert found.peak_bytes_per_chip == pytest.approx(found.analytic.hbm_bytes_per_chip, rel=0.01)
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_an_answer_with_a_program_of_few_layers():
     point = on_v4(attention="heads", weights="bf16")
     found = evidence(point)
