@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -34,6 +35,9 @@ from benchmarks.rows import Row
 from partitioning.chips import PLATFORMS, chip
 from partitioning.mesh import Slice, fake_cpu_devices
 from partitioning.point import Point
+
+FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
+"""What of the environment changes programs."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,14 +58,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a point failed or a line was refused."""
     options = parser().parse_args(argv)
+    options.flags = {name: os.environ.get(name, "") for name in FLAGS}
     points, refused = _points(options)
+    for name in ("max_batch", "max_context"):
+        if getattr(options, name) and (known := [p for p in points if p.chip in PLATFORMS]):
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} needs a chip whose memory is known; slice={known[0].slice} has none")
     _prepare(points, options.attached)
-    try:
-        (options.out / "kept").mkdir(parents=True, exist_ok=True)
-        if options.hlo:
-            options.hlo.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(options.out)!r} cannot be written: {error.strerror}") from None
+    for field, folder in (("out", options.out / "kept"), ("hlo", options.hlo)):
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{field}={str(getattr(options, field))!r} cannot be written: {error.strerror}") from None
 
     rows: list[Row] = []
     progress = Progress(
@@ -87,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table(rows, console)
     failed = [r for r in rows if "error" in r]
     for row in failed:
-        print(f"failed: {Point.from_json(row['point'])}: {row['error']}", file=sys.stderr)
+        print(f"failed: {json.dumps(row['point'])}: {row['error']}", file=sys.stderr)
     return 1 if failed or refused else 0
 
 
@@ -141,8 +150,6 @@ def _row(point: Point, options: argparse.Namespace) -> Row:
         for name in asked:
             row |= _kept(options, point, name, functools.partial(_limit, point, options, name))
         return row
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else ""
         return {"point": point.to_json(), "source": "compiled", "error": f"{type(error).__name__}: {said}"}
@@ -154,10 +161,10 @@ def _evidence(point: Point, options: argparse.Namespace) -> Row:
 
     path = None
     if options.hlo:
-        mesh = "x".join(map(str, point.mesh_shape))
-        name = (Path(point.model).stem, point.slice, mesh, point.phase, point.batch, point.length, point.context)
-        parts = map(str, (*name, point.layout, point.attention, point.weights))
-        path = options.hlo / ("-".join(parts).replace(":", "-").replace("/", "-") + ".txt")
+        model = point.config.name if point.model.endswith(".json") else point.model
+        parts = (model, point.slice, point.phase, point.batch, point.layout, point.attention, point.weights)
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(map(str, parts)))
+        path = options.hlo / f"{name}-{_key(point, 'evidence', options)[:8]}.txt"
     found = evidence(point, attached=options.attached, keep=path).to_json()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"host_peak_bytes": used, "versions": versions(Slice.parse(point.slice))}
@@ -165,9 +172,6 @@ def _evidence(point: Point, options: argparse.Namespace) -> Row:
 
 def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
     from partitioning import compiled, compiled_limits
-
-    if point.chip in PLATFORMS:
-        raise InputError(f"{name} needs a chip whose memory is known; slice={point.slice} has none")
 
     def fits(changed: Point) -> bool:
         found = _kept(options, changed, "fits", lambda: {"fits": compiled.fits(changed, attached=options.attached)})
@@ -180,7 +184,7 @@ def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
 
 def _kept(options: argparse.Namespace, point: Point, what: str, make: Callable[[], Row]) -> Row:
     """What was made for the point by these versions, or is made now and kept."""
-    path = options.out / "kept" / f"{_key(point, what, options.attached)}.json"
+    path = options.out / "kept" / f"{_key(point, what, options)}.json"
     if not options.fresh and not (what == "evidence" and options.hlo):
         try:
             return json.loads(path.read_text())
@@ -195,13 +199,18 @@ def _kept(options: argparse.Namespace, point: Point, what: str, make: Callable[[
     return row
 
 
-def _key(point: Point, what: str, attached: bool) -> str:
+def _key(point: Point, what: str, options: argparse.Namespace) -> str:
+    """A name for what these versions, this code and these flags make of the point."""
     from partitioning.targets import versions
 
     slice_ = Slice.parse(point.slice)
     config = repr(point.config)  # the file behind a model's name may have changed
-    known: dict[str, Any] = {"point": point.to_json(), "config": config, "what": what, "attached": attached}
-    known |= {"versions": versions(slice_), "source": _source(), "flags": os.environ.get("XLA_FLAGS", "")}
+    known: dict[str, Any] = {"point": point.to_json(), "config": config, "what": what, "attached": options.attached}
+    known |= {"versions": versions(slice_), "source": _source(), "flags": options.flags}
+    if point.chip == "gpu" or options.attached:
+        import jax
+
+        known["device"] = jax.devices()[0].device_kind
     if point.chip not in PLATFORMS:
         known["chip"] = repr(chip(point.chip))
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
@@ -219,7 +228,7 @@ def show(row: Row, console: Console) -> None:
     """One row for a person."""
     p, analytic = row["point"], row["analytic"] or {}
     console.print(
-        f"[bold]{p['model']} on {p['slice']}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
+        f"[bold]{p['model']} on {_where(p)}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
         f"{p['context']}, {p['layout']}/{p['attention']}, {p['weights']} weights"
     )
     made = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
@@ -251,7 +260,7 @@ def show(row: Row, console: Console) -> None:
             f"{c['kind']}{axes}" if c["kind"] else "",
             "" if c["bytes"] is None else f"{c['bytes'] / 1e3:,.2f}",
             str(c["count"]),
-            "" if not c["planned_kind"] else f"{c['planned_kind']} {c['planned_bytes'] / 1e3:,.2f}",
+            _plan(c),
             c["verdict"],
             (c["algorithm"] or "") + (f" async, beside {_time(c['hidden_s'] or 0)}" if c["asynchronous"] else ""),
         )
@@ -261,7 +270,8 @@ def show(row: Row, console: Console) -> None:
         console.print(f"finding: {finding}")
     if row["compute_s"] is not None:
         parts = "; ".join(f"{scope} {_time(s)}" for scope, s in list(row["compute_by_scope"].items())[:8])
-        console.print(f"compute by the compiler's own estimate {_time(row['compute_s'])}: {parts}")
+        missing = f" ({row['n_unestimated']} instructions have no estimate)" if row["n_unestimated"] else ""
+        console.print(f"compute by the compiler's own estimate {_time(row['compute_s'])}{missing}: {parts}")
     if row["latency_s"] is not None:
         console.print(
             f"analytic: compute {_time(analytic['compute_s'])}, memory {_time(analytic['memory_s'])}, collectives "
@@ -283,7 +293,7 @@ def table(rows: Sequence[Row], console: Console) -> None:
         listing.add_column(heading, justify="right")
     for row in rows:
         p = row["point"]
-        of_point = [p["model"], p["slice"], p["phase"], f"{p['batch']} x {p['length']}", str(p["context"])]
+        of_point = [p["model"], _where(p), p["phase"], f"{p['batch']} x {p['length']}", str(p["context"])]
         of_point += [f"{p['layout']}/{p['attention']}", p["weights"]]
         if "error" in row:
             listing.add_row(*of_point, "failed")
@@ -299,6 +309,16 @@ def table(rows: Sequence[Row], console: Console) -> None:
             f"{row['compile_s']:.1f}",
         )
     console.print(listing)
+
+
+def _plan(c: Row) -> str:
+    if not c["planned_kind"]:
+        return ""
+    return f"{c['planned_kind']} {c['planned_bytes'] / 1e3:,.2f}" if c["planned_bytes"] else "(part of it)"
+
+
+def _where(point: Row) -> str:
+    return point["slice"] + (f" as {point['mesh']}" if point.get("mesh") else "")
 
 
 def _gib(n: int | None) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.lines import read_lines
 from benchmarks.rows import Row
-from partitioning.cost import estimate_many
+from partitioning.cost import estimate, estimate_many
 from partitioning.point import Point
 from partitioning.published import calibration, figures
 
@@ -38,6 +38,7 @@ KEPT = (
     "extra_bytes",
     "compute_s",
     "stack_compute_s",
+    "n_unestimated",
     "overlapped",
     "findings",
     "versions",
@@ -74,14 +75,21 @@ def _rows(path: str) -> Iterable[Row]:
 
 def compact(row: Row) -> Row:
     """What the page needs of a row."""
-    departures = [c for c in row["collectives"] if c["verdict"] != "as planned"]
-    return {name: row[name] for name in KEPT} | {
+    departures: list[Row] = []
+    for c in row["collectives"]:
+        if c["verdict"] == "as planned":
+            continue
+        extra = ((c["bytes"] or 0) - (c["planned_bytes"] or 0)) * c["count"]
+        if c["planned_kind"] and not c["planned_bytes"]:  # a further part of the one before
+            departures[-1]["extra_bytes"] += extra
+            departures[-1]["algorithm"] = " + ".join(filter(None, (departures[-1]["algorithm"], c["algorithm"])))
+        else:
+            kept = {k: c[k] for k in ("scope", "verdict")}
+            departures.append(kept | {"algorithm": c["algorithm"] or "", "extra_bytes": extra})
+    return {name: row.get(name, 0) for name in KEPT} | {
         "n_collectives": len(row["collectives"]),
-        "departures": [
-            {k: c[k] for k in ("scope", "axes", "planned_kind", "verdict", "algorithm")}
-            | {"extra_bytes": ((c["bytes"] or 0) - (c["planned_bytes"] or 0)) * c["count"]}
-            for c in departures
-        ],
+        "n_as_planned": sum(c["verdict"] == "as planned" for c in row["collectives"]),
+        "departures": departures,
     }
 
 
@@ -106,7 +114,7 @@ def totals() -> str:
             f"{len(rows) - len(programs)} leave no program to look at.",
             f"- collectives in these programs: {sum(r['n_collectives'] for r in programs):,}; unexplained: "
             f"{sum(r['unexplained'] for r in programs)}; as planned to the byte: "
-            f"{sum(r['n_collectives'] - len(r['departures']) for r in programs):,}.",
+            f"{sum(r['n_as_planned'] for r in programs):,}.",
             f"- peak memory against the analytic figure: median error {statistics.median(errors):.1%}, "
             f"90th percentile {errors[int(0.9 * len(errors))]:.1%}, worst {errors[-1]:.1%}; "
             f"{within} of {len(errors)} within 10%.",
@@ -122,7 +130,7 @@ def departures() -> str:
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in data():
         for d in row["departures"]:
-            found.setdefault((d["verdict"], d["scope"], d["algorithm"] or ""), []).append(row | {"departure": d})
+            found.setdefault((d["verdict"], d["scope"], d["algorithm"]), []).append(row | {"departure": d})
     out = [
         "| verdict | tensor | programs | layouts | MB beyond the plan, at most | algorithm |",
         "|---|---|---|---|---|---|",
@@ -149,7 +157,8 @@ def published() -> str:
         if not compiled or compiled["stack_compute_s"] is None or row.stack_s is None:
             continue
         analytic = compiled["analytic"]
-        moving = math.fsum(c.seconds * c.count for c in analytic.collectives if "/" in c.scope)
+        exposed = estimate(row.point, overlap=False)
+        moving = math.fsum(c.seconds * c.count for c in exposed.collectives if "/" in c.scope)
         seconds = (compiled["stack_compute_s"] + moving, analytic.stack_latency_s)
         pair = (seconds[0] / row.stack_s - 1, seconds[1] / row.stack_s - 1)
         for name in (row.set, "all"):
@@ -218,8 +227,12 @@ def _line(row: Row) -> str:
     analytic, error = row["analytic"], _memory_error(row)
     peak = "?" if row["peak_bytes_per_chip"] is None else f"{row['peak_bytes_per_chip'] / 2**30:.2f}"
     beside = f"{analytic.hbm_bytes_per_chip / 2**30:.2f}" + ("" if error is None else f" ({error:+.1%})")
-    seconds = "" if row["compute_s"] is None else f"{row['compute_s'] * 1e3:,.2f}"
-    seen = f"{row['n_collectives']} | {len(row['departures'])} | {row['unexplained']}" if row["n_layers"] else " | | "
+    seconds = "" if row["compute_s"] is None else f"{row['compute_s'] * 1e3:,.2f}" + "+" * bool(row["n_unestimated"])
+    seen = (
+        f"{row['n_collectives']} | {row['n_collectives'] - row['n_as_planned']} | {row['unexplained']}"
+        if row["n_layers"]
+        else " | | "
+    )
     return (
         f"| {_label(row, short=True)} | {peak} | {beside} | {'yes' if row['fits'] else 'no'} | {seen} | {seconds} | "
         f"{analytic.compute_s * 1e3:,.2f}, {analytic.memory_s * 1e3:,.2f} |"
@@ -237,7 +250,8 @@ def _label(row: Row, *, short: bool = False) -> str:
     p = row["point"]
     sizes = f"{p['batch']} x {p['length']}" if p["phase"] == "prefill" else f"{p['batch']}, context {p['context']}"
     label = f"{p['phase']} {sizes}, {p['layout']}/{p['attention']}, {p['weights']}"
-    return label if short else f"{p['model']} on {p['slice']}, {label}"
+    where = p["slice"] + (f" as {p['mesh']}" if p.get("mesh") else "")
+    return label if short else f"{p['model']} on {where}, {label}"
 
 
 PARTS: dict[str, Callable[[], str]] = {

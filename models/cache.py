@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from partitioning.collectives import LANES, tpu
+from partitioning.collectives import LANES, SUBLANES, tpu
 from partitioning.layouts import Layout, entries
 
 
@@ -23,25 +23,27 @@ class Cache(NamedTuple):
     v: Any
 
 
-def cache_shape(config: ModelConfig, batch: int, capacity: int, width: int | None = None) -> tuple[int, ...]:
-    """[n_layers, B, K, S, Q]; Q is `width` where that is given (see `cache_width`)."""
-    return (config.n_layers, batch, config.n_kv_heads, capacity, width or config.d_head)
+def cache_shape(config: ModelConfig, batch: int, capacity: int, *, tiled: bool = False) -> tuple[int, ...]:
+    """[n_layers, B, K, S, Q].
 
-
-def cache_width(config: ModelConfig, mesh: Mesh) -> int:
-    """Q as it is stored: on TPUs whole tiles of 128. A TPU would store a head of 160 as 256 anyway, or turn the cache
-    around to save that, and then copy it whole on every step."""
-    return whole_tiles(config.d_head) if mesh.devices.flat[0].platform == "tpu" else config.d_head
-
-
-def whole_tiles(n: int) -> int:
-    """`n`, rounded up to whole tiles of a TPU.
+    `tiled`, for TPUs: S and Q rounded up to whole tiles of 8 x 128. A TPU would store a head of 160 as 256 anyway, or
+    turn the cache around to save that, and then copy it whole on every step; and so with 2049 positions.
 
     Example:
-        >>> whole_tiles(160), whole_tiles(128)
-        (256, 128)
+        >>> from models.presets import model
+        >>> cache_shape(model("mt-nlg-530b"), 1, 2049, tiled=True)
+        (105, 1, 128, 2056, 256)
     """
-    return -(-n // LANES) * LANES
+    if tiled:
+        capacity, width = -(-capacity // SUBLANES) * SUBLANES, -(-config.d_head // LANES) * LANES
+    else:
+        width = config.d_head
+    return (config.n_layers, batch, config.n_kv_heads, capacity, width)
+
+
+def is_tiled(mesh: Mesh) -> bool:
+    """Whether the mesh's devices store whole tiles."""
+    return mesh.devices.flat[0].platform == "tpu"
 
 
 def cache_spec(layout: Layout) -> P:
@@ -52,7 +54,7 @@ def cache_spec(layout: Layout) -> P:
 def empty_cache(config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32) -> Cache:
     """Zeros on their devices. Callers remember how many positions of each row are in use."""
     sharding = NamedSharding(mesh, cache_spec(layout))
-    shape = cache_shape(config, batch, capacity, cache_width(config, mesh))
+    shape = cache_shape(config, batch, capacity, tiled=is_tiled(mesh))
     make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
     return Cache(make(), make())
 

@@ -149,13 +149,13 @@ def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequenc
 
 
 def _all_gather(move: Move, shard: jax.Array) -> jax.Array:
-    for axes in reversed(_steps(move.axes)):
+    for axes in reversed(_steps(move.axes, 3)):
         shard = lax.all_gather(shard, axes, axis=move.source, tiled=True, to="invarying")
     return shard
 
 
 def _reduce_scatter(move: Move, shard: jax.Array) -> jax.Array:
-    for axes in _steps(move.axes):
+    for axes in _steps(move.axes, 2):
         shard = _scatter(shard, axes, move.target)
     return shard
 
@@ -172,10 +172,12 @@ def _scatter(shard: jax.Array, axes: Axes, at: int) -> jax.Array:
     return lax.psum_scatter(parts, axes, scatter_dimension=at, tiled=False)
 
 
-def _steps(axes: Axes) -> list[Axes]:
-    """Two axes at once on a TPU, then the third, the same bytes in all: over three XLA:TPU has no all-gather and no
-    reduce-scatter, and makes an all-reduce, of twice the bytes."""
-    return [axes[:2], axes[2:]] if len(axes) > 2 and tpu() else [axes]
+def _steps(axes: Axes, least: int) -> list[Axes]:
+    """On a TPU, all axes but the last at once, then the last, the same bytes in all, where there are `least` of them:
+    over a whole slice of more than 8 chips XLA:TPU has no reduce-scatter, and over three axes no all-gather, and makes
+    an all-reduce, of twice the bytes."""
+    whole = lax.axis_size(axes) == jax.sharding.get_abstract_mesh().size > 8
+    return [axes[:-1], axes[-1:]] if len(axes) >= least and whole and tpu() else [axes]
 
 
 def _all_reduce(move: Move, shard: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ estimate as the compiler gives it, which is for scheduling and no measurement.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 
 from models.attention import n_turns
-from models.cache import cache_shape, cache_spec, whole_tiles
+from models.cache import cache_shape, cache_spec
 from models.config import ModelConfig
 from partitioning.chips import PLATFORMS, chip
 from partitioning.cost import Estimate, estimate
@@ -34,10 +35,14 @@ from partitioning.point import Point
 from partitioning.program import Compiled, Program
 from partitioning.targets import TPUS, target
 
-FEW_LAYERS = 2
-"""Layers of the program that is compiled instead of one that does not fit."""
+LAYER_SCOPES = ("layer", "attention", "mlp")
+FEW_LAYERS = 4
+"""Layers of the program that is compiled instead of one that does not fit. With 2 the compiler keeps more on the chip
+than with all, and its layers come out up to a fifth too fast; with 4 they agree to 1 in 1000."""
 RELAYOUT_SHARE = 0.1
 """A weight that is copied or laid out anew for more than this share of its matmul's clocks is reported."""
+UNNAMED_SHARE = 0.2
+"""More of the compute than this without a scope of ours is reported: it is what the compiler put in by itself."""
 MATMULS = {"w_in": "h", "w_kv": "kv", "w_out": "out"}
 """The scope of each weight's matmul."""
 
@@ -56,11 +61,12 @@ class Evidence:
         analytic: the cost model's answer to the same point; None for `auto`, and on chips without a data sheet.
         collectives: the program against the plan.
         compute_s, stack_compute_s: the compiler's estimate (see above), of the pass and of the layers alone; None
-            where it has none (CPU, GPU). `compute_by_scope` has the parts of it.
+            where it has none (CPU, GPU). `compute_by_scope` has the parts of it, `n_unestimated` how many instructions
+            have no usable estimate and count as nothing (steps of asynchronous collectives, mostly).
         hidden_s: line of an asynchronous collective -> seconds of what is computed while it is under way.
         cache_copies, weight_copies: copies of the KV cache, and of a layer's weights, in the pass.
         relayouts: weight -> clocks spent on moving it about as a share of its matmul's; `stack`: cutting the layers'
-            weights out of the array that holds all layers, as a share of all matmuls.
+            weights out of the array that holds all, as a share of all matmuls. Empty where some have no estimate.
         rematerialisations: the partitioner's warnings of a full rematerialisation.
         refused: the compiler's own words, where it refused the whole model.
     """
@@ -76,6 +82,7 @@ class Evidence:
     collectives: tuple[Matched, ...]
     compute_s: float | None
     stack_compute_s: float | None
+    n_unestimated: int
     compute_by_scope: Mapping[str, float]
     hidden_s: Mapping[int, float]
     cache_copies: int
@@ -94,30 +101,34 @@ class Evidence:
         """Bytes that one chip receives in the pass beyond the plan."""
         return sum(((m.bytes or 0) - (m.planned_bytes or 0)) * m.count for m in self.collectives)
 
+    @functools.cached_property
+    def exposed(self) -> Estimate | None:
+        """The cost model's answer for weights that are gathered before their matmuls, not under them."""
+        return self.analytic and estimate(self.point, overlap=False)
+
     @property
     def latency_s(self) -> float | None:
         """The compiler's compute and the cost model's collectives, one after the other; whole pass."""
-        if self.compute_s is None or self.analytic is None:
+        if self.compute_s is None or self.exposed is None:
             return None
-        return self.compute_s + self.analytic.collective_s
+        return self.compute_s + self.exposed.collective_s
 
     @property
     def stack_latency_s(self) -> float | None:
         """The same of the layers alone."""
-        if self.stack_compute_s is None or self.analytic is None:
+        if self.stack_compute_s is None or self.exposed is None:
             return None
-        in_layers = math.fsum(c.seconds * c.count for c in self.analytic.collectives if "/" in c.scope)
-        return self.stack_compute_s + in_layers
+        return self.stack_compute_s + math.fsum(c.seconds * c.count for c in self.exposed.collectives if "/" in c.scope)
 
     @property
     def overlapped(self) -> float | None:
         """The share of the collectives' (analytic) seconds that has computation beside it; None without any."""
-        if self.analytic is None:
+        if self.exposed is None:
             return None
-        price = {(c.scope, c.kind, c.axes): c.seconds for c in self.analytic.collectives}
+        price = {(c.scope, c.kind, c.bytes): c.seconds for c in self.exposed.collectives}
         total = hidden = 0.0
         for m in self.collectives:
-            seconds = price.get((m.scope, m.planned_kind or "", m.axes), 0.0) * m.count
+            seconds = price.get((m.scope, m.planned_kind or "", m.planned_bytes or 0), 0.0) * m.count
             total += seconds
             hidden += min(seconds, self.hidden_s.get(m.line or 0, 0.0) * m.count)
         return hidden / total if total else None
@@ -132,6 +143,9 @@ class Evidence:
             found.append(f"{self.cache_copies} copies of the KV cache")
         if self.weight_copies:
             found.append(f"{self.weight_copies} copies of a layer's weights")
+        unnamed = self.compute_by_scope.get("other", 0.0) / (self.compute_s or 1.0)
+        if unnamed > UNNAMED_SHARE:
+            found.append(f"{unnamed:.0%} of the compute carries no name of ours: copies and conversions, most likely")
         for name, share in self.relayouts.items():
             if share > RELAYOUT_SHARE:
                 found.append(f"moving {name} about costs {share:.0%} of its matmul")
@@ -181,11 +195,11 @@ def evidence(point: Point, *, attached: bool = False, keep: Path | None = None) 
         return Program(config=config, layout=point.layout_value, mesh=mesh, pass_=point.pass_)
 
     refused = None
-    for n in (config.n_layers, min(FEW_LAYERS, config.n_layers)):
+    for n in sorted({config.n_layers, min(FEW_LAYERS, config.n_layers)}, reverse=True):
         try:
             compiled = program(dataclasses.replace(config, n_layers=n)).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not _no_memory(error):
                 raise
             refused = refused or str(error).splitlines()[0]
             continue
@@ -205,7 +219,7 @@ def fits(point: Point, *, attached: bool = False) -> bool:
     try:
         Program(config=point.config, layout=point.layout_value, mesh=mesh, pass_=point.pass_).compile(text=False)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not _no_memory(error):
             raise
         return False
     return True
@@ -232,6 +246,7 @@ def _nothing(point: Point, refused: str) -> Evidence:
         collectives=(),
         compute_s=None,
         stack_compute_s=None,
+        n_unestimated=0,
         compute_by_scope={},
         hidden_s={},
         cache_copies=0,
@@ -270,21 +285,30 @@ def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> 
         collectives=tuple(scaled if n < point.config.n_layers else found),
         compute_s=math.fsum(by_scope.values()) if by_scope else None,
         stack_compute_s=in_layers,
+        n_unestimated=cycles.n_unknown if cycles else 0,
         compute_by_scope=_summed(by_scope),
         hidden_s={line: c / clock for line, c in cycles_meanwhile(module).items()} if clock else {},
         cache_copies=copied[0],
         weight_copies=copied[1],
-        relayouts=_relayouts(by_scope),
+        relayouts={} if cycles and cycles.n_unknown else _relayouts(by_scope),
         rematerialisations=len(compiled.warnings),
         refused=refused,
     )
 
 
 def _seconds(cycles: Cycles, times: float, clock: float) -> tuple[dict[str, float], float]:
-    """Seconds by op_name, and of the loop over the layers, which stands for `times` as many of them."""
+    """Seconds by op_name, and of the layers: what is in the loop over them, which stands for `times` as many, and what
+    has their scope outside of it (a single layer is no loop)."""
     inside = {name: n * times / clock for name, n in cycles.in_loops.items()}
     outside = {name: (n - cycles.in_loops.get(name, 0)) / clock for name, n in cycles.by_scope.items()}
-    return {name: s + inside.get(name, 0.0) for name, s in outside.items()}, math.fsum(inside.values())
+    of_layers = [s for name, s in outside.items() if scope_of(name).split("/")[0] in LAYER_SCOPES]
+    everything = {name: s + inside.get(name, 0.0) for name, s in outside.items()}
+    return everything, math.fsum([*inside.values(), *of_layers])
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether the compiler says that the chip's memory will not do."""
+    return "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).splitlines()[0].lower()
 
 
 def _wanted(refused: str) -> int | None:
@@ -329,8 +353,8 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
     """How often the pass copies the cache (whole, or of one layer), and a layer's weights, as they rest or are used."""
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
-    width = whole_tiles(config.d_head) if point.chip in TPUS else config.d_head
-    cache = _shard(cache_shape(config, pass_.batch, pass_.capacity, width), entries(cache_spec(layout)), sizes)
+    shape = cache_shape(config, pass_.batch, pass_.capacity, tiled=point.chip in TPUS)
+    cache = _shard(shape, entries(cache_spec(layout)), sizes)
     cached = {_long((n, *cache[1:]))}
     if pass_.length < pass_.capacity:  # else a layer's cache has the shape of the new keys
         cached.add(_long(cache[1:]))

@@ -20,16 +20,22 @@ def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
         fits: whether a point fits, as `partitioning.compiled.fits` says.
 
     Returns:
-        A multiple of what the layout splits the batch into.
+        A multiple of what the layout splits the batch into, to about a thousandth.
     """
     step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
-    return _last(step, largest_batch(point) or step, lambda n: fits(dataclasses.replace(point, batch=n)))
+    guess = (largest_batch(point) if point.layout_value.explicit else None) or step
+    return _last(_coarse(step, guess), guess, lambda n: fits(dataclasses.replace(point, batch=n)))
 
 
 def max_context(point: Point, fits: Callable[[Point], bool]) -> int | None:
     """The longest context, in steps of `CONTEXT_STEP`, whose step fits; None where not even the shortest does."""
-    guess = longest_context(point) or CONTEXT_STEP
-    return _last(CONTEXT_STEP, guess, lambda n: fits(dataclasses.replace(point, context=n)))
+    guess = (longest_context(point) if point.layout_value.explicit else None) or CONTEXT_STEP
+    return _last(_coarse(CONTEXT_STEP, guess), guess, lambda n: fits(dataclasses.replace(point, context=n)))
+
+
+def _coarse(step: int, guess: int) -> int:
+    """A multiple of the step that is about a thousandth of the guess, or the step."""
+    return step * max(1, guess // step // 1024)
 
 
 def _last(step: int, guess: int, fits: Callable[[int], bool]) -> int | None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from models.config import ModelConfig
 from partitioning.chips import FITTED, Chip, chip
-from partitioning.collectives import LANES, moves
+from partitioning.collectives import LANES, SUBLANES, moves
 from partitioning.dataflow import model_letters, stages
 from partitioning.interconnect import rate
 from partitioning.layouts import Axes, Layout, axes_of, entries
@@ -429,7 +429,8 @@ def price(
     b_split, k_split = split("cache")[0], split("cache")[1]
     seen = n.first + (n.length + 1) / 2
     attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
-    stored = size["Q"] if chip_.wrap == "switch" else np.ceil(size["Q"] / LANES) * LANES  # a TPU's tiles are whole
+    tile = (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)  # a TPU's tiles are whole
+    stored = np.ceil(size["Q"] / tile[1]) * tile[1]
     cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act
     attention_s = attention_flops / (flops_rate * ATTENTION_SHARE)
     cache_s = cache_bytes * (n.first + n.length) / hbm_rate
@@ -460,7 +461,9 @@ def price(
     latency = stack + (head_compute**4 + head_memory**4) ** 0.25 + outside
 
     held = n.n_layers * (weights_at_rest + scales) + table * n.act * np.where(n.tied, 1, 2)
-    held = held + n.n_layers * cache_bytes * size["S"] + _working(recipe, block, n, gathered)
+    held = (
+        held + n.n_layers * cache_bytes * np.ceil(size["S"] / tile[0]) * tile[0] + _working(recipe, block, n, gathered)
+    )
     tokens = size["T"]
     return Cost(
         latency_s=latency,

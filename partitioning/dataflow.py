@@ -34,13 +34,15 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A collective that the layout asks for. `bytes`: what one chip must receive, in one execution."""
+    """A collective that the layout asks for. `bytes`: what one chip must receive, in one execution; `itemsize`: of one
+    element of what moves."""
 
     scope: str
     kind: Kind
     axes: Axes
     bytes: int
     count: int
+    itemsize: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
             axes=tuple(a for a in AXES if a in move.axes),
             bytes=bytes_of(move, stage, size, pass_, sizes),
             count=stage.count,
+            itemsize=_itemsize(stage, pass_),
         )
         for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
         for move in moves(stage.ladder)
@@ -182,8 +185,11 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
 
 def bytes_of(move: Move, stage: Stage, size: dict[str, int], pass_: Pass, sizes: dict[str, int]) -> int:
     """What one chip must receive for a move of a stage; `size` of `letters`, `sizes` of the mesh axes."""
-    itemsize = {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}
-    return move.bytes([size[d] for d in stage.dims], itemsize[stage.dtype], sizes)
+    return move.bytes([size[d] for d in stage.dims], _itemsize(stage, pass_), sizes)
+
+
+def _itemsize(stage: Stage, pass_: Pass) -> int:
+    return {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}[stage.dtype]
 
 
 @functools.lru_cache(maxsize=4096)

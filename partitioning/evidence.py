@@ -29,7 +29,7 @@ Verdict = Literal[
 - as planned: same scope, kind, axes, bytes and count; merged: the same, sharing an instruction with others.
 - split: several that together move the planned bytes over the planned axes, as our program for TPUs does over three.
 - widened, narrowed: XLA:CPU moves bfloat16 as float32; XLA:TPU moves float32 weights as bfloat16.
-- padded: a reduce-scatter of whole tiles, at most a quarter larger, and the shift between neighbours that undoes it.
+- padded: a reduce-scatter of whole tiles, a little larger, and the shift between neighbours that undoes it.
 - all-reduce instead: the compiler had no such collective for these sizes, and moves about twice the bytes.
 - extra: nobody planned it; missing: planned, but not in the program.
 """
@@ -57,8 +57,8 @@ SCOPES = frozenset(
         "sample",
     ]
 )
-PADDING = 1.25
-"""At most so many times the planned bytes are the plan's, padded."""
+PADDING, TILES = 1.03, 65536
+"""Padded bytes are the plan's if they are at most so many times it, or so many bytes more: a tile for each chip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ def scope_of(op_name: str) -> str:
 def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[Matched]:
     """Matches every compiled collective to a planned one; what is left of either side comes after.
 
-    An exact match takes precedence; then, each within a scope, the departures that `Verdict` names, in their order.
-    A collective whose name the compiler dropped has the scope of what it reads; what is left of these may be
-    collectives of any scope.
+    Twice through the rules, an exact match first, then the departures that `Verdict` names, in their order: first
+    within a scope, where a collective whose name the compiler dropped has the scope of what it reads; then, for what
+    is left of those without a name, in any scope.
     """
     rest = [(_scope(c), c) for c in compiled]
     left = list(planned)
@@ -121,7 +121,7 @@ def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[
         for rule in (_exact, _widened, _narrowed, _instead, _split, _padded):
             for p in list(left):
                 near = [(s, c) for s, c in rest if c.trips == p.count]
-                near = [(s, c) for s, c in near if (s == p.scope or (anywhere and not scope_of(c.scope)))]
+                near = [(s, c) for s, c in near if s == p.scope or (anywhere and not c.scope)]
                 if found := rule(p, near):
                     take(p, *found)
     return [
@@ -171,6 +171,10 @@ def _row(scope: str, c: Collective, verdict: Verdict, *, planned_kind, planned_b
     )
 
 
+def _padded_bytes(n: int) -> float:
+    return max(PADDING * n, n + TILES)
+
+
 def _same_kind(p: Planned, near: Near) -> Near:
     return [(s, c) for s, c in near if (c.kind, c.axes) == (p.kind, p.axes)]
 
@@ -181,18 +185,20 @@ def _exact(p: Planned, near: Near) -> Found:
 
 
 def _widened(p: Planned, near: Near) -> Found:
-    wide = [(s, c) for s, c in _same_kind(p, near) if c.dtype == "f32" and c.bytes == 2 * p.bytes]
+    wide = [(s, c) for s, c in _same_kind(p, near) if c.dtype == "f32" and c.logical_dtype != "f32"]
+    wide = [(s, c) for s, c in wide if c.bytes == 2 * p.bytes]
     return (wide[:1], "widened to f32") if wide else None
 
 
 def _narrowed(p: Planned, near: Near) -> Found:
-    narrow = [(s, c) for s, c in _same_kind(p, near) if c.dtype == "bf16" and 2 * c.bytes == p.bytes]
+    narrow = [(s, c) for s, c in _same_kind(p, near) if p.itemsize == 4 and c.dtype == "bf16"]
+    narrow = [(s, c) for s, c in narrow if 2 * c.bytes == p.bytes]
     return (narrow[:1], "narrowed to bf16") if narrow else None
 
 
 def _instead(p: Planned, near: Near) -> Found:
     whole = [(s, c) for s, c in near if c.kind == "all-reduce" and c.axes == p.axes]
-    whole = [(s, c) for s, c in whole if 2 * p.bytes <= c.bytes + 2 <= PADDING * 2 * p.bytes + 2]
+    whole = [(s, c) for s, c in whole if 2 * p.bytes - 2 <= c.bytes <= _padded_bytes(2 * p.bytes)]
     return (whole[:1], _INSTEAD[p.kind]) if whole and p.kind in _INSTEAD else None
 
 
@@ -210,8 +216,8 @@ def _split(p: Planned, near: Near) -> Found:
 
 
 def _padded(p: Planned, near: Near) -> Found:
-    larger = [(s, c) for s, c in _same_kind(p, near) if p.bytes < c.bytes <= PADDING * p.bytes]
-    if not larger:
+    larger = [(s, c) for s, c in _same_kind(p, near) if p.bytes < c.bytes <= _padded_bytes(p.bytes)]
+    if not larger or p.kind != "reduce-scatter":
         return None
     added = larger[0][1].bytes - p.bytes
     shifts = [

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from partitioning.hlo_loops import walk
 from partitioning.hlo_text import Computation, Instruction, Module, parse
 
+_NO_ESTIMATE = 2**62
 _CYCLES = re.compile(r'"estimated_cycles":"?(-?\d+)')
 
 
@@ -75,6 +76,7 @@ class Cycles:
     total: int
     by_scope: Mapping[str, int]  # op_name -> clocks; "" is what has none
     in_loops: Mapping[str, int]  # the part of it that is in loops
+    n_unknown: int  # instructions on which the compiler gives no usable estimate: they count as nothing
 
 
 def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) -> Cycles | None:
@@ -84,7 +86,7 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) ->
         HloError: as `hlo.read` does.
     """
     module = parse(text) if isinstance(text, str) else text
-    cycles = _estimates(module)
+    cycles, n_unknown = _estimates(module)
     if not cycles:
         return None
     by_branch: dict[str, dict[tuple[str, bool], int]] = {"": {}}  # of (op_name, whether in a loop)
@@ -103,7 +105,7 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) ->
     for (name, _), n in by_branch[""].items():
         by_scope[name] = by_scope.get(name, 0) + n
     in_loops = {name: n for (name, in_loop), n in by_branch[""].items() if in_loop}
-    return Cycles(total=sum(by_scope.values()), by_scope=by_scope, in_loops=in_loops)
+    return Cycles(total=sum(by_scope.values()), by_scope=by_scope, in_loops=in_loops, n_unknown=n_unknown)
 
 
 def cycles_meanwhile(text: str | Module, *, unknown_trips: int | None = None) -> dict[int, int]:
@@ -119,7 +121,7 @@ def cycles_meanwhile(text: str | Module, *, unknown_trips: int | None = None) ->
         HloError: as `hlo.read` does.
     """
     module = parse(text) if isinstance(text, str) else text
-    estimates = _estimates(module)
+    estimates, _ = _estimates(module)
     found: dict[int, int] = {}
 
     def between(computation: Computation, start: Instruction, done: Instruction) -> int:
@@ -164,8 +166,11 @@ def feeds(i: Instruction, computation: Computation, target: str) -> bool:
     return False
 
 
-def _estimates(module: Module) -> dict[int, int]:
-    """Line -> estimated clocks; an estimate inside a fusion is the fusion's and not counted."""
+def _estimates(module: Module) -> tuple[dict[int, int], int]:
+    """Line -> estimated clocks, and how many lines have an estimate that cannot be one (the largest integer, a negative
+    one); an estimate inside a fusion is the fusion's and not counted."""
     fused = {name for i in module.instructions if i.opcode == "fusion" for name in i.called}
     counted = [c for c in module.computations.values() if c.name not in fused]
-    return {i.line: int(found[1]) for c in counted for i in c.instructions if (found := _CYCLES.search(i.rest))}
+    said = {i.line: int(found[1]) for c in counted for i in c.instructions if (found := _CYCLES.search(i.rest))}
+    known = {line: n for line, n in said.items() if 0 <= n < _NO_ESTIMATE}
+    return known, len(said) - len(known)

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.cache import Cache, cache_shape, cache_spec, cache_width
+from models.cache import Cache, cache_shape, cache_spec, is_tiled
 from models.config import ModelConfig
 from models.decoder import Tokens
 from models.parameters import abstract, shardings
@@ -123,7 +123,7 @@ class Program:
             return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding(P()))
 
         stored = jax.ShapeDtypeStruct(
-            cache_shape(self.config, batch, self.pass_.capacity, cache_width(self.config, self.mesh)),
+            cache_shape(self.config, batch, self.pass_.capacity, tiled=is_tiled(self.mesh)),
             self.dtype,
             sharding=self._sharding(cache_spec(self.layout)),
         )

@@ -85,7 +85,8 @@ def describe(slice_: Slice) -> list:
     check(slice_)
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
-    dims = (*slice_.dims, 1, 1)[:3] if TPUS[slice_.chip] == 2 else slice_.dims
+    n_axes = 3 if TPUS[slice_.chip] == 2 else 2
+    dims = (*slice_.dims, 1, 1)[: max(n_axes, len(slice_.dims))]
     described = {"chips_per_host_bounds": tuple(map(min, (*dims, 1)[:3], HOST)), "num_slices": 1}
     if TPUS[slice_.chip] == 2:
         described["chip_config_name"] = "megacore"

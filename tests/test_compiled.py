@@ -1,5 +1,6 @@
 """Compiled evidence: fake CPU devices, and TPU slices that are described by libtpu."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -104,14 +105,50 @@ def test_heads_that_are_no_whole_tiles_cost_memory_and_no_copies():
 
 
 @needs_libtpu
+def test_a_cache_of_odd_length_is_not_copied():
+    found = evidence(on_v4(model="palm-540b-h64-3l", context=2049, attention="heads"))
+    assert found.findings == () and found.analytic
+    assert found.peak_bytes_per_chip == pytest.approx(found.analytic.hbm_bytes_per_chip, rel=0.02)
+
+
+@needs_libtpu
+def test_four_layers_stand_for_all():
+    few, all_ = (evidence(on_v4(model=f"palm-540b-h64-{n}l")) for n in (4, 20))
+    assert few.stack_compute_s and all_.stack_compute_s
+    assert all_.stack_compute_s == pytest.approx(5 * few.stack_compute_s, rel=0.01)
+
+
+@needs_libtpu
+def test_a_single_layer_is_a_stack_though_no_loop():
+    one, four = (evidence(on_v4(model=f"palm-540b-h64-{n}l")) for n in (1, 4))
+    assert one.stack_compute_s and four.stack_compute_s
+    assert one.stack_compute_s == pytest.approx(four.stack_compute_s / 4, rel=0.35)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("slice_", ["v6e:1", "v5e:4", "v5p:1x1x1"])
+def test_slices_of_one_axis(slice_):
+    assert targets.describe(Slice.parse(slice_))
+
+
+@needs_libtpu
+def test_asynchronous_gathers_have_no_absurd_seconds():
+    point = on_v4(model="llama-3-70b-2l", slice="v5e:4x4", layout="wgx", attention="heads")
+    found = evidence(point)
+    assert found.compute_s and found.compute_s < 1 and found.overlapped is not None and 0 <= found.overlapped <= 1
+    assert found.latency_s and found.exposed
+    assert found.latency_s == pytest.approx(found.compute_s + found.exposed.collective_s)
+
+
+@needs_libtpu
 def test_what_does_not_fit_is_an_answer_with_a_program_of_few_layers():
     point = on_v4(attention="heads", weights="bf16")
     found = evidence(point)
-    assert found.fits is False and found.n_layers == 2
+    assert found.fits is False
     assert found.refused and "RESOURCE_EXHAUSTED" in found.refused
     assert found.peak_bytes_per_chip == pytest.approx(found.analytic.hbm_bytes_per_chip, rel=0.1)  # pyright: ignore
     assert found.unexplained == 0
-    assert {m.count for m in found.collectives if "/" in m.scope} == {118}
+    assert found.n_layers == 4 and {m.count for m in found.collectives if "/" in m.scope} == {118}
     assert found.stack_compute_s and found.compute_s and found.stack_compute_s < found.compute_s
 
 
@@ -180,6 +217,7 @@ def test_without_libtpu_one_sentence_says_how_to_install_it(monkeypatch):
         (["--slice", "h100:2x2x2"], "nothing compiles for chip h100 from here; known are v4, v5e, v5p, v6e"),
         (["--slice", "v4:3x4x4"], "neither whole 4x4x4 cubes"),
         (["--slice", "cpu:2x2x2", "--batch", "3"], "batch=3 is not divisible by"),
+        (["--slice", "cpu:2x2x2", "--model", "toy", "--max-batch"], "--max-batch needs a chip whose memory is known"),
         (["--points", "no/such/file"], "points='no/such/file' cannot be read"),
         (["--slice", "cpu:2x2x2", "--model", "toy", "--out", "/dev/null/x"], "cannot be written"),
     ],
@@ -188,6 +226,32 @@ def test_bad_input_is_one_sentence(argv, why):
     with pytest.raises(InputError) as error:
         command.main(argv)
     assert why in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_and_models_are_part_of_the_key(monkeypatch, tmp_path):
+    options = command.parser().parse_args([])
+    options.flags = {}
+    first = command._key(on_cpu("ws2d", "batch"), "evidence", options)
+    assert command._key(on_cpu("ws2d", "batch"), "evidence", options) == first
+    assert command._key(on_cpu("ws2d", "batch"), "fits", options) != first
+    assert command._key(on_cpu("ws2d", "heads"), "evidence", options) != first
+    options.flags = {"LIBTPU_INIT_ARGS": "--xla_enable_async_all_gather=true"}
+    assert command._key(on_cpu("ws2d", "batch"), "evidence", options) != first
+
+
+def test_programs_are_written_under_names_of_their_own(tmp_path):
+    argv = ["--slice", "cpu:2x1x1", "--model", "toy-1l", "--batch", "2", "--hlo", str(tmp_path / "hlo"), "--json"]
+    argv += ["--out", str(tmp_path)]
+    for context in ("8", "16"):
+        assert command.main([*argv, "--context", context]) == 0
+    assert len(list((tmp_path / "hlo").iterdir())) == 2
+
+
+def test_findings_are_found():
+    found = evidence(on_cpu("ws2d", "batch"))
+    bad = dataclasses.replace(found, cache_copies=2, weight_copies=1, relayouts={"w_in": 0.5}, rematerialisations=1)
+    bad = dataclasses.replace(bad, compute_s=1.0, compute_by_scope={"other": 0.3})
+    assert len(bad.findings) == 5
 
 
 def test_a_file_of_points_is_answered_line_by_line(tmp_path, capsys):

@@ -9,8 +9,8 @@ from partitioning.evidence import compare
 from partitioning.hlo import Collective
 
 
-def planned(kind: str, axes: str, n_bytes: int, scope: str = "layer/h", count: int = 3) -> Planned:
-    return Planned(scope=scope, kind=kind, axes=tuple(axes), bytes=n_bytes, count=count)  # pyright: ignore[reportArgumentType]
+def planned(kind: str, axes: str, n_bytes: int, scope: str = "layer/h", itemsize: int = 2) -> Planned:
+    return Planned(scope=scope, kind=kind, axes=tuple(axes), bytes=n_bytes, count=3, itemsize=itemsize)  # pyright: ignore[reportArgumentType]
 
 
 def found(kind: str, axes: str, n_bytes: int, scope: str = "jit(run)/while/body/layer/h/psum", **more) -> Collective:
@@ -48,7 +48,7 @@ SCATTER = planned("reduce-scatter", "xyz", 960)
         ([SCATTER], [found("reduce-scatter", "xyz", 960)], ["as planned"]),
         ([SCATTER], [found("reduce-scatter", "xyz", 960, n_merged=2)], ["merged"]),
         ([SCATTER], [found("reduce-scatter", "xyz", 1920, dtype="f32")], ["widened to f32"]),
-        ([SCATTER], [found("reduce-scatter", "xyz", 480)], ["narrowed to bf16"]),
+        ([planned("all-gather", "x", 960, itemsize=4)], [found("all-gather", "x", 480)], ["narrowed to bf16"]),
         ([SCATTER], [found("all-reduce", "xyz", 1920)], ["all-reduce instead of reduce-scatter"]),
         (
             [planned("all-gather", "xy", 96)],
@@ -77,7 +77,9 @@ def test_departures(plan, program, expected):
         found("reduce-scatter", "xyz", 960, trips=1),  # another count
         found("reduce-scatter", "xyz", 960, scope="jit(run)/while/body/layer/g/psum"),  # another scope
         found("reduce-scatter", "xyz", 400),  # too few bytes
-        found("reduce-scatter", "xyz", 1300),  # too many
+        found("reduce-scatter", "xyz", 1920, dtype="f32", logical_dtype="f32"),  # the program asked for f32
+        found("reduce-scatter", "xyz", 480),  # half of it in the plan's own dtype
+        found("reduce-scatter", "xyz", 960 + 70000),  # too many
         found("all-reduce", "xyz", 960),  # neither of the plan's kind nor of its size
         found("all-gather", "xyz", 960),  # another kind
     ],
@@ -93,7 +95,7 @@ def test_a_collective_without_a_name_goes_by_what_it_reads_then_by_what_is_left(
     misled = replace(by_operand, near=("jit(run)/embed/gather",))
     assert verdicts([SCATTER], [misled]) == ["all-reduce instead of reduce-scatter"]
     assert compare([SCATTER], [misled])[0].scope == "layer/h"
-    named = replace(misled, scope="jit(run)/embed/psum")
+    named = replace(misled, scope="jit(run)/other_thing/psum")
     assert sorted(verdicts([SCATTER], [named])) == ["extra", "missing"]
 
 
