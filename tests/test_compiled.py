@@ -240,7 +240,7 @@ def test_flags_and_models_are_part_of_the_key(monkeypatch, tmp_path):
 
 
 def test_programs_are_written_under_names_of_their_own(tmp_path):
-    argv = ["--slice", "cpu:2x1x1", "--model", "toy-1l", "--batch", "2", "--hlo", str(tmp_path / "hlo"), "--json"]
+    argv = ["--slice", "cpu:2x2x2", "--model", "toy-1l", "--batch", "8", "--hlo", str(tmp_path / "hlo"), "--json"]
     argv += ["--out", str(tmp_path)]
     for context in ("8", "16"):
         assert command.main([*argv, "--context", context]) == 0
