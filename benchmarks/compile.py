@@ -104,7 +104,9 @@ def _points(options: argparse.Namespace) -> tuple[list[Point], int]:
     """The points that were asked for, and how many lines of a file were refused."""
     from partitioning.targets import check
 
-    if options.points is None:
+    if options.points is not None:
+        point_options.refuse_beside("--points", options)
+    else:
         point = point_options.read(options)
         try:
             check(Slice.parse(point.slice))
@@ -143,16 +145,17 @@ def _prepare(points: Sequence[Point], attached: bool) -> None:
 
 
 def _row(point: Point, options: argparse.Namespace) -> Row:
-    """A point's row, from the kept ones if it is there; a failure is a row with its error."""
+    """A point's row, from the kept ones if it is there; a failure is a row with its error and what came before it."""
     asked = [name for name in ("max_batch", "max_context") if getattr(options, name)]
+    row: Row = {"point": point.to_json(), "source": "compiled"}
     try:
-        row = _kept(options, point, "evidence", lambda: _evidence(point, options))
+        row |= _kept(options, point, "evidence", lambda: _evidence(point, options))
         for name in asked:
             row |= _kept(options, point, name, functools.partial(_limit, point, options, name))
-        return row
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else ""
-        return {"point": point.to_json(), "source": "compiled", "error": f"{type(error).__name__}: {said}"}
+        row["error"] = f"{type(error).__name__}: {said}"
+    return row
 
 
 def _evidence(point: Point, options: argparse.Namespace) -> Row:
@@ -249,7 +252,8 @@ def show(row: Row, console: Console) -> None:
         )
     for name in ("max_batch", "max_context"):
         if name in row:
-            console.print(f"{name.replace('_', ' ')} that compiles to fit, all else equal: {row[name] or 'none'}")
+            most = "none" if row[name] is None else row[name]
+            console.print(f"{name.replace('_', ' ')} that compiles to fit, all else equal: {most}")
     listing = Table(title="the program against the plan", title_justify="left")
     for heading in ("scope", "program", "kB a chip", "times", "plan, kB a chip", "verdict", "how"):
         listing.add_column(heading, justify="right" if "kB" in heading or heading == "times" else "left")

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
     options = p.parse_args(argv)
     if options.points is not None:
+        point_options.refuse_beside("--points", options)
         return _many(options.points, options.json, not options.exposed)
     point = point_options.read(options)
     try:

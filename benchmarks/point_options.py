@@ -22,7 +22,7 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
     p.add_argument("--attention", default="batch", help="heads, batch")
     p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
-    p.set_defaults(decode_context=context)
+    p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 
 
 def read(options: argparse.Namespace) -> Point:
@@ -31,9 +31,23 @@ def read(options: argparse.Namespace) -> Point:
     Raises:
         InputError: what the point refuses.
     """
+    if options.point is not None:
+        refuse_beside("a JSON point", options)
     fields = {k: getattr(options, k) for k in FIELDS if getattr(options, k) is not None}
     fields.setdefault("context", options.decode_context if options.phase == "decode" else 0)
     try:
         return Point.from_json(fields if options.point is None else options.point)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def refuse_beside(what: str, options: argparse.Namespace) -> None:
+    """Refuses options of a point beside points that are complete: they would be ignored.
+
+    Raises:
+        InputError: the first such option.
+    """
+    for name in ("point", *FIELDS) if what == "--points" else FIELDS:
+        value = getattr(options, name)
+        if value != options.point_defaults.get(name):
+            raise InputError(f"{name}={value!r} stands beside {what}, which has its own; give one or the other")

@@ -28,9 +28,15 @@ def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
 
 
 def max_context(point: Point, fits: Callable[[Point], bool]) -> int | None:
-    """The longest context, in steps of `CONTEXT_STEP`, whose step fits; None where not even the shortest does."""
+    """The longest context, in steps of `CONTEXT_STEP` or else the shortest, whose step fits; None where none does."""
     guess = (longest_context(point) if point.layout_value.explicit else None) or CONTEXT_STEP
-    return _last(_coarse(CONTEXT_STEP, guess), guess, lambda n: fits(dataclasses.replace(point, context=n)))
+    least = 1 if point.phase == "decode" else 0
+
+    def fits_context(n: int) -> bool:
+        return fits(dataclasses.replace(point, context=n))
+
+    found = _last(_coarse(CONTEXT_STEP, guess), guess, fits_context)
+    return least if found is None and fits_context(least) else found
 
 
 def _coarse(step: int, guess: int) -> int:

@@ -32,6 +32,7 @@ from partitioning.interconnect import rate
 from partitioning.layouts import Axes, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape, Slice
 from partitioning.point import WEIGHTS, Point
+from partitioning.working_memory import working_bytes
 
 MESSAGE_S = 1e-7
 """[assumed] what each of the K messages of an all-to-all costs its sender."""
@@ -40,8 +41,6 @@ ATTENTION_SHARE = 0.25
 CONVERSION_FLOPS = 64
 """[derived] what the matrix units could do while the vector unit turns one int8 weight into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
-SCORES = 512
-"""Positions whose scores attention holds at once; up to twice as many in one piece (`models.attention.BLOCK`)."""
 Constants = Mapping[str, float]
 
 
@@ -462,7 +461,9 @@ def price(
 
     held = n.n_layers * (weights_at_rest + scales) + table * n.act * np.where(n.tied, 1, 2)
     held = (
-        held + n.n_layers * cache_bytes * np.ceil(size["S"] / tile[0]) * tile[0] + _working(recipe, block, n, gathered)
+        held
+        + n.n_layers * cache_bytes * np.ceil(size["S"] / tile[0]) * tile[0]
+        + working_bytes(recipe.splits, block, n, gathered)
     )
     tokens = size["T"]
     return Cost(
@@ -477,37 +478,6 @@ def price(
         collectives=_listed(recipe, c, size, element) if detail else (),
         n_layers=n.n_layers,
     )
-
-
-def _working(recipe: Recipe, block: str, n: Numbers, gathered: Any) -> Any:
-    """Bytes of the activations and gathered weights that live at once, where they are most.
-
-    Besides the residual stream, each step holds what goes in and what comes out: into the input projection (its input
-    stays for K and V), through attention (float32 scores of one block of positions), out of the output projection,
-    through its reduce-scatter, before which TPUs lay the partial sums out anew.
-    """
-    size = n.size
-
-    def held(field: str, rung: int, rows: str, columns: str) -> Any:
-        r, c, *_ = recipe.splits[field, rung]
-        return size[rows] / r * size[columns] / c * n.act
-
-    stream = held("x", 0, "T", "E")
-    out = held("out", 0, "T", "E")
-    scattered = 2 * out if recipe.splits["out", 0] != recipe.splits["out", -1] else 0.0
-    steps = [scattered]
-    for s in ("",) if block == "parallel" else ("", "_mlp"):
-        h = held("h", 0, "T", "C" + s)
-        scattered_h = held("h", -1, "T", "C" + s) if recipe.splits["h", 0] != recipe.splits["h", -1] else 0.0
-        steps.append(held("x", -1, "T", "E") + h + scattered_h)
-        steps.append(held("g", -1, "T", "G" + s) + out)
-    q = held("q", -1, "T", "H")
-    scores = q / n.act * 4 * np.minimum(size["S"], np.where(size["S"] <= 2 * SCORES, 2 * SCORES, SCORES))
-    steps.append(held("h", -1, "T", "C") + 2 * q * size["Q"] + scores)
-    layer = stream + functools.reduce(np.maximum, steps) + gathered
-    embed = held("embed", 0, "T", "E") + held("embed", 1, "T", "E")
-    logits = stream + held("rows", -1, "R", "E") + held("logits", 0, "R", "V")
-    return np.maximum(layer, np.maximum(embed, logits))
 
 
 def _listed(recipe: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:

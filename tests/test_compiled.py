@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from battery import legal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,6 @@ from benchmarks import compile as command
 from benchmarks.cli import InputError
 from partitioning import compiled_limits, targets
 from partitioning.compiled import evidence
-from partitioning.layouts import LAYOUTS, NoAxisLeft
 from partitioning.limits import largest_batch
 from partitioning.mesh import Slice
 from partitioning.point import Point
@@ -38,15 +38,10 @@ def on_v4(**more) -> Point:
     return Point.from_json(fields | {"layout": "ws2d", "attention": "batch", "weights": "int8"} | more)
 
 
-@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "auto"])
-@pytest.mark.parametrize("attention", ["heads", "batch"])
+@pytest.mark.parametrize(("name", "attention"), [pair for pair in legal() if pair[0] != "auto"])
 @pytest.mark.parametrize("phase", [{}, {"phase": "prefill", "length": 16, "context": 0}])
 def test_on_cpu_nothing_differs(name, attention, phase):
-    try:
-        point = on_cpu(name, attention, **phase)
-    except NoAxisLeft:
-        pytest.skip("no axis left for heads")
-    found = evidence(point)
+    found = evidence(on_cpu(name, attention, **phase))
     assert {m.verdict for m in found.collectives} <= {"as planned"}
     assert found.findings == () and found.unexplained == 0 and found.extra_bytes == 0
     assert found.peak_bytes_per_chip and found.fits is None and found.compute_s is None
@@ -218,6 +213,8 @@ def test_without_libtpu_one_sentence_says_how_to_install_it(monkeypatch):
         (["--slice", "v4:3x4x4"], "neither whole 4x4x4 cubes"),
         (["--slice", "cpu:2x2x2", "--batch", "3"], "batch=3 is not divisible by"),
         (["--slice", "cpu:2x2x2", "--model", "toy", "--max-batch"], "--max-batch needs a chip whose memory is known"),
+        (['{"model":"toy"}', "--weights", "int8"], "weights='int8' stands beside a JSON point"),
+        (["--points", "-", "--batch", "8"], "batch=8 stands beside --points"),
         (["--points", "no/such/file"], "points='no/such/file' cannot be read"),
         (["--slice", "cpu:2x2x2", "--model", "toy", "--out", "/dev/null/x"], "cannot be written"),
     ],
@@ -245,6 +242,24 @@ def test_programs_are_written_under_names_of_their_own(tmp_path):
     for context in ("8", "16"):
         assert command.main([*argv, "--context", context]) == 0
     assert len(list((tmp_path / "hlo").iterdir())) == 2
+
+
+def test_a_limit_that_fails_keeps_the_evidence(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ValueError("no such thing")
+
+    options = command.parser().parse_args(["--max-batch", "--out", str(tmp_path)])
+    options.flags = {}
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(compiled_limits, "max_batch", fail)
+    row = command._row(on_cpu("ws2d", "batch"), options)
+    assert row["error"] == "ValueError: no such thing" and row["unexplained"] == 0 and row["collectives"]
+
+
+@pytest.mark.parametrize(("end", "expected"), [(0, None), (1, 1), (127, 1), (128, 128), (5000, 4992)])
+def test_the_longest_context_may_be_shorter_than_a_step(end, expected):
+    point = on_v4()
+    assert compiled_limits.max_context(point, lambda p: p.context <= end) == expected
 
 
 def test_findings_are_found():

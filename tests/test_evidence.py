@@ -102,6 +102,20 @@ def test_a_collective_without_a_name_goes_by_what_it_reads_then_by_what_is_left(
     assert sorted(verdicts([SCATTER], [named])) == ["extra", "missing"]
 
 
+def test_padding_is_bounded():
+    """By 3%, or by a tile of 4 KiB for each of the 8 chips; and so what an all-reduce may be instead."""
+    for kind, times in (("reduce-scatter", 1), ("all-reduce", 2)):
+        fits = found(kind, "xyz", 960 * times)
+        more = lambda n, c=fits: replace(c, bytes=c.bytes + n)  # noqa: E731
+        most = int(0.03 * 960 * times * UNIT)
+        assert all(m.explained for m in compare([SCATTER], [more(most)]))
+        assert not any(m.explained for m in compare([SCATTER], [more(most + 2)]))
+        tiny = replace(SCATTER, bytes=960)
+        small = replace(fits, bytes=960 * times)
+        assert all(m.explained for m in compare([tiny], [more(8 * 4096, small)]))
+        assert not any(m.explained for m in compare([tiny], [more(8 * 4096 + 1, small)]))
+
+
 def test_exact_ones_go_first():
     program = [found("reduce-scatter", "xyz", 970), found("reduce-scatter", "xyz", 960)]
     plan = [planned("reduce-scatter", "xyz", 960), planned("reduce-scatter", "xyz", 968)]

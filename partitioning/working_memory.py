@@ -1,0 +1,56 @@
+"""What a pass holds beside weights and cache: the activations and gathered weights that live at the same time.
+
+Decides which tensors those are, from the layout's ladders; `partitioning.cost` adds what is always there.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.attention import block_size
+
+if TYPE_CHECKING:
+    from partitioning.cost import Numbers
+
+
+def working_bytes(splits: Mapping[tuple[str, int], tuple[int, ...]], block: str, n: "Numbers", gathered: Any) -> Any:
+    """Bytes per chip of the activations and gathered weights that live at once, where they are most.
+
+    Besides the residual stream, each step holds what goes in and what comes out: into the input projection (its input
+    stays for K and V), through attention (float32 scores of one block of positions), out of the output projection,
+    through its reduce-scatter, before which TPUs lay the partial sums out anew.
+
+    Args:
+        splits: (field of the layout, rung) -> into how many parts each dimension is split.
+        block: `parallel` or `serial`.
+        n: the sizes of the passes, as arrays.
+        gathered: bytes of the weights that a chip holds while one of them is gathered.
+
+    Returns:
+        An array like `n`'s; weights at rest, the cache and the tables are not in it.
+    """
+    size = n.size
+
+    def held(field: str, rung: int, rows: str, columns: str) -> Any:
+        r, c, *_ = splits[field, rung]
+        return size[rows] / r * size[columns] / c * n.act
+
+    stream = held("x", 0, "T", "E")
+    out = held("out", 0, "T", "E")
+    scattered = 2 * out if splits["out", 0] != splits["out", -1] else 0.0
+    steps = [scattered]
+    for s in ("",) if block == "parallel" else ("", "_mlp"):
+        h = held("h", 0, "T", "C" + s)
+        scattered_h = held("h", -1, "T", "C" + s) if splits["h", 0] != splits["h", -1] else 0.0
+        steps.append(held("x", -1, "T", "E") + h + scattered_h)
+        steps.append(held("g", -1, "T", "G" + s) + out)
+    q = held("q", -1, "T", "H")
+    positions = np.where(n.length > 1, block_size(2), block_size(1))
+    scores = q / n.act * 4 * np.minimum(size["S"], np.where(size["S"] <= 2 * positions, 2 * positions, positions))
+    steps.append(held("h", -1, "T", "C") + 2 * q * size["Q"] + scores)
+    layer = stream + functools.reduce(np.maximum, steps) + gathered
+    embed = held("embed", 0, "T", "E") + held("embed", 1, "T", "E")
+    logits = stream + held("rows", -1, "R", "E") + held("logits", 0, "R", "V")
+    return np.maximum(layer, np.maximum(embed, logits))
