@@ -15,6 +15,10 @@ COMMANDS = {
     "bench": ("benchmarks.step_latency", "planned, compiled and measured: every layout and phase side by side"),
     "estimate": ("benchmarks.estimate", "analytic cost of one point, or of many, without any device"),
     "compile": ("benchmarks.compile", "what XLA makes of a point's step, against the plan; also for TPUs not here"),
+    "profile": (
+        "benchmarks.profile",
+        "where a step's time goes: matmuls, attention, each collective, weights, the rest",
+    ),
     "explain": ("benchmarks.explain", "one layer's ladder in the paper's notation, with bytes at every step"),
     "plan": ("benchmarks.plan", "ranks layouts, meshes and slices for a goal; names the refused and why"),
     "published": ("benchmarks.published", "the model beside published numbers, with errors and pictures"),

@@ -23,11 +23,12 @@ from partitioning.program import Program
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A point that is compiled and ready to be timed."""
+    """A point that is compiled and ready to be timed; `text` is its optimised program."""
 
     point: Point
     compiled_row: Row
     step: Step
+    text: str
 
 
 def analytic(point: Point) -> Row:
@@ -61,7 +62,8 @@ def prepare(point: Point, seed: int, corpus: str) -> Contender:
     }
     params = _params(point, program, seed)
     ids = text.prompts(point.batch, point.length, seed, corpus)
-    return Contender(point=point, compiled_row=row, step=stepper(program, compiled, params, ids, point.start))
+    step = stepper(program, compiled, params, ids, point.start)
+    return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
 
 
 _placed: dict[tuple, nnx.State] = {}

@@ -27,7 +27,7 @@ from models.config import ModelConfig
 from partitioning.chips import PLATFORMS, chip
 from partitioning.cost import Estimate, estimate
 from partitioning.dataflow import Planned, letters, plan
-from partitioning.evidence import Matched, compare, scope_of
+from partitioning.evidence import Matched, compare, is_stack, scope_of
 from partitioning.hlo import Cycles, Module, copies, cycles_meanwhile, estimated_cycles, parse, read
 from partitioning.layouts import axes_of, entries
 from partitioning.mesh import AXES, Slice
@@ -321,14 +321,9 @@ def _summed(by_scope: Mapping[str, float]) -> dict[str, float]:
     """Seconds by the decoder's own scopes; `other` is what carries no name of ours."""
     found: dict[str, float] = {}
     for name, seconds in by_scope.items():
-        scope = scope_of(name) or ("stack" if _is_stack(name) else "other")
+        scope = scope_of(name) or ("stack" if is_stack(name) else "other")
         found[scope] = found.get(scope, 0.0) + seconds
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def _is_stack(op_name: str) -> bool:
-    """Whether it cuts a layer's parameters out of the array that holds those of all layers."""
-    return "while/body" in op_name and "dynamic_slice" in op_name and not scope_of(op_name)
 
 
 def _relayouts(by_scope: Mapping[str, float]) -> dict[str, float]:
@@ -341,7 +336,7 @@ def _relayouts(by_scope: Mapping[str, float]) -> dict[str, float]:
         matmuls += multiplied
         if multiplied:
             found[weight] = moved / multiplied
-    stack = math.fsum(s for n, s in by_scope.items() if _is_stack(n))
+    stack = math.fsum(s for n, s in by_scope.items() if is_stack(n))
     return found | ({"stack": stack / matmuls} if matmuls else {})
 
 

@@ -101,6 +101,11 @@ def scope_of(op_name: str) -> str:
     return "/".join(part for part in op_name.split("/") if part in SCOPES)
 
 
+def is_stack(op_name: str) -> bool:
+    """Whether it cuts a layer's parameters out of the array that holds those of all layers."""
+    return "while/body" in op_name and "dynamic_slice" in op_name and not scope_of(op_name)
+
+
 def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[Matched]:
     """Matches every compiled collective to a planned one; what is left of either side comes after.
 
