@@ -1,0 +1,222 @@
+"""Rows put together by point, and points by cell: what every table and picture of a report starts from.
+
+A *line* is one point with the rows that are known of it; a *cell* holds the lines that may be compared with each other:
+all that differ in layout and attention only. A *family* is what the cells share that differ only in batch and length.
+
+Decides what counts as known: a number that is missing, not finite, or of a point that failed is None, never a default.
+Pure Python; touches neither JAX nor the disk.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+COMPARATORS = ("replicated", "auto")
+TERMS: tuple[str, ...] = ("matmul_s", "attention_s", "weights_s", "other_s", "collective_s", "dispatch_s")
+
+
+def number(value: object) -> float | None:
+    """A finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
+
+
+def seconds(value: object) -> float | None:
+    """A finite time above zero, or None."""
+    found = number(value)
+    return found if found is not None and found > 0 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One point with everything that is known of it."""
+
+    point: Row
+    rows: dict[str, Row]
+
+    @property
+    def label(self) -> str:
+        return f"{self.point.get('layout', '')}/{self.point.get('attention', '')}"
+
+    @property
+    def tokens(self) -> int:
+        """B*L, the new tokens of the pass."""
+        return self.point.get("batch", 1) * self.point.get("length", 1)
+
+    @property
+    def family(self) -> str:
+        return family(self.point)
+
+    @property
+    def is_auto(self) -> bool:
+        return self.point.get("layout") == "auto"
+
+    def row(self, source: str) -> Row:
+        """The row of a source; empty where there is none or the point failed."""
+        found = self.rows.get(source, {})
+        return {} if "error" in found else found
+
+    def number(self, source: str, field: str) -> float | None:
+        """A number of a source, None where it is missing or the point failed."""
+        return number(self.row(source).get(field))
+
+    @property
+    def error(self) -> str | None:
+        """What failed first, in the order of the sources."""
+        return next((f"{s}: {r['error']}" for s, r in self.rows.items() if "error" in r), None)
+
+    @property
+    def _priced(self) -> Row:
+        """The row that holds the prediction: of `auto`, which has no plan, the compiled one."""
+        return self.row("compiled" if self.is_auto else "analytic")
+
+    @property
+    def predicted_s(self) -> float | None:
+        return seconds(self._priced.get("latency_s"))
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Seconds of the prediction by term, in the order of `TERMS`; empty where it has none."""
+        terms = self._priced.get("terms")
+        if not isinstance(terms, dict):
+            return {}
+        named = [*TERMS, *(name for name in terms if name not in TERMS)]
+        return {name: value for name in named if (value := number(terms.get(name))) is not None}
+
+    @property
+    def measured_s(self) -> float | None:
+        return seconds(self.row("measured").get("latency_s"))
+
+    @property
+    def quartiles_s(self) -> tuple[float, float] | None:
+        """Between which times half of all repetitions lie."""
+        return self._interval("quartiles_s")
+
+    @property
+    def spread_s(self) -> tuple[float, float] | None:
+        """Between which times 90% of all repetitions lie; half of them, in rows that have no more."""
+        return self._interval("spread_s") or self.quartiles_s
+
+    def _interval(self, field: str) -> tuple[float, float] | None:
+        found = self.row("measured").get(field)
+        if not isinstance(found, list | tuple) or len(found) != 2:
+            return None
+        low, high = map(seconds, found)
+        return None if low is None or high is None or low > high else (low, high)
+
+    @property
+    def relative_error(self) -> float | None:
+        """Predicted over measured, minus 1."""
+        return self.predicted_s / self.measured_s - 1 if self.predicted_s and self.measured_s else None
+
+    @property
+    def collectives(self) -> list[Row]:
+        """The plan's collectives; of `auto`, which has no plan, the compiled program's own."""
+        found = self._priced.get("collectives")
+        rows = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
+        return [c for c in rows if c.get("kind") and number(c.get("bytes")) is not None]
+
+    @property
+    def is_gathered(self) -> bool | None:
+        """Whether weights move: by the plan, else by the layout's name; None for comparators and names not known."""
+        name = str(self.point.get("layout", ""))
+        if name in COMPARATORS:
+            return None
+        if self.collectives:
+            return any(str(c.get("scope", "")).endswith("/w_in") for c in self.collectives)
+        return name.startswith("wg") if name[:2] in ("ws", "wg") else None
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[Line]]:
+    """Lines by cell, in the order of the rows. Of several rows of one source the last counts that did not fail."""
+    found: dict[str, dict[str, Line]] = {}
+    for row in rows:
+        point = row["point"]
+        line = Line(point=point, rows={})
+        known = found.setdefault(title(point), {}).setdefault(line.label, line).rows
+        if "error" not in row or "error" in known.get(row["source"], {"error": None}):
+            known[row["source"]] = row
+    return {name: list(lines.values()) for name, lines in found.items()}
+
+
+def title(point: Row) -> str:
+    """What the lines of a cell share."""
+    length = point.get("length", 1)
+    sizes = f"batch {point.get('batch', '?')}" + (f" x {length} tokens" if length > 1 else "")
+    return f"{point.get('phase', '?')}, {sizes}{_rest(point)}"
+
+
+def family(point: Row) -> str:
+    """What cells share that differ in batch and length only."""
+    return f"{point.get('phase', '?')}{_rest(point)}"
+
+
+def _rest(point: Row) -> str:
+    context = f", context {point['context']}" if point.get("context") else ""
+    where = str(point.get("slice", "?")) + (f" as {point['mesh']}" if point.get("mesh") else "")
+    return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')} on {where}"
+
+
+def families(cells: dict[str, list[Line]]) -> dict[str, list[Line]]:
+    """All lines by family, those of few tokens first."""
+    found: dict[str, list[Line]] = {}
+    for lines in cells.values():
+        for line in lines:
+            found.setdefault(line.family, []).append(line)
+    return {name: sorted(lines, key=lambda x: x.tokens) for name, lines in found.items()}
+
+
+def labels(lines: Iterable[Line]) -> list[str]:
+    """Layout/attention of the lines, each once."""
+    return list(dict.fromkeys(x.label for x in lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What a profile has of one scope and kind of work, and what it was priced at (collectives only; else None).
+
+    `device_s`: of a device; `wait_s`: the part of it that waits for others; `work_s`: of the cores (`profiling.Spent`).
+    """
+
+    scope: str
+    what: str
+    count: float | None
+    predicted_s: float | None
+    device_s: float | None
+    wait_s: float | None
+    work_s: float | None
+
+
+def traced(profile: Row, collectives: Iterable[Row]) -> list[Traced]:
+    """A profile's rows, each collective beside its price.
+
+    Args:
+        profile: of a measured row.
+        collectives: of an analytic row, with `seconds` of one execution.
+    """
+    priced: dict[tuple, float] = {}
+    for c in collectives:
+        if (taken := number(c.get("seconds"))) is not None:
+            key = (c.get("scope"), c.get("kind"), tuple(c.get("axes") or ()))
+            priced[key] = priced.get(key, 0.0) + taken * (number(c.get("count")) or 1)
+    found = []
+    rows = profile.get("rows")
+    for r in rows if isinstance(rows, list | tuple) else []:
+        if not isinstance(r, dict):
+            continue
+        kind, axes = r.get("collective"), tuple(r.get("axes") or ())
+        found.append(
+            Traced(
+                scope=str(r.get("scope", "")),
+                what=f"{kind}({''.join(axes)})" if kind else str(r.get("kind", "")),
+                count=number(r.get("count")),
+                predicted_s=priced.get((r.get("scope"), kind, axes)),
+                device_s=number(r.get("device_s")),
+                wait_s=number(r.get("wait_s")),
+                work_s=number(r.get("work_s")),
+            )
+        )
+    return found
