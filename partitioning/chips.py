@@ -15,6 +15,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from partitioning.machine import Machine, machine_from
+
 Wrap = Literal["cubes_of_4", "axis_of_16", "none", "switch"]
 PLATFORMS = ("cpu", "gpu", "tpu")
 _FIGURES = ("hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "n_links", "torus_axes", "wrap", "hop_s", "max_dims")
@@ -50,6 +52,7 @@ class Chip:
         max_dims, max_chips: the largest slice, per axis and in all.
         clock_hz: matrix unit's clock, where it can be derived; else None.
         fitted: constants that were fitted to measurements, by name.
+        machine: what `toruslab calibrate` measured; prices passes instead of the figures above.
         sources: for each figure (dotted for tables: `peak_flops_per_s.bf16`) where it is from;
             for a fitted constant, which points it was fitted on.
         others: figures on which other sources differ.
@@ -71,6 +74,7 @@ class Chip:
     max_chips: int
     clock_hz: float | None = None
     fitted: Mapping[str, float] = field(default_factory=dict, hash=False)
+    machine: Machine | None = field(default=None, hash=False, repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False, compare=False)
     others: tuple[OtherFigure, ...] = field(default=(), hash=False, repr=False, compare=False)
 
@@ -185,8 +189,15 @@ def chip(name_or_path: str | Path) -> Chip:
         path = Path(text)
         if not path.is_file():
             raise ValueError(f"chip={text!r}: there is no such file")
-        return _parse(path.read_text(encoding="utf-8"), text)
+        return _read(text, path.stat().st_mtime_ns)
     return _catalogued(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(text: str, changed: int) -> Chip:
+    """A file's chip, read once for each time that the file `changed`."""
+    del changed
+    return _parse(Path(text).read_text(encoding="utf-8"), text)
 
 
 @functools.cache
@@ -226,7 +237,7 @@ def _parse(text: str, where: str) -> Chip:
             others.append(OtherFigure(field=key, value=other["value"], source=other["source"]))
         return table["value"]
 
-    tables = ("peak_flops_per_s", "fitted")
+    tables = ("peak_flops_per_s", "fitted", "machine")
     if unknown := sorted(set(data) - {"name", *tables, *_FIGURES, *_OPTIONAL}):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}")
     for key in ("peak_flops_per_s", *_FIGURES):
@@ -244,8 +255,13 @@ def _parse(text: str, where: str) -> Chip:
     for key in ("hbm_bytes", "n_links", "torus_axes", "max_chips"):
         if isinstance(values[key], float) and values[key].is_integer():
             values[key] = int(values[key])
+    try:
+        machine = machine_from(data["machine"]) if "machine" in data else None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     return Chip(
         name=data["name"],
+        machine=machine,
         peak_flops_per_s=peaks,
         fitted=fitted,
         sources=sources,

@@ -10,6 +10,8 @@ specs. What is beyond the data sheet is here and nowhere else:
 - all other collectives are exposed;
 - an all-to-all sends K messages, 0.1 us each [assumed].
 
+A chip that `toruslab calibrate` has measured is priced from its samples instead (`partitioning.measured_cost`).
+
 Five constants are fitted, on the 28 rows of Pope et al. 2022, Tables 2 and 3 and Figure B.1, for the chip v4 (its file
 holds them); chips without fitted constants take v4's, which is an assumption. All estimates are of groups of points
 with one layout and mesh at once, vectorised over everything else.
@@ -18,7 +20,7 @@ with one layout and mesh at once, vectorised over everything else.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -30,9 +32,10 @@ from partitioning.collectives import LANES, SUBLANES, moves
 from partitioning.dataflow import model_letters, stages
 from partitioning.interconnect import rate
 from partitioning.layouts import Axes, Layout, axes_of, entries
+from partitioning.measured_cost import Moved, splits, terms
 from partitioning.mesh import AXES, Shape, Slice
 from partitioning.point import WEIGHTS, Point
-from partitioning.working_memory import working_bytes
+from partitioning.working_memory import held_bytes, matmuls
 
 MESSAGE_S = 1e-7
 """[assumed] what each of the K messages of an all-to-all costs its sender."""
@@ -69,6 +72,7 @@ class Estimate:
             embedding counted for every token, so that a model of few layers can pass 1.
         hbm_bytes_per_chip: weights, KV cache, and the activations and gathered weights that live at once.
         fits: whether that is within the chip's memory.
+        terms: seconds that add up to the latency, by `measured_cost.TERMS`; of a calibrated chip only.
     """
 
     point: Point
@@ -82,10 +86,12 @@ class Estimate:
     hbm_bytes_per_chip: int
     fits: bool
     collectives: tuple[CollectiveCost, ...]
+    terms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The fields of `toruslab estimate`."""
-        fields = {k: v for k, v in vars(self).items() if k not in ("point", "collectives")}
+        fields = {k: v for k, v in vars(self).items() if k not in ("point", "collectives", "terms")}
+        fields |= {"terms": dict(self.terms)} if self.terms else {}
         return {
             "point": self.point.to_json(),
             "source": "analytic",
@@ -208,8 +214,9 @@ class Cost:
     mfu: Any
     hbm_bytes_per_chip: Any
     hbm_bytes: float
-    collectives: tuple[tuple["Entry", Any, Any], ...]
+    collectives: tuple[tuple["Entry | Moved", Any, Any], ...]
     n_layers: Any
+    terms: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, row: int, point: Point) -> Estimate:
         """One of them."""
@@ -217,17 +224,18 @@ class Cost:
         def pick(array: Any) -> float:
             return float(array[row]) if np.ndim(array) else float(array)
 
-        terms = {k: pick(getattr(self, f"{k}_s")) for k in ("compute", "memory", "collective")}
+        bounds = {k: pick(getattr(self, f"{k}_s")) for k in ("compute", "memory", "collective")}
         held = int(pick(self.hbm_bytes_per_chip))
         return Estimate(
             point=point,
             latency_s=pick(self.latency_s),
             stack_latency_s=pick(self.stack_latency_s),
-            **{f"{k}_s": v for k, v in terms.items()},
-            bound=max(terms, key=terms.__getitem__),
+            **{f"{k}_s": v for k, v in bounds.items()},
+            bound=max(bounds, key=bounds.__getitem__),
             mfu=pick(self.mfu),
             hbm_bytes_per_chip=held,
             fits=held <= self.hbm_bytes,
+            terms={k: pick(v) for k, v in self.terms.items()},
             collectives=tuple(
                 CollectiveCost(
                     scope=entry.scope,
@@ -327,17 +335,10 @@ def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: boo
     chip_ = chip(slice_.chip)
     chip_.check_slice(slice_.dims)
     sizes = dict(zip(AXES, mesh, strict=True))
-    splits = {}
-    fields = ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "out", "rows", "embed", "logits")
-    for field in fields:
-        value = getattr(layout, field)
-        ladder = value if isinstance(value, tuple) else (value,)
-        for rung, spec in ((0, ladder[0]), (1, ladder[min(1, len(ladder) - 1)]), (-1, ladder[-1])):
-            splits[field, rung] = tuple(_parts(e, sizes) for e in entries(spec))
     gathered = {}
-    for field in ("w_in", "w_kv", "w_out"):
-        shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in getattr(layout, field)]
-        gathered[field] = max((before + after for before, after in pairwise(shares)), default=0.0)
+    for name in ("w_in", "w_kv", "w_out"):
+        shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in getattr(layout, name)]
+        gathered[name] = max((before + after for before, after in pairwise(shares)), default=0.0)
     found = _entries(layout, block, slice_, mesh, chip_, overlap)
     moving: dict[tuple[str, str, tuple[str, ...]], float] = {}
     fixed = {"outside": (0, 0, 0), "exposed": (0, 0, 0)}
@@ -348,7 +349,7 @@ def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: boo
         where = "exposed" if e.in_layer else "outside"
         n, hops, messages = fixed[where]
         fixed[where] = (n + 1, hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
-    return Recipe(chip=chip_, splits=splits, gathered=gathered, entries=found, moving=moving, fixed=fixed)
+    return Recipe(chip=chip_, splits=splits(layout, mesh), gathered=gathered, entries=found, moving=moving, fixed=fixed)
 
 
 def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:
@@ -389,7 +390,9 @@ def price(
         detail: list the collectives, too.
     """
     recipe = _recipe(layout, block, slice_, mesh, overlap)
-    chip_ = recipe.chip
+    chip_ = chip(slice_.chip)
+    if chip_.machine:
+        return _measured(recipe, layout, block, mesh, numbers, chip_)
     c = constants_of(chip_) if constants is None else constants
     n, size = numbers, numbers.size
     n_chips = math.prod(mesh)
@@ -403,21 +406,14 @@ def price(
 
     # matmuls of one layer: rows here, inner and outer dimension here
     suffixes = [""] if block == "parallel" else ["", "_mlp"]
-    matmuls = [("E", "D", "w_kv", "x_kv")]
-    for s in suffixes:
-        matmuls += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
-    compute = memory = matmul = weights_at_rest = scales = gathered = 0.0
-    for inner, outer, weight, rows in matmuls:
+    compute = memory = matmul = 0.0
+    for inner, outer, weight, rows in matmuls(block):
         (a, b), t = split(weight), size["T"] / split(rows)[0]
         here = size[inner] * size[outer] / (a * b)
-        at_rest = size[inner] * size[outer] / math.prod(split(weight, 0))
         taken = 2 * t * here / flops_rate + np.where(n.weight == 1, here * CONVERSION_FLOPS / peak, 0)
         moved = (here * n.weight + t * (size[inner] / a + size[outer] / b) * n.act) / hbm_rate
         compute, memory = compute + taken, memory + moved
         matmul = matmul + (taken**4 + moved**4) ** 0.25
-        weights_at_rest = weights_at_rest + at_rest * n.weight
-        scales = scales + np.where(n.weight == 1, size[outer] * n.act, 0)
-        gathered = np.maximum(gathered, recipe.gathered[weight] * size[inner] * size[outer] * n.weight)
 
     # the vector unit's passes over the residual stream: a norm reads and writes, a sum reads two and writes one
     streams = 2 * size["T"] * size["E"] / math.prod(split("x")) + 3 * size["T"] * size["E"] / math.prod(split("x", 0))
@@ -428,7 +424,7 @@ def price(
     b_split, k_split = split("cache")[0], split("cache")[1]
     seen = n.first + (n.length + 1) / 2
     attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
-    tile = (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)  # a TPU's tiles are whole
+    tile = _tile(chip_)
     stored = np.ceil(size["Q"] / tile[1]) * tile[1]
     cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act
     attention_s = attention_flops / (flops_rate * ATTENTION_SHARE)
@@ -459,12 +455,6 @@ def price(
     memory = memory * n.n_layers + head_memory
     latency = stack + (head_compute**4 + head_memory**4) ** 0.25 + outside
 
-    held = n.n_layers * (weights_at_rest + scales) + table * n.act * np.where(n.tied, 1, 2)
-    held = (
-        held
-        + n.n_layers * cache_bytes * np.ceil(size["S"] / tile[0]) * tile[0]
-        + working_bytes(recipe.splits, block, n, gathered)
-    )
     tokens = size["T"]
     return Cost(
         latency_s=latency,
@@ -473,10 +463,37 @@ def price(
         memory_s=memory,
         collective_s=total,
         mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
-        hbm_bytes_per_chip=held,
+        hbm_bytes_per_chip=held_bytes(recipe.splits, recipe.gathered, block, n, tile),
         hbm_bytes=chip_.hbm_bytes,
         collectives=_listed(recipe, c, size, element) if detail else (),
         n_layers=n.n_layers,
+    )
+
+
+def _tile(chip_: Chip) -> tuple[int, int]:
+    """Positions and numbers of a head's width that a cache is stored in: a TPU's tiles are whole."""
+    return (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)
+
+
+def _measured(recipe: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers, chip_: Chip) -> Cost:
+    """The same from a machine that was measured."""
+    assert chip_.machine
+    found = terms(layout, block, mesh, n, chip_.machine)
+    seconds, latency = found.seconds, found.latency_s
+    rates = chip_.peak_flops_per_s
+    peak = rates.get("bf16", rates.get("f32"))
+    return Cost(
+        latency_s=latency,
+        stack_latency_s=found.layers_s,
+        compute_s=seconds["matmul_s"] + seconds["attention_s"] + seconds["other_s"],
+        memory_s=seconds["weights_s"],
+        collective_s=seconds["collective_s"],
+        mfu=2 * n.n_params * n.size["T"] / (latency * math.prod(mesh) * peak),
+        hbm_bytes_per_chip=held_bytes(recipe.splits, recipe.gathered, block, n, _tile(chip_)),
+        hbm_bytes=chip_.hbm_bytes,
+        collectives=found.collectives,
+        n_layers=n.n_layers,
+        terms=seconds,
     )
 
 

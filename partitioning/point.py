@@ -125,12 +125,15 @@ class Point:
         )
 
     def check_chip(self) -> None:
-        """Refuses a slice whose chip has no data sheet, or no such torus, or a group larger than a switch joins.
+        """Refuses a slice whose chip has no data sheet, or no such torus, or a group larger than a switch joins; or, if
+        it was calibrated, no figures for such weights.
 
         Raises:
             ValueError: which rule it breaks.
         """
         described = chip(self.chip)
+        if described.machine:
+            described.machine.of("matmul", self.weights)
         if described.wrap == "switch":
             rate("all-gather", AXES, self.mesh_shape, described)
         else:

@@ -1,9 +1,10 @@
-"""What a pass holds beside weights and cache: the activations and gathered weights that live at the same time.
+"""What a chip holds during a pass: weights, cache, and the activations and gathered weights that live at once.
 
-Decides which tensors those are, from the layout's ladders; `partitioning.cost` adds what is always there.
+Decides which tensors those are, from the layout's ladders.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,44 @@ from models.attention import block_size
 
 if TYPE_CHECKING:
     from partitioning.cost import Numbers
+
+
+def matmuls(block: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Of one layer: inner and outer dimension, the weight, and the ladder of its rows."""
+    found = [("E", "D", "w_kv", "x_kv")]
+    for s in ("",) if block == "parallel" else ("", "_mlp"):
+        found += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
+    return tuple(found)
+
+
+def held_bytes(
+    splits: Mapping[tuple[str, int], tuple[int, ...]],
+    gathered: Mapping[str, float],
+    block: str,
+    n: "Numbers",
+    tile: tuple[int, int],
+) -> Any:
+    """Bytes per chip at the peak of a pass.
+
+    Args:
+        splits: see `working_bytes`.
+        gathered: weight -> the share of it that a chip holds while it is gathered.
+        block, n: see `working_bytes`.
+        tile: positions and numbers of a head's width that the cache is rounded up to.
+    """
+    size = n.size
+    at_rest = scales = most = 0.0
+    for inner, outer, weight, _ in matmuls(block):
+        elements = size[inner] * size[outer]
+        at_rest = at_rest + elements / math.prod(splits[weight, 0]) * n.weight
+        scales = scales + np.where(n.weight == 1, size[outer] * n.act, 0)
+        most = np.maximum(most, gathered[weight] * elements * n.weight)
+    b_split, k_split = splits["cache", -1][:2]
+    stored = np.ceil(size["Q"] / tile[1]) * tile[1]
+    cache = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act * np.ceil(size["S"] / tile[0]) * tile[0]
+    v, e = splits["table", -1]
+    table = size["V"] * size["E"] / (v * e) * n.act * np.where(n.tied, 1, 2)
+    return n.n_layers * (at_rest + scales + cache) + table + working_bytes(splits, block, n, most)
 
 
 def working_bytes(splits: Mapping[tuple[str, int], tuple[int, ...]], block: str, n: "Numbers", gathered: Any) -> Any:
