@@ -13,6 +13,8 @@ from typing import NoReturn
 
 COMMANDS = {
     "bench": ("benchmarks.step_latency", "planned, compiled and measured: every layout and phase side by side"),
+    "report": ("benchmarks.report", "a run's page, tables and pictures drawn again; several runs compared"),
+    "calibrate": ("benchmarks.calibrate", "measures this machine and writes it down as a chip"),
     "estimate": ("benchmarks.estimate", "analytic cost of one point, or of many, without any device"),
     "compile": ("benchmarks.compile", "what XLA makes of a point's step, against the plan; also for TPUs not here"),
     "profile": (

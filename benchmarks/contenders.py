@@ -4,18 +4,21 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from benchmarks.chip_file import data_sheet
 from benchmarks.rows import Row
 from benchmarks.timing import Step, stepper
 from models import text
 from models.parameters import initial
-from partitioning.chips import PLATFORMS
+from partitioning.chips import PLATFORMS, Chip
 from partitioning.compiled import planned
-from partitioning.cost import estimate
+from partitioning.cost import Numbers, estimate
 from partitioning.evidence import compare
 from partitioning.hlo import read
+from partitioning.measured_cost import Terms, terms, with_collectives
 from partitioning.mesh import AXES, Shape, attach
 from partitioning.point import Point
 from partitioning.program import Program
@@ -31,20 +34,80 @@ class Contender:
     text: str
 
 
-def analytic(point: Point) -> Row:
-    """What the layout alone says: its collectives, and the bytes that one chip receives in a pass."""
+def analytic(point: Point, chip: Chip | None = None) -> Row:
+    """What the layout alone says: its collectives, the bytes that one chip receives in a pass, and what the pass takes,
+    by a calibrated `chip` or by the data sheet of the point's own."""
     found = planned(point)
-    priced = {} if point.chip in PLATFORMS or not point.layout_value.explicit else estimate(point).to_json()
+    explicit = point.layout_value.explicit
+    priced = estimate(point).to_json() if explicit and point.chip not in PLATFORMS else {}
     numbers = {k: v for k, v in priced.items() if k not in ("point", "source", "collectives")}
+    collectives = [dataclasses.asdict(p) for p in found]
+    if chip and explicit:
+        numbers |= _predicted(point, chip, collectives)
     return numbers | {
-        "collectives": [dataclasses.asdict(p) for p in found],
+        "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
         "n_collectives": sum(p.count for p in found),
     }
 
 
-def prepare(point: Point, seed: int, corpus: str) -> Contender:
-    """Compiles a point for the devices that are here, holds it against the plan, and places weights and text."""
+def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
+    """A pass priced from a calibrated chip; each collective gets its seconds."""
+    found = _terms(point, chip)
+    taken = [(m.scope, m.kind, m.axes, float(np.ravel(s)[0])) for m, _, s in found.collectives]
+    for c in collectives:
+        c["seconds"] = next((s for *key, s in taken if key == [c["scope"], c["kind"], c["axes"]]), None)
+    seconds = {k: float(np.ravel(v)[0]) for k, v in found.seconds.items()}
+    return {
+        "latency_s": sum(seconds.values()),
+        "terms": seconds,
+        "chip": chip.name,
+        "flops": float(np.ravel(found.flops)[0]),
+        "memory_bytes": float(np.ravel(found.memory_bytes)[0]),
+        "roofline": _roofline(point, chip),
+    }
+
+
+def _roofline(point: Point, chip: Chip) -> Row:
+    """Of all chips together: their data sheet where the devices have one, else the best that was measured."""
+    import jax
+
+    sheet = data_sheet(jax.devices()[0].device_kind)
+    peaks = (sheet or chip).peak_flops_per_s
+    rate = peaks.get("f32" if point.weights == "f32" else "bf16", max(peaks.values()))
+    return {
+        "flops_per_s": rate * point.n_chips,
+        "bytes_per_s": (sheet or chip).hbm_bytes_per_s * point.n_chips,
+        "of": f"the data sheet of {sheet.name}" if sheet else "the calibration",
+    }
+
+
+def shares(row: Row, latency_s: float) -> Row:
+    """What a measured pass reaches of the roofline: of the rate of multiply-adds, and of the memory bandwidth.
+
+    Args:
+        row: of `analytic`; without a calibrated chip it has no roofline, and there are no shares.
+        latency_s: as it was measured.
+    """
+    if "roofline" not in row:
+        return {}
+    roof = row["roofline"]
+    return {
+        "flops_share": row["flops"] / latency_s / roof["flops_per_s"],
+        "bandwidth_share": row["memory_bytes"] / latency_s / roof["bytes_per_s"],
+    }
+
+
+def _terms(point: Point, chip: Chip) -> Terms:
+    assert chip.machine
+    return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
+
+
+def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> Contender:
+    """Compiles a point for the devices that are here, holds it against the plan, and places weights and text.
+
+    `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
+    """
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     mesh = _mesh(point.mesh_shape, point.chip, layout.explicit)
     program = Program(config=config, layout=layout, mesh=mesh, pass_=pass_)
@@ -60,6 +123,10 @@ def prepare(point: Point, seed: int, corpus: str) -> Contender:
         "unexplained": sum(not m.explained for m in matched),
         "rematerialisations": len(compiled.warnings),
     }
+    if chip and chip.machine and not layout.explicit:
+        work = _terms(dataclasses.replace(point, layout="ws2d"), chip)
+        seconds = with_collectives(work, collectives, chip.machine, point.n_chips)
+        row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
     params = _params(point, program, seed)
     ids = text.prompts(point.batch, point.length, seed, corpus)
     step = stepper(program, compiled, params, ids, point.start)

@@ -4,11 +4,15 @@ Decides how processes find each other. What they compute is the same program in 
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from benchmarks.cli import InputError
+from partitioning.mesh import Slice
 
 RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
 
@@ -22,6 +26,7 @@ def start_locally(module: str, argv: Sequence[str], n: int) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", module, *argv]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the others as well
     running = [
         subprocess.Popen(
             command,
@@ -41,6 +46,18 @@ def start_locally(module: str, argv: Sequence[str], n: int) -> int:
                 p.terminate()
         for p in running:
             p.wait()
+
+
+def platform_of(slice_: Slice, asked: str | None) -> str:
+    """The platform of a slice's chips: `cpu` or `gpu` as it says, else `tpu`.
+
+    Raises:
+        InputError: another one was asked for.
+    """
+    wanted = slice_.chip if slice_.chip in ("cpu", "gpu") else "tpu"
+    if asked not in (None, wanted):
+        raise InputError(f"platform={asked!r} does not fit slice={slice_}, whose chips are {wanted}")
+    return wanted
 
 
 def is_started() -> bool:

@@ -12,7 +12,7 @@ decoder in which it was written, so that a row stands beside the plan's stage of
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import point_options, processes
+from benchmarks.calibrate import OUT
+from benchmarks.cells import traced
+from benchmarks.chip_file import calibrated, fits_here, name_of
 from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.rows import Row, environment
 from models import text
@@ -36,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=5, help="that are traced (default: %(default)s)")
     p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--chip",
+        type=Path,
+        metavar="FILE",
+        help="a file of toruslab calibrate, whose price stands beside (default: this machine's, where there is one)",
+    )
     p.add_argument("--keep", type=Path, metavar="DIR", help="leave the raw trace there, for Perfetto or XProf")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output instead of tables")
     return p
@@ -62,20 +71,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"keep={str(options.keep)!r} cannot be written: {error.strerror}") from None
     processes.join(point.chip if point.chip in ("cpu", "gpu") else "tpu", point.n_chips, 1)
     try:
-        attach(point.mesh_shape, chip=point.chip)
+        mesh = attach(point.mesh_shape, chip=point.chip)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"slice={point.slice}: {str(error).splitlines()[0]}") from None
 
     import jax
 
+    own = OUT / f"{name_of(list(mesh.devices.flat), 1)}.toml"
+    path = options.chip or (own if fits_here(own, [point.weights]) else None)
+    priced = predicted(point, path) if path and point.layout_value.explicit else {}
     row = measure(point, options, corpus)
     if jax.process_index() == 0 and options.json:
         print(json.dumps(row), flush=True)
     elif jax.process_index() == 0 and "error" not in row:
-        show(row, Console(width=None if sys.stdout.isatty() else 120))
+        show(row, Console(width=None if sys.stdout.isatty() else 120), priced)
     if "error" in row:
         print(f"failed: {row['error']}", file=sys.stderr)
     return 1 if "error" in row else 0
+
+
+def predicted(point: Point, path: Path) -> Row:
+    """The analytic row of a point, from a calibrated chip.
+
+    Raises:
+        InputError: the file is none of `toruslab calibrate`.
+    """
+    from benchmarks.contenders import analytic
+
+    return analytic(point, calibrated(path, [point.weights]))
 
 
 def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
@@ -98,8 +121,8 @@ def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
     return row | {"environment": environment(options.seed)}
 
 
-def show(row: Row, console: Console, analytic: Mapping[str, float] | None = None) -> None:
-    """A row for a person; `analytic`: as for `totals`."""
+def show(row: Row, console: Console, analytic: Row | None = None) -> None:
+    """A row for a person; beside it an analytic row that was priced from a calibrated chip, where there is one."""
     p, found = row["point"], row["profile"]
     console.print(
         f"[bold]{p['model']} on {p['slice']}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
@@ -110,22 +133,25 @@ def show(row: Row, console: Console, analytic: Mapping[str, float] | None = None
         f"{_ms(row['latency_s'])} ms a step; {_ms(found['step_s'])} ms under the profiler (median of "
         f"{found['n_steps']}, mean {_ms(found['mean_s'])} ms), {found['n_devices']} devices{shared}"
     )
-    console.print(by_scope(found))
-    console.print(totals(found, analytic))
+    terms = {k.removesuffix("_s"): s for k, s in analytic["terms"].items()} if analytic else None
+    console.print(by_scope(found, analytic["collectives"] if analytic else ()))
+    console.print(totals(found, terms | {"step": sum(terms.values())} if terms else None))
     if found["unknown"]:
         console.print(f"not in the program's text, and counted as other: {', '.join(found['unknown'])}")
 
 
-def by_scope(found: Mapping[str, Any]) -> Table:
-    """A profile's rows, in the order in which they run."""
+def by_scope(found: Mapping[str, Any], collectives: Iterable[Row] = ()) -> Table:
+    """A profile's rows, in the order in which they run; `collectives`: of an analytic row, with what each is priced."""
     listing = Table(title="by scope", title_justify="left")
     for heading in ("scope", "kind"):
         listing.add_column(heading)
-    for heading in ("times", "device ms", "of these waiting", "share of the step", "work ms"):
+    collectives = list(collectives)
+    headings = ("times", "device ms", "of these waiting", "share of the step", "work ms")
+    for heading in (*headings, *(["priced ms"] if collectives else [])):
         listing.add_column(heading, justify="right")
-    for r in found["rows"]:
-        how = f"{r['collective']}({''.join(r['axes'])})" if r["collective"] else r["kind"]
-        listing.add_row(r["scope"], how, f"{r['count']:,.0f}", *_numbers(r, found))
+    for r, t in zip(found["rows"], traced(dict(found), collectives), strict=True):
+        priced = [_ms(t.predicted_s)] if collectives else []
+        listing.add_row(t.scope, t.what, f"{t.count or 0:,.0f}", *_numbers(r, found), *priced)
     return listing
 
 

@@ -10,29 +10,35 @@ continues where it stopped when it is started again with the same options; a fin
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
+import functools
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import processes
+from benchmarks.chip_file import calibrated
 from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.lines import read_lines
-from benchmarks.rows import Row, Rows, changes, commit, environment
+from benchmarks.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
+from benchmarks.rows import Row, Rows
+from benchmarks.run_folder import Run, chip_of, unfinished
 from models import text
-from partitioning.layouts import LAYOUTS, NoAxisLeft, layout
-from partitioning.mesh import Slice, attach
+from partitioning.layouts import LAYOUTS
+from partitioning.mesh import AXES, Slice, attach
 from partitioning.point import Point
 
-DECODE_CONTEXT = 256
-PREFILL_LENGTHS = (16, 256)
+if TYPE_CHECKING:
+    from benchmarks.contenders import Contender
+
+GRID_HELP = """wide: two models, two meshes of 8 chips, both phases, four batches: 208 points, ten minutes;
+full: each model on each mesh"""
+QUICK = {"attention": "batch", "batches": "8", "lengths": "64", "repeats": 5, "budget": 0.3, "profile": "none"}
+"""What `--quick` takes for options that were left alone."""
+N_PROFILED_STEPS = 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,23 +60,51 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per sequence in prefill (default: %(default)s)",
     )
     p.add_argument("--weights", default="f32", help="f32, bf16 or int8 (default: %(default)s)")
+    p.add_argument("--grid", choices=GRIDS, default="default", help=GRID_HELP)
+    p.add_argument("--quick", action="store_true", help="one decode and one prefill cell, few repeats: under a minute")
     p.add_argument("--points", help="a file of JSON points, one a line (- for standard input), instead of the grid")
     p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
     p.add_argument("--repeats", type=int, default=20, help="times each step is timed (default: %(default)s)")
     p.add_argument(
         "--budget", type=float, default=1.5, metavar="S", help="seconds of timing per point (default: %(default)s)"
     )
+    p.add_argument(
+        "--chip",
+        metavar="FILE",
+        help="a file of toruslab calibrate to predict from, new to measure one now, or none\n"
+        "(default: this machine's in results/calibrate, measured first if it is not there)",
+    )
+    p.add_argument(
+        "--profile",
+        choices=["none", "some", "all"],
+        default="some",
+        help="steps to profile; some: of each cell the fastest and the worst predicted layout (default: %(default)s)",
+    )
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
     p.add_argument("--processes", type=int, default=1, help="local processes over one mesh (default: %(default)s)")
     p.add_argument("--out", type=Path, default=Path("results/bench"), help="folder (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of tables")
     return p
 
 
+def options_of(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; `--quick` fills in those that were left alone."""
+    options, defaults = parser().parse_args(argv), parser().parse_args([])
+    if options.quick:
+        for name, value in QUICK.items():
+            if getattr(options, name) == getattr(defaults, name):
+                setattr(options, name, value)
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a point failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(argv)
+    options = options_of(argv)
+    if options.resume:
+        argv = unfinished(options.out)
+        options = options_of([*argv, "--out", str(options.out), *(["--json"] if options.json else [])])
     for field, least in (("repeats", 1), ("processes", 1), ("seed", 0)):
         if getattr(options, field) < least:
             raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
@@ -78,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"budget={options.budget} must be a positive number of seconds")
     groups = grid(options)
     points = [p for group in groups for p in group]
+    dtypes = sorted({p.weights for p in points})
+    if options.chip not in (None, "none", "new"):
+        calibrated(Path(options.chip), dtypes)
     first = points[0]
     corpus = _text(options, points)
-    wanted = first.chip if first.chip in ("cpu", "gpu") else "tpu"
-    platform = options.platform or wanted
-    if platform != wanted:
-        raise InputError(f"platform={platform!r} does not fit slice={first.slice}, whose chips are {wanted}")
+    platform = processes.platform_of(Slice.parse(first.slice), options.platform)
     if first.n_chips % options.processes:
         raise InputError(f"processes={options.processes} does not divide the {first.n_chips} chips of the slice")
     if options.processes > 1 and not processes.is_started():
@@ -97,18 +131,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return processes.start_locally("benchmarks.step_latency", argv, options.processes)
     processes.join(platform, first.n_chips, options.processes)
     try:
-        attach(first.mesh_shape, chip=first.chip)
+        mesh = attach(first.mesh_shape, chip=first.chip)
     except (ValueError, RuntimeError) as error:
         raise InputError(f"slice={first.slice}: {str(error).splitlines()[0]}") from None
 
     import jax
 
     speaks = jax.process_index() == 0
-    run = Run(options, speaks, [p.to_json() for p in points], corpus)
+    run = Run(options, argv, speaks, [p.to_json() for p in points], corpus)
     console = Console(stderr=True, quiet=not speaks)
-    with Progress(
-        TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn(), console=console, transient=True
-    ) as progress:
+    run.chip = chip_of(options, run.folder, mesh, dtypes, speaks, console)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("points", total=len(points))
         for group in groups:
             for point in run_group(group, run, corpus):
@@ -128,89 +162,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def grid(options: argparse.Namespace) -> list[list[Point]]:
-    """The points, in groups that are timed against each other.
-
-    Raises:
-        InputError: an option that no point can be made of.
-    """
-    try:
-        if options.points is not None:
-            return _from_file(options.points)
-        names, attentions = options.layouts.split(","), options.attention.split(",")
-        each = max(8, Slice.parse(options.slice).n_chips)
-        passes = {
-            "decode": [
-                (b, 1, options.context)
-                for b in _numbers("batches", f"{each},{16 * each}" if options.batches is None else options.batches)
-            ],
-            "prefill": [(options.prefill_batch or each, n, 0) for n in _numbers("lengths", options.lengths)],
-        }
-        groups = []
-        for phase in options.phases.split(","):
-            for batch, length, context in passes.get(phase, [(1, 1, 1)]):
-                common = Point(
-                    model=options.model,
-                    slice=options.slice,
-                    mesh=options.mesh,
-                    phase=phase,
-                    batch=batch,
-                    length=length,
-                    context=context,
-                    layout=names[0],
-                    attention=_first_legal(names[0], attentions),
-                    weights=options.weights,
-                )
-                groups.append(
-                    [
-                        dataclasses.replace(common, layout=name, attention=attention)
-                        for name in names
-                        for attention in attentions
-                        if len(attentions) == 1 or _makes_sense(name, attention)
-                    ]
-                )
-        return groups
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
-
-
-def _from_file(path: str) -> list[list[Point]]:
-    groups: dict[tuple, list[Point]] = {}
-    for number, line in read_lines("points", path):
-        try:
-            if isinstance(line, ValueError):
-                raise line
-            point = Point.from_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        groups.setdefault((point.phase, point.batch, point.length, point.context), []).append(point)
-    if not groups:
-        raise ValueError(f"points={path!r} holds no point")
-    slices = {(p.slice, p.mesh_shape) for group in groups.values() for p in group}
-    if len(slices) > 1:
-        raise ValueError(f"points={path!r} names {len(slices)} slices or meshes; a run measures one")
-    return list(groups.values())
-
-
-def _numbers(field: str, value: str) -> list[int]:
-    try:
-        return [int(n) for n in value.split(",")]
-    except ValueError:
-        raise ValueError(f"{field}={value!r} must be integers with commas between them") from None
-
-
-def _makes_sense(name: str, attention: str) -> bool:
-    try:
-        layout(name, attention, (2, 2, 2), 1)
-    except NoAxisLeft:
-        return False
-    return True
-
-
-def _first_legal(name: str, attentions: list[str]) -> str:
-    return next((a for a in attentions if _makes_sense(name, a)), attentions[0])
-
-
 def _text(options: argparse.Namespace, points: list[Point]) -> str:
     try:
         corpus = text.corpus(options.text)
@@ -223,96 +174,57 @@ def _text(options: argparse.Namespace, points: list[Point]) -> str:
     return corpus
 
 
-class Run:
-    """Where the rows of one run go, and what an interrupted one has left."""
-
-    def __init__(self, options: argparse.Namespace, speaks: bool, points: list[Row], corpus: str):
-        self.options = options
-        folder: Path = options.out.resolve()
-        settings = {k: str(v) for k, v in vars(options).items() if k not in ("out", "json", "points", "text")}
-        settings |= {"points": points, "text": _digest(corpus), "commit": commit(), "changes": _digest(changes())}
-        marker, done = folder / "settings.json", folder / "finished"
-        try:
-            if speaks and folder.exists() and (done.exists() or _load(marker) != settings):
-                Rows(folder / "rows.jsonl")  # damaged results are never moved away unseen
-                _put_aside(folder)
-            if speaks:
-                folder.mkdir(parents=True, exist_ok=True)
-                marker.write_text(json.dumps(settings, indent=1))
-            self.rows = Rows(folder / "rows.jsonl") if speaks else None
-        except OSError as error:
-            raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
-        self.environment = environment(options.seed)
-        if options.json and self.rows:
-            for row in self.rows.rows:
-                print(json.dumps(row), flush=True)
-
-    def add(self, point: Point, source: str, numbers: Row) -> None:
-        """Keeps a row, and prints it under `--json`; not a second time what an interrupted run has left."""
-        if self.rows and not self.rows.find(point, source):
-            row = {"point": point.to_json(), "source": source, **numbers, "environment": self.environment}
-            self.rows.add(row)
-            if self.options.json:
-                print(json.dumps(row), flush=True)
-
-    def has(self, point: Point) -> bool:
-        """Whether an earlier, interrupted run has measured the point; all processes agree on it."""
-        import jax
-        import numpy as np
-        from jax.experimental import multihost_utils
-
-        found = bool(self.rows and self.rows.find(point, "measured"))
-        return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
-
-    def finish(self) -> None:
-        """Marks the run as finished: the next one starts afresh."""
-        (self.options.out / "finished").touch()
-
-
-def _load(path: Path) -> object:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _digest(text_: str) -> str:
-    return hashlib.sha256(text_.encode()).hexdigest()[:16]
-
-
-def _put_aside(folder: Path) -> None:
-    """Moves an earlier run's folder away; its results stay, under a number."""
-    if not (folder / "rows.jsonl").exists():
-        return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    shutil.move(folder, aside)
-
-
 def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
     """Plans, compiles and times the points of one group against each other; yields each as it is ready."""
-    from benchmarks.contenders import Contender, analytic, clear, prepare
+    from benchmarks.contenders import Contender, analytic, clear, prepare, shares
+    from benchmarks.timing import interleaved
 
+    options, priced = run.options, {}
     todo = [p for p in group if not run.has(p)]
     contenders: list[Contender] = []
     for point in group:
         if point in todo:
-            run.add(point, "analytic", analytic(point))
-            contender = _try(run, point, "compiled", lambda point=point: prepare(point, run.options.seed, corpus))
+            priced[point] = analytic(point, run.chip)
+            run.add(point, "analytic", priced[point])
+            work = functools.partial(prepare, point, options.seed, corpus, run.chip)
+            contender = _try(run, point, "compiled", work)
             if contender:
                 run.add(point, "compiled", contender.compiled_row)
                 if _try(run, point, "measured", lambda contender=contender: contender.step() or True):
                     contenders.append(contender)
         yield point
-
-    from benchmarks.timing import interleaved
-
-    options = run.options
     timings = interleaved([c.step for c in contenders], repeats=options.repeats, budget_s=options.budget)
+    errors = {}
     for contender, timing in zip(contenders, timings, strict=True):
-        run.add(contender.point, "measured", timing.numbers())
+        row = priced[contender.point] if contender.point.layout_value.explicit else contender.compiled_row
+        errors[contender.point] = abs(row["latency_s"] / timing.median_s - 1) if "terms" in row else 0.0
+    medians = {c.point: t.median_s for c, t in zip(contenders, timings, strict=True)}
+    profiled = set(medians) if options.profile == "all" else set()
+    if options.profile == "some" and medians:
+        profiled = {min(medians, key=medians.__getitem__), max(errors, key=errors.__getitem__)}
+    for contender, timing in zip(contenders, timings, strict=True):
+        numbers = timing.numbers() | shares(priced[contender.point], timing.median_s)
+        if contender.point in profiled and _alone():
+            numbers["profile"] = _profile(contender)
+        run.add(contender.point, "measured", numbers)
     clear()
+
+
+def _alone() -> bool:
+    """Whether this process sees all devices: a profile of a part of them would not be one of the step."""
+    import jax
+
+    return jax.process_count() == 1
+
+
+def _profile(contender: "Contender") -> Row:
+    from benchmarks.profiling import profile
+
+    mesh = dict(zip(AXES, contender.point.mesh_shape, strict=True))
+    try:
+        return profile(contender.step, contender.text, mesh=mesh, n_steps=N_PROFILED_STEPS).to_json()
+    except Exception as error:  # a profile is beside the point: the measured row stands without it
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
 def _try(run: Run, point: Point, source: str, work: Callable):

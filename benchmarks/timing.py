@@ -5,6 +5,7 @@ falls on all of them.
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -42,14 +43,21 @@ class Timing:
         return (low, high)
 
     def numbers(self) -> dict:
-        """As a row holds them: median, quartiles, extremes, and all times."""
+        """As a row holds them.
+
+        Median, quartiles, the spread that holds 90% of the repetitions, extremes, all times, how many of them are far
+        out (more than three interquartile ranges above the third quartile; they stay in), and the machine's load now.
+        """
         low, high = self.quartiles_s
         return {
             "latency_s": self.median_s,
             "quartiles_s": [low, high],
+            "spread_s": [float(t) for t in np.percentile(self.times_s, [5, 95])],
             "min_s": min(self.times_s),
             "max_s": max(self.times_s),
             "repeats": len(self.times_s),
+            "outliers": sum(t > high + 3 * (high - low) for t in self.times_s),
+            "load_1m": round(os.getloadavg()[0], 2),
             "times_s": list(self.times_s),
         }
 

@@ -15,6 +15,7 @@ This follows their published form and has not been run there.
 
 import bisect
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,14 @@ def events(folder: Path, module: str) -> list[Event]:
     Raises:
         TraceError: no trace, no steps, or a device that did nothing in one of them: the trace is cut short.
     """
+    with warnings.catch_warnings():
+        # JAX 0.12 makes the types of a trace when it first meets them, and is warned of one; were that an error, the
+        # process would be aborted
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return _events(folder, module)
+
+
+def _events(folder: Path, module: str) -> list[Event]:
     files = sorted(folder.glob("plugins/profile/*/*.xplane.pb"))
     if not files:
         raise TraceError("the profiler has written no trace")

@@ -104,6 +104,8 @@ def _qwen(name: str, *sizes: int, d_head: int = 128, tied: bool = False) -> Mode
 _ALL = (
     # the bench's own decoder: small enough to run anywhere, large enough to split over 8 chips
     ModelConfig(name="toy", n_layers=4, d_model=512, d_ff=2048, n_heads=16, d_head=64, vocab=258),
+    # its second size, an eighth of it
+    ModelConfig(name="toy-s", n_layers=2, d_model=256, d_ff=1024, n_heads=8, d_head=64, vocab=258),
     # Pope et al. 2022; `palm-540b-h64` is the one that the paper ran
     _palm("palm-8b", 32, 4096, 16),
     _palm("palm-62b", 64, 8192, 32),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cli, explain, generate, step_latency
+from benchmarks.grid import grid
 from benchmarks.report import groups, markdown, write
 from benchmarks.rows import DamagedResults, Rows
 from partitioning.point import Point
@@ -25,6 +26,7 @@ POINT = {
     "weights": "f32",
 }
 SMALL = ["--phases", "decode", "--batches", "8", "--context", "16", "--attention", "batch", "--repeats", "1"]
+SMALL += ["--chip", "none", "--profile", "none"]
 
 
 def refused(capsys, command, *argv) -> str:
@@ -182,7 +184,7 @@ def test_the_readmes_benches_are_legal():
     assert len(lines) >= 3
     for line in lines:
         options = step_latency.parser().parse_args(line.split())
-        assert step_latency.grid(options)
+        assert grid(options)
 
 
 def test_a_failed_point_is_a_row_and_an_exit_code(capsys, tmp_path, monkeypatch):
@@ -223,3 +225,56 @@ def test_refused_however_it_is_started(module):
         done = subprocess.run([sys.executable, "-m", module, *command, *wrong], capture_output=True, text=True)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_unfinished_run_is_resumed_as_it_was_started(capsys, tmp_path):
+    """With `--resume` alone; what was measured is not measured again."""
+    out = ["--out", str(tmp_path / "run")]
+    assert step_latency.main([*SMALL, "--layouts", "ws1d,ws2d", *out]) == 0
+    folder = tmp_path / "run"
+    rows = (folder / "rows.jsonl").read_text().splitlines()
+    (folder / "finished").unlink()
+    (folder / "rows.jsonl").write_text("\n".join(rows[:-1]) + "\n")  # the last measured row is missing
+    kept = [json.loads(line) for line in rows[:-1]]
+    capsys.readouterr()
+    assert step_latency.main(["--resume", *out]) == 0
+    found = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert found[: len(kept)] == kept and len(found) == len(rows)
+    assert found[-1]["source"] == "measured" and found[-1]["point"] == json.loads(rows[-1])["point"]
+    assert (folder / "finished").exists()
+
+
+def test_only_an_unfinished_run_of_this_code_is_resumed(capsys, tmp_path):
+    assert "holds no unfinished run" in refused(capsys, step_latency.main, "--resume", "--out", str(tmp_path))
+    (tmp_path / "argv.json").write_text("[]")
+    (tmp_path / "settings.json").write_text(json.dumps({"commit": "0" * 12, "changes": ""}))
+    sentence = refused(capsys, step_latency.main, "--resume", "--out", str(tmp_path))
+    assert "commit 000000000000, which is not what is here" in sentence
+
+
+def test_grids_cover_what_they_say():
+    cells = grid(step_latency.parser().parse_args(["--grid", "full"]))
+    points = [p for cell in cells for p in cell]
+    assert len(set(points)) == len(points) == 416 and {len(cell) for cell in cells} == {13}
+    factors = {(p.model, p.mesh_shape, p.phase, p.batch) for p in points}
+    assert len(factors) == 2 * 2 * 2 * 4
+    wide = [p for cell in grid(step_latency.parser().parse_args(["--grid", "wide"])) for p in cell]
+    assert set(wide) < set(points) and len(wide) == 208
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--chip", "no/such.toml"], "chip='no/such.toml'"),
+        (["--chip", "v4"], "chip='v4' has no [machine]"),
+        (["--grid", "wide", "--slice", "cpu:2x2x4"], "grid='wide' is made for 8"),
+    ],
+)
+def test_chips_and_grids_that_make_no_sense(capsys, tmp_path, argv, sentence):
+    assert sentence in refused(capsys, step_latency.main, *SMALL[:-4], "--out", str(tmp_path / "run"), *argv)
+
+
+def test_a_quick_bench_is_small():
+    options = step_latency.options_of(["--quick"])
+    assert sum(map(len, grid(options))) == 14 and options.repeats == 5
+    assert step_latency.options_of(["--quick", "--repeats", "9"]).repeats == 9

@@ -34,7 +34,7 @@ def test_64_devices():
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path):
     command = ["--layouts", "ws2d,auto", "--attention", "batch", "--phases", "decode", "--batches", "8"]
-    command += ["--repeats", "1", "--context", "16", "--json"]
+    command += ["--repeats", "1", "--context", "16", "--json", "--chip", "none"]
     found = {}
     for processes in (1, 2):
         out = ["--processes", str(processes), "--out", str(tmp_path / str(processes))]
@@ -56,3 +56,21 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def _environment() -> dict[str, str]:
     """Without the devices and flags that pytest's own process has asked for."""
     return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+
+
+@pytest.mark.slow
+def test_two_processes_calibrate_together(tmp_path):
+    """As on a slice of two hosts: both take part, one writes, and the blocks with their turns are the same in each."""
+    out = tmp_path / "chip.toml"
+    command = ["--quick", "--repeats", "1", "--rounds", "1", "--processes", "2", "--json", "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.calibrate", *command],
+        capture_output=True,
+        text=True,
+        env=_environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    samples = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(samples) > 50 and {s["what"] for s in samples} >= {"matmul", "all-gather", "dispatch"}
+    assert "n_devices = 8" in out.read_text()

@@ -1,0 +1,159 @@
+"""The folder of one run: its rows, its settings, the calibration that it predicts from, what an interrupted one left.
+
+Decides when a run goes on and when it starts afresh. What is measured is `benchmarks.step_latency`'s.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.chip_file import calibrated, fits_here, name_of
+from benchmarks.cli import InputError
+from benchmarks.rows import Row, Rows, changes, commit, environment
+from partitioning.chips import Chip
+from partitioning.point import Point
+
+
+class Run:
+    """Where the rows of one run go, what it predicts from, and what an interrupted one has left."""
+
+    def __init__(self, options: argparse.Namespace, argv: list[str], speaks: bool, points: list[Row], corpus: str):
+        self.options = options
+        self.chip: Chip | None = None
+        self.folder = folder = options.out.resolve()
+        left_out = ("out", "json", "points", "text", "resume")
+        settings: dict[str, Any] = {k: str(v) for k, v in vars(options).items() if k not in left_out}
+        settings |= {"points": points, "text": _digest(corpus), "commit": commit(), "changes": _digest(changes())}
+        marker, done = folder / "settings.json", folder / "finished"
+        try:
+            if speaks and folder.exists() and (done.exists() or _load(marker) != settings):
+                Rows(folder / "rows.jsonl")  # damaged results are never moved away unseen
+                _put_aside(folder)
+                (folder / "chip.toml").unlink(missing_ok=True)
+            if speaks:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "argv.json").write_text(json.dumps(_without(argv, "--out", "--json", "--resume")))
+                marker.write_text(json.dumps(settings, indent=1))
+            self.rows = Rows(folder / "rows.jsonl") if speaks else None
+        except OSError as error:
+            raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+        self.environment = environment(options.seed)
+        if options.json and self.rows:
+            for row in self.rows.rows:
+                print(json.dumps(row), flush=True)
+
+    def add(self, point: Point, source: str, numbers: Row) -> None:
+        """Keeps a row, and prints it under `--json`; not a second time what an interrupted run has left."""
+        if self.rows and not self.rows.find(point, source):
+            row = {"point": point.to_json(), "source": source, **numbers, "environment": self.environment}
+            self.rows.add(row)
+            if self.options.json:
+                print(json.dumps(row), flush=True)
+
+    def has(self, point: Point) -> bool:
+        """Whether an earlier, interrupted run has measured the point; all processes agree on it."""
+        return all_agree(bool(self.rows and self.rows.find(point, "measured")))
+
+    def finish(self) -> None:
+        """Marks the run as finished: the next one starts afresh."""
+        (self.options.out / "finished").touch()
+
+
+def _without(argv: list[str], *names: str) -> list[str]:
+    """The arguments without these options; `--out` takes its value with it."""
+    kept, skip = [], False
+    for word in argv:
+        name = word.split("=")[0]
+        if not skip and name not in names:
+            kept.append(word)
+        skip = not skip and name == "--out" and "=" not in word
+    return kept
+
+
+def _load(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(text_: str) -> str:
+    return hashlib.sha256(text_.encode()).hexdigest()[:16]
+
+
+def _put_aside(folder: Path) -> None:
+    """Moves an earlier run's folder away; its results stay, under a number."""
+    if not (folder / "rows.jsonl").exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    shutil.move(folder, aside)
+
+
+def unfinished(folder: Path) -> list[str]:
+    """The options of the run that was left in a folder.
+
+    Raises:
+        InputError: there is none, or it was finished, or the code is not what it was.
+    """
+    settings, argv = _load(folder / "settings.json"), _load(folder / "argv.json")
+    if not isinstance(settings, dict) or not isinstance(argv, list) or (folder / "finished").exists():
+        raise InputError(f"out={str(folder)!r} holds no unfinished run; start it without --resume")
+    if (settings.get("commit"), settings.get("changes")) != (commit(), _digest(changes())):
+        raise InputError(
+            f"out={str(folder)!r} was measured with the code of commit {settings.get('commit')}, which is not what is "
+            "here; start it anew without --resume"
+        )
+    return argv
+
+
+def chip_of(
+    options: argparse.Namespace, folder: Path, mesh: Any, dtypes: Sequence[str], speaks: bool, console: Console
+) -> Chip | None:
+    """The calibrated chip that a run predicts from: the one that it began with, or of a file, or of this machine.
+
+    Args:
+        options: of the bench.
+        folder: of the run.
+        mesh: what is measured, if it must be.
+        dtypes: of the weights.
+        speaks: whether this process writes; the others take part in measuring and get None.
+        console: where progress goes.
+    """
+    from benchmarks.calibrate import OUT, REPEATS, calibrate, save
+
+    asked, kept = options.chip, folder / "chip.toml"
+    if asked == "none":
+        return None
+    own = OUT / f"{name_of(list(mesh.devices.flat), options.processes)}.toml"
+    path = kept if all_agree(kept.exists()) else own if asked in (None, "new") else Path(asked)
+    if path == own and (asked == "new" or not all_agree(fits_here(own, dtypes))):
+        if options.quick:
+            print("no predictions: toruslab calibrate has not been run here", file=sys.stderr)
+            return None
+        machine = calibrate(mesh, dtypes, REPEATS, REPEATS, console)
+        if speaks:
+            save(machine, mesh, options.processes)
+    if not speaks:
+        return None
+    found = calibrated(path, dtypes)
+    if path != kept:
+        shutil.copyfile(path, kept)
+    return found
+
+
+def all_agree(value: bool) -> bool:
+    """What the first process says."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
