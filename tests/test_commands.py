@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from points import POINT
 
 from benchmarks import cli, explain, generate, step_latency
 from benchmarks.grid import grid
@@ -14,17 +15,6 @@ from benchmarks.report import groups, markdown, write
 from benchmarks.rows import DamagedResults, Rows
 from partitioning.point import Point
 
-POINT = {
-    "model": "toy",
-    "slice": "cpu:2x2x2",
-    "phase": "decode",
-    "batch": 8,
-    "length": 1,
-    "context": 16,
-    "layout": "ws2d",
-    "attention": "batch",
-    "weights": "f32",
-}
 SMALL = ["--phases", "decode", "--batches", "8", "--context", "16", "--attention", "batch", "--repeats", "1"]
 SMALL += ["--chip", "none", "--profile", "none"]
 

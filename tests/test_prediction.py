@@ -7,21 +7,12 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from points import POINT
 
 from benchmarks.cells import groups
 from benchmarks.crossover import crossovers, sentences
 from benchmarks.prediction import agree, quality, ranks, regret, spearman
 
-POINT = {
-    "model": "toy",
-    "slice": "cpu:2x2x2",
-    "phase": "decode",
-    "batch": 8,
-    "length": 1,
-    "context": 16,
-    "attention": "batch",
-    "weights": "f32",
-}
 LAYOUTS = ("ws1d", "ws2d", "wgx", "wgxy", "wgxyz", "replicated")
 times = st.floats(1e-6, 1e3)
 cells = st.lists(times, min_size=2, max_size=len(LAYOUTS))

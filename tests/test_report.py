@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from points import POINT
 
 from benchmarks import cli, report, report_compare, report_torus
 from benchmarks.cells import groups, traced
@@ -12,17 +13,6 @@ from benchmarks.html_page import Cell, table
 from benchmarks.report import load, markdown, objects, show, write
 from benchmarks.rows import Rows
 
-POINT = {
-    "model": "toy",
-    "slice": "cpu:2x2x2",
-    "phase": "decode",
-    "batch": 8,
-    "length": 1,
-    "context": 16,
-    "layout": "ws2d",
-    "attention": "batch",
-    "weights": "f32",
-}
 ENVIRONMENT = {"n_devices": 8, "platform": "cpu", "cores": 2, "jax": "0.10.2", "commit": "abc", "load_1m": 0.5}
 GATHER = {"scope": "layer/w_in", "kind": "all-gather", "axes": ["x", "y"], "bytes": 4096, "count": 4}
 REDUCE = {"scope": "layer/out", "kind": "reduce-scatter", "axes": ["z"], "bytes": 512, "count": 4}

@@ -6,20 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from points import POINT
 
 from benchmarks.rows import Rows
 
-POINT = {
-    "model": "toy",
-    "slice": "cpu:2x2x2",
-    "phase": "decode",
-    "batch": 8,
-    "length": 1,
-    "context": 16,
-    "layout": "ws2d",
-    "attention": "batch",
-    "weights": "f32",
-}
 WRITER = """
 import sys
 from pathlib import Path
