@@ -223,8 +223,10 @@ def _profile(contender: "Contender") -> Row:
     mesh = dict(zip(AXES, contender.point.mesh_shape, strict=True))
     try:
         return profile(contender.step, contender.text, mesh=mesh, n_steps=N_PROFILED_STEPS).to_json()
-    except Exception as error:  # a profile is beside the point: the measured row stands without it
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+    except Exception as error:  # a profile is beside the point: the measured row stands, and says so
+        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(f"no profile of {contender.point.layout}/{contender.point.attention}: {said}", file=sys.stderr)
+        return {"error": said}
 
 
 def _try(run: Run, point: Point, source: str, work: Callable):

@@ -62,7 +62,7 @@ def events(folder: Path, module: str) -> list[Event]:
     with warnings.catch_warnings():
         # JAX 0.12 makes the types of a trace when it first meets them, and is warned of one; were that an error, the
         # process would be aborted
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", r"builtin type \w+ has no __module__", DeprecationWarning)
         return _events(folder, module)
 
 

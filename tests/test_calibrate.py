@@ -1,6 +1,5 @@
 """The micro-benchmarks: every block runs, does what it is priced as, and a command writes what it measured."""
 
-import dataclasses
 import io
 import json
 
@@ -73,18 +72,20 @@ def test_every_small_block_runs(mesh):
     found = measure(small, mesh, repeats=2, rounds=2, each=told.append)
     assert len(found) == len(small) and len(told) == 3 * len(small)
     assert all(s.repeats == 2 and s.high_s >= 0 for s in found)
-    assert sum(s.seconds > 0 for s in found) > len(found) / 2  # small differences may drown in noise
 
 
 def test_what_is_taken_off_is_the_same_block_without_it(mesh):
-    """No time is asserted: a block of nothing less the same block of nothing is near nothing, and never below."""
+    """Quartile by quartile, of times that were made up."""
     empty = Block(
         sample=Sample(what="norm", dtype="f32", sizes={"elements": 1}, seconds=0.0, low_s=0.0, high_s=0.0, repeats=0),
         turn=lambda x, i: x * 1.5,
         carry=[jax.ShapeDtypeStruct((4,), jnp.float32)],
     )
-    (found,) = measure([dataclasses.replace(empty, without=empty)], mesh, repeats=3, rounds=1, each=lambda what: None)
-    assert found.low_s >= 0 and 0 <= found.seconds < 1e-3
+    one, other = Timed(empty, mesh), Timed(empty, mesh)
+    one.times_s, other.times_s = [1.0, 5.0, 3.0, 2.0, 4.0], [0.5, 2.5, 1.5, 1.0, 8.0]
+    found = one.sample(other)
+    assert (found.low_s, found.seconds, found.high_s, found.repeats) == (1.0, 1.5, 1.5, 5)
+    assert other.sample(one).low_s == 0.0  # never below nothing
 
 
 def test_turns_depend_on_each_other(mesh):
