@@ -40,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: cpu or gpu as the slice says, else tpu")
     p.add_argument("--dtypes", help="of the weights (default: f32 on cpu, else bf16; known: f32, bf16, int8)")
     p.add_argument("--repeats", type=int, default=REPEATS, help="times each block is timed (default: %(default)s)")
-    p.add_argument("--rounds", type=int, default=REPEATS, help="in how many rounds (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats: half a minute, less exact")
     p.add_argument("--processes", type=int, default=1, help="local processes over one mesh (default: %(default)s)")
     p.add_argument("--out", type=Path, help=f"file to write (default: {OUT}/NAME.toml)")
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = parser().parse_args(argv)
-    for field in ("repeats", "rounds", "processes"):
+    for field in ("repeats", "processes"):
         if getattr(options, field) < 1:
             raise InputError(f"{field}={getattr(options, field)} must be at least 1")
     try:
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     speaks = jax.process_index() == 0
     console = Console(stderr=True, quiet=not speaks)
-    machine = calibrate(mesh, dtypes, options.repeats, options.rounds, console, quick=options.quick)
+    machine = calibrate(mesh, dtypes, options.repeats, console, quick=options.quick)
     if not speaks:
         return 0
     path = save(machine, mesh, options.processes, options.out)
@@ -106,15 +105,13 @@ def save(machine: Machine, mesh: Any, n_processes: int, path: Path | None = None
     return path
 
 
-def calibrate(
-    mesh: Any, dtypes: Sequence[str], repeats: int, rounds: int, console: Console, *, quick: bool = False
-) -> Machine:
+def calibrate(mesh: Any, dtypes: Sequence[str], repeats: int, console: Console, *, quick: bool = False) -> Machine:
     """Measures everything on the devices of a mesh.
 
     Args:
         mesh: of `attach`.
         dtypes: of weights; beside int8 bf16 is measured as well, which its activations and tables are.
-        repeats, rounds: see `microbench.measure`.
+        repeats: see `microbench.measure`.
         console: where progress goes.
         quick: fewer sizes, and at most `QUICK_REPEATS`.
     """
@@ -125,16 +122,15 @@ def calibrate(
     dtypes = list(dict.fromkeys(d for asked in dtypes for d in (asked, *(["bf16"] if asked == "int8" else []))))
     todo = list(blocks(mesh, dtypes, platform, quick=quick))
     if quick:
-        repeats, rounds = min(repeats, QUICK_REPEATS), min(rounds, QUICK_REPEATS)
+        repeats = min(repeats, QUICK_REPEATS)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=(rounds + 1) * len(todo))
+        task = progress.add_task("compiling", total=(repeats + 1) * len(todo))
         samples = [dispatch(mesh, repeats)]
         samples += measure(
             todo,
             mesh,
             repeats=repeats,
-            rounds=rounds,
             each=lambda what: progress.update(task, advance=1, description=what),
         )
     gc.collect()  # gigabytes of arrays, in cycles with the programs that use them

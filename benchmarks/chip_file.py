@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks.cli import InputError
 from benchmarks.rows import Row, environment
 from partitioning.chips import Chip, chip, names
-from partitioning.machine import Line, Machine, Sample
+from partitioning.machine import Fit, Machine, Sample
 
 
 def write(path: Path, name: str, machine: Machine, memory_bytes: int, measured: Row) -> Chip:
@@ -185,25 +185,25 @@ def show(machine: Machine, console: Console) -> None:
     for heading in ("collective", "axes", "of", "group", "fixed us", "GB/s", "worst residual", "samples"):
         fits.add_column(heading, justify="left" if heading in ("collective", "axes", "of") else "right")
     for kind, axes, at in machine.collectives():
-        line = machine.collective_line(kind, axes, at)
+        fit = machine.collective_fit(kind, axes, at)
         some = [s for s in machine.samples if (s.what, s.axes, s.at) == (kind, axes, at)]
-        per_byte = line.s_per.get("bytes", 0.0)
+        per_byte = fit.s_per.get("bytes", 0.0)
         fits.add_row(
             kind,
             axes,
             at,
             str(some[0].sizes["group"]),
-            f"{line.fixed_s * 1e6:,.0f}",
+            f"{fit.fixed_s * 1e6:,.0f}",
             f"{n / per_byte / 1e9:,.1f}" if per_byte else "",
-            _worst(line),
+            _worst(fit),
             str(len(some)),
         )
     console.print(fits)
     for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "attention"):
-        for what, line in zip(("decode", "longer passes"), machine.attention_lines(dtype), strict=True):
-            parts = ", ".join(f"{v * 1e9:.3g} ns a unit of {k}" for k, v in line.s_per.items() if v)
-            fixed = f"{line.fixed_s * 1e6:.1f} us + {parts}"
-            console.print(f"attention, {dtype}, {what}: {fixed}; worst residual {_worst(line)}")
+        for what, fit in zip(("decode", "longer passes"), machine.attention_fits(dtype), strict=True):
+            parts = ", ".join(f"{v * 1e9:.3g} ns a unit of {k}" for k, v in fit.s_per.items() if v)
+            fixed = f"{fit.fixed_s * 1e6:.1f} us + {parts}"
+            console.print(f"attention, {dtype}, {what}: {fixed}; worst residual {_worst(fit)}")
 
 
 def data_sheet(device_kind: str) -> Chip | None:
@@ -254,8 +254,8 @@ def _spread(s: Sample) -> str:
     return " ".join(f"{t * 1e6:,.1f}" for t in (s.low_s, s.seconds, s.high_s))
 
 
-def _worst(line: Line) -> str:
-    return f"{max(line.residuals, key=abs):+.0%}"
+def _worst(fit: Fit) -> str:
+    return f"{max(fit.residuals, key=abs):+.0%}"
 
 
 def memory_of(device: Any, n_devices: int) -> int:

@@ -15,11 +15,12 @@ from models import text
 from models.parameters import initial
 from partitioning.chips import PLATFORMS, Chip
 from partitioning.compiled import planned
-from partitioning.cost import Numbers, estimate
+from partitioning.cost import estimate
 from partitioning.evidence import compare
 from partitioning.hlo import read
 from partitioning.measured_cost import Terms, terms, with_collectives
 from partitioning.mesh import AXES, Shape, attach
+from partitioning.numbers import Numbers
 from partitioning.point import Point
 from partitioning.program import Program
 

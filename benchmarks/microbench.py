@@ -129,15 +129,14 @@ def _quartiles(times_s: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, rounds: int, each: Callable[[str], None]):
+def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, each: Callable[[str], None]):
     """Times blocks in rounds, all of them in each, so that a slow minute of the machine falls on all.
 
     Args:
         blocks: what to time; each is compiled first.
         mesh: devices.
-        repeats: times each is timed, all rounds together.
-        rounds: how often to go through all of them.
-        each: told what was done, `rounds + 1` times a block.
+        repeats: rounds; each is timed once in every one.
+        each: told what was done, `repeats + 1` times a block.
 
     Returns:
         Samples, in the order of the blocks.
@@ -151,10 +150,9 @@ def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, rounds: int, e
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in range(rounds):
+        for _ in range(repeats):
             for one in (*baselines.values(), *timed):
-                for _ in range(repeats * (i + 1) // rounds - repeats * i // rounds):
-                    one.repeat()
+                one.repeat()
                 if one.block.sample.what not in ("work", "barrier"):
                     each(one.block.sample.what)
     finally:

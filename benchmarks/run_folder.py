@@ -139,7 +139,7 @@ def chip_of(
         if options.quick:
             print("no predictions: toruslab calibrate has not been run here", file=sys.stderr)
             return None
-        machine = calibrate(mesh, dtypes, REPEATS, REPEATS, console)
+        machine = calibrate(mesh, dtypes, REPEATS, console)
         if speaks:
             save(machine, mesh, options.processes)
     if not speaks:

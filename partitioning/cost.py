@@ -17,25 +17,22 @@ holds them); chips without fitted constants take v4's, which is an assumption. A
 with one layout and mesh at once, vectorised over everything else.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from models.config import ModelConfig
 from partitioning.chips import FITTED, Chip, chip
-from partitioning.collectives import LANES, SUBLANES, moves
-from partitioning.dataflow import model_letters, stages
-from partitioning.interconnect import rate
-from partitioning.layouts import Axes, Layout, axes_of, entries
-from partitioning.measured_cost import Moved, splits, terms
-from partitioning.mesh import AXES, Shape, Slice
-from partitioning.point import WEIGHTS, Point
-from partitioning.working_memory import held_bytes, matmuls
+from partitioning.collectives import LANES, SUBLANES
+from partitioning.layouts import Axes, Layout
+from partitioning.measured_cost import Moved, terms
+from partitioning.memory import held_bytes, matmuls
+from partitioning.mesh import Shape, Slice
+from partitioning.numbers import Numbers
+from partitioning.point import Point
+from partitioning.recipe import Entry, Recipe, recipe
 
 MESSAGE_S = 1e-7
 """[assumed] what each of the K messages of an all-to-all costs its sender."""
@@ -142,67 +139,6 @@ def estimate_many(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
-    """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
-
-    `first` is the position of the first new token; `act` and `weight` are bytes per element.
-    """
-
-    size: Mapping[str, Any]
-    length: Any
-    first: Any
-    act: Any
-    weight: Any
-    n_layers: Any
-    n_params: Any
-    tied: Any
-
-    @classmethod
-    def of(cls, points: Sequence[Point]) -> "Numbers":
-        """From points."""
-        rows = [_model_row(p.config) for p in points]
-        model = {k: np.array([r[k] for r in rows], float) for k in rows[0]}
-        batch = np.array([p.batch for p in points], float)
-        length = np.array([p.length for p in points], float)
-        weight = np.array([WEIGHTS[p.weights] for p in points], float)
-        return cls.join(
-            model,
-            batch=batch,
-            length=length,
-            first=np.array([p.start for p in points], float),
-            capacity=np.array([p.capacity for p in points], float),
-            weight=weight,
-        )
-
-    @classmethod
-    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight) -> "Numbers":
-        """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
-        letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
-        size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
-        return cls(
-            size=size,
-            length=length,
-            first=first,
-            act=np.where(weight == 4, 4.0, 2.0),
-            weight=weight,
-            n_layers=model["n_layers"],
-            n_params=model["n_params"],
-            tied=model["tied"],
-        )
-
-
-def model_numbers(config: ModelConfig) -> dict[str, float]:
-    """A model's sizes under the letters of the dataflow."""
-    return dict(_model_row(config))
-
-
-@functools.lru_cache(maxsize=1024)
-def _model_row(config: ModelConfig) -> dict[str, float]:
-    counts = {"n_layers": config.n_layers, "n_params": config.n_params, "tied": config.tied}
-    return {**model_letters(config), **counts}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cost:
     """The estimates of a group, as arrays (see `Estimate`)."""
 
@@ -214,7 +150,7 @@ class Cost:
     mfu: Any
     hbm_bytes_per_chip: Any
     hbm_bytes: float
-    collectives: tuple[tuple["Entry | Moved", Any, Any], ...]
+    collectives: tuple[tuple[Entry | Moved, Any, Any], ...]
     n_layers: Any
     terms: Mapping[str, Any] = field(default_factory=dict)
 
@@ -250,116 +186,6 @@ class Cost:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A collective of the plan with its sizes left open: bytes = factor x product of `dims` x element size."""
-
-    scope: str
-    kind: str
-    axes: Axes
-    dims: tuple[str, ...]
-    dtype: str
-    factor: float
-    in_layer: bool
-    is_weight: bool
-    s_per_byte: float
-    hops: int
-    n_group: int
-
-
-@functools.lru_cache(maxsize=4096)
-def _entries(layout: Layout, block: str, slice_: Slice, mesh: Shape, chip_: Chip, overlap: bool) -> tuple[Entry, ...]:
-    sizes = dict(zip(AXES, mesh, strict=True))
-    dims = _torus(slice_, chip_)
-    parts = _parts(entries(layout.logits[-1])[1], sizes)
-    found = []
-    for stage in stages(layout, block, 1, True):
-        for move in moves(stage.ladder):
-            if move.kind == "slice":
-                continue
-            axes = tuple(a for a in AXES if a in move.axes)
-            is_weight = stage.dtype == "weight"
-            k = move.group(sizes)
-            held = move.dst if move.kind == "all-gather" else move.src
-            split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
-            per_byte, hops = rate(move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap)
-            found.append(
-                Entry(
-                    scope=stage.scope,
-                    kind=move.kind,
-                    axes=axes,
-                    dims=tuple(d for d in stage.dims if d != "n"),
-                    dtype=stage.dtype,
-                    factor=(2 if move.kind == "all-reduce" else 1)
-                    * (k - 1)
-                    / k
-                    / split
-                    * (parts if "n" in stage.dims else 1),
-                    in_layer="/" in stage.scope,
-                    is_weight=is_weight,
-                    s_per_byte=per_byte,
-                    hops=hops,
-                    n_group=k,
-                )
-            )
-    return tuple(found)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What layout, block, slice and mesh decide about the cost, worked out once.
-
-    Args:
-        chip: the data sheet.
-        splits: (field, rung) -> into how many parts each dimension of that tensor is split.
-        gathered: weight -> the share of it that a chip holds while it is gathered: before and after the last step; 0
-            where it is not.
-        entries: the collectives.
-        moving: (where, dtype, dims) -> seconds per element at full bandwidth, where `where` is `outside` the layers,
-            `exposed` in a layer, or `hidden` under its matmuls.
-        fixed: where -> (collectives, hops, messages of all-to-alls).
-    """
-
-    chip: Chip
-    splits: Mapping[tuple[str, int], tuple[int, ...]]
-    gathered: Mapping[str, float]
-    entries: tuple[Entry, ...]
-    moving: Mapping[tuple[str, str, tuple[str, ...]], float]
-    fixed: Mapping[str, tuple[int, int, int]]
-
-
-@functools.lru_cache(maxsize=65536)
-def _recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool) -> Recipe:
-    if not layout.explicit:
-        raise ValueError("layout='auto' has no plan: what XLA chooses is seen in the compiled program only")
-    chip_ = chip(slice_.chip)
-    chip_.check_slice(slice_.dims)
-    sizes = dict(zip(AXES, mesh, strict=True))
-    gathered = {}
-    for name in ("w_in", "w_kv", "w_out"):
-        shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in getattr(layout, name)]
-        gathered[name] = max((before + after for before, after in pairwise(shares)), default=0.0)
-    found = _entries(layout, block, slice_, mesh, chip_, overlap)
-    moving: dict[tuple[str, str, tuple[str, ...]], float] = {}
-    fixed = {"outside": (0, 0, 0), "exposed": (0, 0, 0)}
-    for e in found:
-        where = "outside" if not e.in_layer else "hidden" if e.is_weight and overlap else "exposed"
-        key = (where, e.dtype, e.dims)
-        moving[key] = moving.get(key, 0.0) + e.factor * e.s_per_byte
-        where = "exposed" if e.in_layer else "outside"
-        n, hops, messages = fixed[where]
-        fixed[where] = (n + 1, hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
-    return Recipe(chip=chip_, splits=splits(layout, mesh), gathered=gathered, entries=found, moving=moving, fixed=fixed)
-
-
-def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:
-    return None if chip_.wrap == "switch" else (*slice_.dims, 1, 1)[: max(3, len(slice_.dims))]
-
-
-def _parts(entry: Any, sizes: Mapping[str, int]) -> int:
-    return math.prod(sizes[a] for a in axes_of(entry))
-
-
 def constants_of(chip_: Chip) -> dict[str, float]:
     """The chip's fitted constants; or v4's, with no link faster than its own data sheet."""
     if chip_.fitted:
@@ -389,10 +215,10 @@ def price(
         constants, overlap: see `estimate`.
         detail: list the collectives, too.
     """
-    recipe = _recipe(layout, block, slice_, mesh, overlap)
+    plan = recipe(layout, block, slice_, mesh, overlap)
     chip_ = chip(slice_.chip)
     if chip_.machine:
-        return _measured(recipe, layout, block, mesh, numbers, chip_)
+        return _measured(plan, layout, block, mesh, numbers, chip_)
     c = constants_of(chip_) if constants is None else constants
     n, size = numbers, numbers.size
     n_chips = math.prod(mesh)
@@ -402,7 +228,7 @@ def price(
     flops_rate, hbm_rate = peak * c["matmul_efficiency"], chip_.hbm_bytes_per_s * c["hbm_efficiency"]
 
     def split(field: str, rung: int = -1) -> tuple[int, ...]:
-        return recipe.splits[field, rung]
+        return plan.splits[field, rung]
 
     # matmuls of one layer: rows here, inner and outer dimension here
     suffixes = [""] if block == "parallel" else ["", "_mlp"]
@@ -435,12 +261,12 @@ def price(
     # collectives: those outside the layers, those in a layer that are exposed, and those hidden under its matmuls
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
     taken_s = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0}
-    for (where, dtype, dims), s_per_element in recipe.moving.items():
+    for (where, dtype, dims), s_per_element in plan.moving.items():
         seconds = s_per_element / c["link_efficiency"] * element[dtype]
         for dim in dims:
             seconds = seconds * size[dim]
         taken_s[where] = taken_s[where] + seconds
-    for where, (count, hops, messages) in recipe.fixed.items():
+    for where, (count, hops, messages) in plan.fixed.items():
         taken_s[where] = taken_s[where] + count * c["collective_s"] + hops * c["hop_s"] + messages * MESSAGE_S
     total = taken_s["outside"] + n.n_layers * (taken_s["exposed"] + taken_s["hidden"])
     outside = taken_s["outside"]
@@ -463,9 +289,9 @@ def price(
         memory_s=memory,
         collective_s=total,
         mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
-        hbm_bytes_per_chip=held_bytes(recipe.splits, recipe.gathered, block, n, tile),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile),
         hbm_bytes=chip_.hbm_bytes,
-        collectives=_listed(recipe, c, size, element) if detail else (),
+        collectives=_listed(plan, c, size, element) if detail else (),
         n_layers=n.n_layers,
     )
 
@@ -475,7 +301,7 @@ def _tile(chip_: Chip) -> tuple[int, int]:
     return (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)
 
 
-def _measured(recipe: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers, chip_: Chip) -> Cost:
+def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers, chip_: Chip) -> Cost:
     """The same from a machine that was measured."""
     assert chip_.machine
     found = terms(layout, block, mesh, n, chip_.machine)
@@ -489,7 +315,7 @@ def _measured(recipe: Recipe, layout: Layout, block: str, mesh: Shape, n: Number
         memory_s=seconds["weights_s"],
         collective_s=seconds["collective_s"],
         mfu=2 * n.n_params * n.size["T"] / (latency * math.prod(mesh) * peak),
-        hbm_bytes_per_chip=held_bytes(recipe.splits, recipe.gathered, block, n, _tile(chip_)),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_)),
         hbm_bytes=chip_.hbm_bytes,
         collectives=found.collectives,
         n_layers=n.n_layers,
@@ -497,10 +323,10 @@ def _measured(recipe: Recipe, layout: Layout, block: str, mesh: Shape, n: Number
     )
 
 
-def _listed(recipe: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
+def _listed(plan: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
     """Every collective with its bytes and seconds."""
     found = []
-    for e in recipe.entries:
+    for e in plan.entries:
         n_bytes = e.factor * element[e.dtype]
         for dim in e.dims:
             n_bytes = n_bytes * size[dim]

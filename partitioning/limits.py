@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from partitioning.cost import Numbers, model_numbers, price
+from partitioning.cost import price
 from partitioning.dataflow import requirements
 from partitioning.layouts import Layout
 from partitioning.mesh import AXES, Shape, Slice
+from partitioning.numbers import Numbers, model_numbers
 from partitioning.point import WEIGHTS, Point
 
 MOST = 2**40

@@ -7,10 +7,10 @@ once; fake devices share the cores, so that the work of all of them adds up (`sh
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Fit:
     """`fixed_s + sum of s_per[name] x size`, fitted to samples; `residuals` are fitted over measured, less 1."""
 
     fixed_s: float
@@ -126,20 +126,16 @@ class Machine:
 
     def matmul_s(self, rows: Any, inner: Any, outer: Any, dtype: str) -> Any:
         """Seconds of a product [rows, inner] x [inner, outer] per device."""
+        if dtype not in self._rates:
+            self._rates[dtype] = _rates(self.of("matmul", dtype))
+        at_rows, at_weights, table = self._rates[dtype]
         macs = np.asarray(rows, float) * inner * outer
-        return macs * self._rate(dtype)(np.asarray(rows, float), np.asarray(inner * outer, float))
+        return macs * np.exp(_bilinear(at_rows, at_weights, table, np.log(rows), np.log(np.multiply(inner, outer))))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - a machine is small and lives as long as the process
-    def _rate(self, dtype: str):
-        """Seconds per multiply-add as a function of rows and weights, bilinear between samples in logarithms."""
-        found = {(s.sizes["rows"], s.sizes["inner"] * s.sizes["outer"]): s for s in self.of("matmul", dtype)}
-        rows, weights = (sorted({key[i] for key in found}) for i in (0, 1))
-        table = np.array([[_rate_of(found, r, w, rows, weights) for w in weights] for r in rows])
-
-        def at(r: Any, w: Any) -> Any:
-            return np.exp(_bilinear(np.log(rows), np.log(weights), np.log(table), np.log(r), np.log(w)))
-
-        return at
+    @functools.cached_property
+    def _rates(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """By dtype; filled on demand, as the samples of a dtype may be missing."""
+        return {}
 
     def copy_s(self, n_bytes: Any, stack_bytes: Any, dtype: str) -> Any:
         """Seconds to copy weights out of the stacked array, `n_bytes` of a stack of `stack_bytes` per device."""
@@ -164,7 +160,7 @@ class Machine:
             columns: of the tensor where it is wider.
             axes: of the group.
         """
-        curves = self._collectives(kind, at)
+        curves = self._curves.get((kind, at), ())
         same = [c for c in curves if c.axes == axes and c.n_group == n_group and len(c.bytes) > 2]
         same = same or [c for c in curves if c.n_group == n_group]
         if same:
@@ -181,23 +177,15 @@ class Machine:
             table[above - 1] + (table[above] - table[above - 1]) * (n_group - low) / (high - low), table[above - 1]
         )
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def _collectives(self, kind: str, at: At) -> tuple["Curve", ...]:
-        found = [s for s in self.samples if s.what == kind]
-        here = [s for s in found if s.at == at] or found
-        curves: dict[tuple, list[Sample]] = {}
-        for s in sorted(here, key=lambda s: s.sizes["bytes"]):
-            curves.setdefault((s.axes, s.sizes["group"], _width(s)), []).append(s)
-        return tuple(
-            Curve(
-                axes=axes,
-                n_group=k,
-                columns=columns,
-                bytes=np.array([s.sizes["bytes"] for s in some], float),
-                seconds=np.array([s.cost_s for s in some]),
-            )
-            for (axes, k, columns), some in curves.items()
-        )
+    @functools.cached_property
+    def _curves(self) -> dict[tuple[str, At], tuple[Curve, ...]]:
+        """By (kind, at): those of other tensors than a kind was measured on are its all."""
+        kinds = {s.what for s in self.samples if s.axes}
+        found = {}
+        for kind, at in itertools.product(kinds, ("", *AT)):
+            some = [s for s in self.samples if s.what == kind]
+            found[kind, at] = _curves_of([s for s in some if s.at == at] or some)
+        return found
 
     # ---- the rest ------------------------------------------------------------------------------------------------
 
@@ -208,40 +196,36 @@ class Machine:
         return _piecewise(x, y, elements)
 
     def attention_s(self, *, rows: Any, cache: Any, scores: Any, macs: Any, length: Any, dtype: str) -> Any:
-        """Seconds to write the cache and attend; decode steps and longer passes have a line each."""
+        """Seconds to write the cache and attend; decode steps and longer passes have a fit each."""
         sizes = {"rows": rows, "cache": cache, "far": np.maximum(cache - NEAR, 0), "scores": scores, "macs": macs}
-        decode, longer = self.attention_lines(dtype)
+        decode, longer = self.attention_fits(dtype)
         return np.where(np.asarray(length) == 1, decode(**sizes), longer(**sizes))
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019
-    def attention_lines(self, dtype: str) -> tuple[Line, Line]:
+    def attention_fits(self, dtype: str) -> tuple[Fit, Fit]:
         """Of decode steps, and of longer passes. `far` is what of the cache no processor's own cache holds."""
-        found = self.of("attention", dtype)
-        lines = []
-        for some in ([s for s in found if s.sizes["length"] == 1], [s for s in found if s.sizes["length"] > 1]):
-            sizes = [{k: s.sizes[k] for k in ("rows", "cache", "scores", "macs")} for s in some or found]
-            sizes = [z | {"far": max(z["cache"] - NEAR, 0)} for z in sizes]
-            lines.append(fit_line(sizes, [s.cost_s for s in some or found]))
-        return lines[0], lines[1]
+        if dtype not in self._attention:
+            found = self.of("attention", dtype)
+            steps = [s for s in found if s.sizes["length"] == 1]
+            longer = [s for s in found if s.sizes["length"] > 1]
+            self._attention[dtype] = _attention_fit(steps or found), _attention_fit(longer or found)
+        return self._attention[dtype]
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def line(self, what: str, dtype: str) -> Line:
-        """Fixed seconds and seconds per size, fitted to the samples of a micro-benchmark by relative least squares."""
-        found = self.of(what, dtype)
-        return fit_line([s.sizes for s in found], [s.cost_s for s in found])
+    @functools.cached_property
+    def _attention(self) -> dict[str, tuple[Fit, Fit]]:
+        """By dtype; filled on demand."""
+        return {}
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
-    def collective_line(self, kind: str, axes: str, at: At) -> Line:
+    def collective_fit(self, kind: str, axes: str, at: At) -> Fit:
         """Fixed seconds and seconds per byte of a collective: what the report shows beside the samples."""
         found = [s for s in self.samples if s.what == kind and s.axes == axes and s.at == at and _width(s) == NARROW]
-        return fit_line([{"bytes": s.sizes["bytes"]} for s in found], [s.cost_s for s in found])
+        return fit([{"bytes": s.sizes["bytes"]} for s in found], [s.cost_s for s in found])
 
     def collectives(self) -> list[tuple[str, str, At]]:
         """(kind, axes, at) of what was measured."""
         return sorted({(s.what, s.axes, s.at) for s in self.samples if s.axes})
 
 
-def fit_line(sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Line:
+def fit(sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Fit:
     """Least squares of the relative residuals under a soft-L1 loss, so that one disturbed sample does not bend it.
 
     No coefficient is below zero: those that would be are left out.
@@ -255,7 +239,7 @@ def fit_line(sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Li
         weights = (1 + ((columns @ x - 1) / SOFT) ** 2) ** -0.25
         x = _not_negative(columns, weights)
     s_per = {k: float(x[i + 1]) for i, k in enumerate(names)}
-    return Line(fixed_s=float(x[0]), s_per=s_per, residuals=tuple(float(r) for r in columns @ x - 1))
+    return Fit(fixed_s=float(x[0]), s_per=s_per, residuals=tuple(float(r) for r in columns @ x - 1))
 
 
 def _not_negative(columns: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -290,15 +274,44 @@ def _between_widths(curves: Sequence[Curve], n_bytes: Any, columns: Any) -> Any:
         seconds = np.mean([_piecewise(c.bytes, c.seconds, n_bytes) for c in full], axis=0)
         by_width.append((min(c.bytes[0] for c in full), seconds))
     found = by_width[0][1]
-    for (low, high), (least, seconds) in zip(pairwise(widths), by_width[1:], strict=True):
+    for (low, high), (least, seconds) in zip(itertools.pairwise(widths), by_width[1:], strict=True):
         share = np.clip(np.log(np.maximum(columns, 1) / low) / np.log(high / low), 0, 1)
         found = np.where(n_bytes < least, found, found + (seconds - found) * share)
     return found
 
 
-def _rate_of(found, r: int, w: int, rows: list[int], weights: list[int]) -> float:
+def _curves_of(samples: Sequence[Sample]) -> tuple[Curve, ...]:
+    """One for each group of axes and width."""
+    curves: dict[tuple, list[Sample]] = {}
+    for s in sorted(samples, key=lambda s: s.sizes["bytes"]):
+        curves.setdefault((s.axes, s.sizes["group"], _width(s)), []).append(s)
+    return tuple(
+        Curve(
+            axes=axes,
+            n_group=k,
+            columns=columns,
+            bytes=np.array([s.sizes["bytes"] for s in some], float),
+            seconds=np.array([s.cost_s for s in some]),
+        )
+        for (axes, k, columns), some in curves.items()
+    )
+
+
+def _attention_fit(samples: Sequence[Sample]) -> Fit:
+    sizes = [{k: s.sizes[k] for k in ("rows", "cache", "scores", "macs")} for s in samples]
+    return fit([z | {"far": max(z["cache"] - NEAR, 0)} for z in sizes], [s.cost_s for s in samples])
+
+
+def _rates(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logarithms of rows, of weights, and of the seconds per multiply-add [rows, weights]."""
+    found = {(s.sizes["rows"], s.sizes["inner"] * s.sizes["outer"]): s for s in samples}
+    rows, weights = (sorted({key[i] for key in found}) for i in (0, 1))
+    table = [[_rate_of(found, r, w, weights) for w in weights] for r in rows]
+    return np.log(rows), np.log(weights), np.log(table)
+
+
+def _rate_of(found: Mapping[tuple[int, int], Sample], r: int, w: int, weights: Sequence[int]) -> float:
     """The sample's seconds per multiply-add; where there is none, that of the nearest sample of as many rows."""
-    del rows
     if (r, w) in found:
         return found[r, w].cost_s / (r * w)
     near = min((v for v in weights if (r, v) in found), key=lambda v: abs(math.log(v / w)))

@@ -21,8 +21,8 @@ from partitioning.collectives import moves
 from partitioning.dataflow import stages
 from partitioning.layouts import Axes, Layout, axes_of, entries
 from partitioning.machine import AT, At, Machine
+from partitioning.memory import matmuls
 from partitioning.mesh import AXES, Shape
-from partitioning.working_memory import matmuls
 
 DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
 """Bytes of a weight -> dtype of weights and of activations."""
@@ -31,7 +31,7 @@ TERMS = ("matmul_s", "weights_s", "attention_s", "other_s", "collective_s", "dis
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """A collective of the plan with its sizes left open, see `partitioning.cost.Entry`."""
+    """A collective of the plan with its sizes left open, see `partitioning.recipe.Entry`."""
 
     scope: str
     kind: str
@@ -121,7 +121,7 @@ def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> 
         layout: made for the mesh, with a plan.
         block: `parallel` or `serial`.
         mesh: extents.
-        n: the sizes of the passes (`partitioning.cost.Numbers`).
+        n: the sizes of the passes (`partitioning.numbers.Numbers`).
         machine: what was measured.
     """
     dtypes = [DTYPES[int(w)] for w in np.unique(n.weight)]

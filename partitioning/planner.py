@@ -26,12 +26,13 @@ import numpy as np
 from models.config import ModelConfig
 from models.presets import model
 from partitioning.chips import Chip, chip
-from partitioning.cost import Constants, Numbers, constants_of, model_numbers, price
+from partitioning.cost import Constants, constants_of, price
 from partitioning.dataflow import Pass, check
 from partitioning.interconnect import Kind, rate, rings
 from partitioning.layouts import LAYOUTS, Layout, NoAxisLeft, axes_of, entries, layout
 from partitioning.limits import MOST, batch_step
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
+from partitioning.numbers import Numbers, model_numbers
 from partitioning.point import WEIGHTS, Point
 
 Goal = Literal["latency", "cost", "batch"]

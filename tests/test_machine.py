@@ -21,7 +21,7 @@ from benchmarks.contenders import analytic
 from partitioning.chips import chip
 from partitioning.compiled import planned
 from partitioning.cost import estimate, estimate_many
-from partitioning.machine import Machine, Sample, fit_line
+from partitioning.machine import Machine, Sample, fit
 from partitioning.measured_cost import TERMS
 from partitioning.point import Point
 
@@ -129,17 +129,17 @@ def test_work_of_devices_that_share_cores_adds_up():
 def test_fits_are_exact_where_the_samples_are_and_not_bent_by_one_that_is_not():
     sizes = [{"bytes": n, "rows": r} for n, r in itertools.product((10, 1000, 100_000), (1, 8))]
     seconds = [3e-5 + 2e-9 * s["bytes"] + 1e-6 * s["rows"] for s in sizes]
-    line = fit_line(sizes, seconds)
+    line = fit(sizes, seconds)
     assert np.allclose([line.fixed_s, line.s_per["bytes"], line.s_per["rows"]], [3e-5, 2e-9, 1e-6], rtol=1e-6)
     assert max(map(abs, line.residuals)) < 1e-6
     seconds[0] *= 20
-    bent = fit_line(sizes, seconds)
+    bent = fit(sizes, seconds)
     assert math.isclose(float(bent(bytes=100_000, rows=8)), float(line(bytes=100_000, rows=8)), rel_tol=0.05)
 
 
 @given(st.lists(st.floats(1e-6, 1e-2), min_size=3, max_size=8))
 def test_no_fit_has_a_negative_cost(seconds):
-    line = fit_line([{"bytes": 10**i, "rows": i + 1} for i in range(len(seconds))], seconds)
+    line = fit([{"bytes": 10**i, "rows": i + 1} for i in range(len(seconds))], seconds)
     assert line.fixed_s >= 0 and min(line.s_per.values()) >= 0 and len(line.residuals) == len(seconds)
 
 

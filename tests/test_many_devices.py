@@ -62,7 +62,7 @@ def _environment() -> dict[str, str]:
 def test_two_processes_calibrate_together(tmp_path):
     """As on a slice of two hosts: both take part, one writes, and the blocks with their turns are the same in each."""
     out = tmp_path / "chip.toml"
-    command = ["--quick", "--repeats", "1", "--rounds", "1", "--processes", "2", "--json", "--out", str(out)]
+    command = ["--quick", "--repeats", "1", "--processes", "2", "--json", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.calibrate", *command],
         capture_output=True,

@@ -13,7 +13,7 @@ import numpy as np
 from models.attention import block_size
 
 if TYPE_CHECKING:
-    from partitioning.cost import Numbers
+    from partitioning.numbers import Numbers
 
 
 def matmuls(block: str) -> tuple[tuple[str, str, str, str], ...]:
