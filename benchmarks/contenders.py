@@ -48,7 +48,7 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
     return numbers | {
         "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
-        "n_collectives": sum(p.count for p in found),
+        "n_collectives": sum(p.count for p in found if not p.rides),
     }
 
 
@@ -120,7 +120,7 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
         "peak_bytes_per_chip": compiled.peak_bytes,
         "collectives": [dataclasses.asdict(m) for m in matched],
         "collective_bytes": sum(c.bytes * c.trips for c in collectives),
-        "n_collectives": sum(c.trips for c in collectives),
+        "n_collectives": round(sum(c.trips / c.n_merged for c in collectives)),
         "unexplained": sum(not m.explained for m in matched),
         "rematerialisations": len(compiled.warnings),
     }

@@ -27,10 +27,11 @@ def commands() -> str:
 def layouts() -> str:
     """Every layout's ladder through one layer, for PaLM 540B on 64 chips: the collectives and what a chip receives."""
     out = [
-        "| layout/attention | one layer: collective(axes) on the tensor that it makes | MB a chip a layer |",
-        "|---|---|---|",
+        "| layout/attention | one layer: collective(axes) on the tensor that it makes; + shares the one before "
+        "| number | MB a chip a layer |",
+        "|---|---|---|---|",
     ]
-    for name in LAYOUTS:
+    for name in (*LAYOUTS, "ws1d+lean", "ws2d+lean"):
         for attention in ("heads", "batch"):
             try:
                 if not layout(name, attention, (4, 4, 4), 1).explicit:
@@ -47,8 +48,11 @@ def layouts() -> str:
                 attention=attention,
             )
             moved = [s for s in steps(point) if s["scope"].startswith("layer/") and s["kind"] not in (None, "slice")]
-            ladder = "; ".join(f"{s['kind']}({''.join(s['axes'])}) {s['to']}" for s in moved)
-            out.append(f"| {name}/{attention} | {ladder or 'none'} | {sum(s['bytes'] for s in moved) / 1e6:,.2f} |")
+            ladder = "; ".join(f"{'+ ' * s['rides']}{s['kind']}({''.join(s['axes'])}) {s['to']}" for s in moved)
+            n = sum(not s["rides"] for s in moved)
+            out.append(
+                f"| {name}/{attention} | {ladder or 'none'} | {n} | {sum(s['bytes'] for s in moved) / 1e6:,.2f} |"
+            )
     return "\n".join(out)
 
 

@@ -45,6 +45,7 @@ WHAT = {
     "logits": "logits",
     "sample": "best token of every part",
 }
+RIDERS = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V"}
 
 
 def notation(dims: Sequence[str], spec: P) -> str:
@@ -64,7 +65,8 @@ def notation(dims: Sequence[str], spec: P) -> str:
 
 
 def steps(point: Point) -> list[dict]:
-    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count.
+    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count; `rides`
+    says that it shares the collective of another tensor of its scope.
 
     Seconds are analytic, and None for chips without a data sheet.
 
@@ -77,6 +79,7 @@ def steps(point: Point) -> list[dict]:
     found = []
     for stage in stages(layout, config.block, config.n_layers, True):
         common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
+        common |= {"rides": stage.rides}
         if len(stage.ladder) == 1:
             at = notation(stage.dims, stage.ladder[0])
             found.append(
@@ -109,6 +112,8 @@ def steps(point: Point) -> list[dict]:
 
 
 def _what(stage: Stage) -> str:
+    if stage.rides:
+        return RIDERS[stage.dims]
     return WHAT[stage.scope.rsplit("/", 1)[-1]]
 
 
@@ -147,7 +152,7 @@ def _show(point: Point, rows: list[dict]) -> None:
     table.add_column("us", justify="right")
     table.add_column("times", justify="right")
     for row in rows:
-        move = f"{row['kind']}({''.join(row['axes'])})" if row["kind"] else ""
+        move = f"{'+ ' if row['rides'] else ''}{row['kind']}({''.join(row['axes'])})" if row["kind"] else ""
         volume = f"{row['bytes'] / 1e3:,.2f}" if row["bytes"] else ""
         taken = "" if row["seconds"] is None else f"{row['seconds'] * 1e6:,.1f}"
         table.add_row(
@@ -157,9 +162,10 @@ def _show(point: Point, rows: list[dict]) -> None:
     console.print(table)
     moved = [r for r in rows if r["kind"] and r["kind"] != "slice"]
     in_layer = [r for r in moved if r["count"] == point.config.n_layers and "/" in r["scope"]]
+    n_layer, n_pass = (math.fsum(r["count"] for r in some if not r["rides"]) for some in (in_layer, moved))
     console.print(
-        f"{len(in_layer)} collectives a layer, {sum(r['bytes'] for r in in_layer) / 1e3:,.2f} kB a chip a layer; "
-        f"{math.fsum(r['count'] for r in moved):.0f} collectives, "
+        f"{n_layer / point.config.n_layers:.0f} collectives a layer, "
+        f"{sum(r['bytes'] for r in in_layer) / 1e3:,.2f} kB a chip a layer; {n_pass:.0f} collectives, "
         f"{sum(r['bytes'] * r['count'] for r in moved) / 1e3:,.2f} kB a chip in the pass."
     )
 

@@ -256,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batches", help="such as 1,2,4 or 1..64 (default: to 1024, sixteen to a doubling)")
     p.add_argument("--weights", default="bf16,int8", help="(default: bf16,int8)")
     p.add_argument("--layouts", default=",".join(PLANNED), help=f"(default: {','.join(PLANNED)})")
-    p.add_argument("--attention", default="heads,batch", help="(default: heads,batch)")
+    p.add_argument("--attention", default="heads,batch", help="(default: heads,batch; also batch-x, batch-xy...)")
     p.add_argument("--top", type=int, default=10, help="lines of the ranking (default: 10)")
     p.add_argument("--out", type=Path, help="folder for plan.svg, plan.png and plan.jsonl")
     p.add_argument("--json", action="store_true", help="one JSON object a line: ranking, front, refused, summary")

@@ -19,8 +19,8 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument("--batch", type=int, default=batch, help="default: %(default)s")
     p.add_argument("--length", type=int, default=1, help="default: %(default)s")
     p.add_argument("--context", type=int, help=f"default: {context} in decode, 0 in prefill")
-    p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
-    p.add_argument("--attention", default="batch", help="heads, batch")
+    p.add_argument("--layout", default="ws2d", help=f"{', '.join(LAYOUTS)}; with variants: ws2d+lean")
+    p.add_argument("--attention", default="batch", help="heads, batch, or batch-x, batch-xy...: over some of the axes")
     p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
     p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 

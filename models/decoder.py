@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from models.attention import attend, rope, rope_tables
 from models.cache import Cache, cache_spec, write
 from models.config import ModelConfig
-from partitioning.collectives import follow, local
+from partitioning.collectives import follow, follow_together, local
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 
@@ -82,20 +82,23 @@ class Block(nnx.Module):
         config = self.config
         with scope("x"):
             y = follow(x, layout.x)
-        y = rms_norm(y, self.norm[...], layout.x, config.norm_eps)
+        y, squares = normalise(y, self.norm[...], layout, config.norm_eps)
         with scope("w_in"):
             w_in = follow(self.w_in[...], layout.w_in)
         with scope("h"):
-            h = follow(matmul("te,ec->tc", y, w_in, layout.h, _value(self.w_in_scale)), layout.h)
-
-        parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
+            made = [matmul("te,ec->tc", y, w_in, layout.h, _value(self.w_in_scale))]
         if self.has_attention:
             with scope("kv"):
                 y_kv = follow(y, layout.x_kv)
             with scope("w_kv"):
                 w_kv = follow(self.w_kv[...], layout.w_kv)
             with scope("kv"):
-                kv = follow(matmul("te,ed->td", y_kv, w_kv, layout.kv, _value(self.w_kv_scale)), layout.kv)
+                made.append(matmul("te,ed->td", y_kv, w_kv, layout.kv, _value(self.w_kv_scale)))
+        h, *kvs = gather_sums(made, squares, layout, config.norm_eps)
+
+        parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
+        if self.has_attention:
+            (kv,) = kvs
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
@@ -248,6 +251,51 @@ def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.
     with scope("norm"):
         (squares,) = local(lambda x: (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1),), [at], [stat])(x)
         return local(scaled, [at, stat, across], [at])(x, follow(squares, stat), follow(scale, across))[0]
+
+
+def normalise(x: jax.Array, scale: jax.Array, layout: Layout, eps: float) -> tuple[jax.Array, jax.Array | None]:
+    """The input of a block's matmuls, TE as `layout.x` ends, normalised.
+
+    Where its mean square travels with what the matmuls make (`layout.together`), it is only multiplied by `scale`, and
+    the chips' parts of it [T] come beside it: the mean square is a factor of each row, which may follow later.
+    """
+    if not layout.together:
+        return rms_norm(x, scale, layout.x, eps), None
+    at = layout.x[-1]
+    across = (P(None), P(entries(at)[1]))
+
+    def scaled(y, scale):
+        return y * scale, jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1) / x.shape[-1]
+
+    with scope("norm"):
+        return local(scaled, [at, across], [at, norm_ladder(at)])(x, follow(scale, across))
+
+
+def gather_sums(made: list[jax.Array], squares: jax.Array | None, layout: Layout, eps: float) -> list[jax.Array]:
+    """What the matmuls made of a block's input, hidden units and (where there are any) K and V, down their ladders.
+
+    With `squares` of `normalise`, in one all-reduce, and each row times its factor.
+    """
+    scopes, ladders = ("h", "kv"), (layout.h, layout.kv)
+    if squares is not None:
+        stat = norm_ladder(layout.x[-1])
+        with scope("h"):
+            sums = [*(ladder[:2] for ladder in ladders[: len(made)]), stat]
+            *made, squares = follow_together([*made, squares], sums)
+            made = [_by_row(a, squares, ladder[1], eps) for a, ladder in zip(made, ladders, strict=False)]
+            ladders = tuple(ladder[1:] for ladder in ladders)
+    found = []
+    for name, array, ladder in zip(scopes, made, ladders, strict=False):
+        with scope(name):
+            found.append(follow(array, ladder))
+    return found
+
+
+def _by_row(x: jax.Array, squares: jax.Array, at: P, eps: float) -> jax.Array:
+    """x / sqrt(mean square + eps), of `x` [T, ...] placed as `at` says; `squares`, the means, are whole."""
+    rows = P(entries(at)[0])
+    squares = follow(squares, (P(None), rows) if axes_of(rows[0]) else (rows,))
+    return local(lambda x, s: (x * lax.rsqrt(s + eps).astype(x.dtype)[:, None],), [at, rows], [at])(x, squares)[0]
 
 
 def attention(

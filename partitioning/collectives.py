@@ -116,6 +116,20 @@ def follow(array: jax.Array, ladder: Ladder) -> jax.Array:
     return array
 
 
+def follow_together(arrays: Sequence[jax.Array], ladders: Sequence[Ladder]) -> list[jax.Array]:
+    """Several arrays down their ladders, whose first moves are all-reduces over the same axes: one collective."""
+    first = [moves(ladder)[0] for ladder in ladders]
+    if len({(move.kind, move.axes) for move in first}) != 1 or first[0].kind != "all-reduce":
+        raise ValueError(f"{first} are not one all-reduce")
+
+    def reduce(*shards: jax.Array) -> tuple[jax.Array, ...]:
+        return lax.psum(shards, first[0].axes)
+
+    ins, outs = tuple(m.src for m in first), tuple(m.dst for m in first)
+    summed = jax.shard_map(reduce, in_specs=ins, out_specs=outs)(*arrays)
+    return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
+
+
 def tpu() -> Any:
     """What the devices of the ambient mesh are (`device_kind`, `num_cores`), if TPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -330,6 +330,7 @@ def _listed(plan: Recipe, c: Constants, size: Mapping[str, Any], element: Mappin
         n_bytes = e.factor * element[e.dtype]
         for dim in e.dims:
             n_bytes = n_bytes * size[dim]
-        latency = c["collective_s"] + e.hops * c["hop_s"] + (MESSAGE_S * e.n_group if e.kind == "all-to-all" else 0)
-        found.append((e, n_bytes, n_bytes * e.s_per_byte / c["link_efficiency"] + latency))
+        messages = e.n_group if e.kind == "all-to-all" else 0
+        start = (0 if e.rides else c["collective_s"]) + e.hops * c["hop_s"] + messages * MESSAGE_S
+        found.append((e, n_bytes, n_bytes * e.s_per_byte / c["link_efficiency"] + start))
     return tuple(found)

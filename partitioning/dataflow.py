@@ -22,7 +22,8 @@ from partitioning.mesh import AXES, Shape
 class Stage:
     """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
 
-    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`.
+    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`;
+    `rides`: its one move shares the collective of another tensor of its scope.
     """
 
     scope: str
@@ -30,12 +31,13 @@ class Stage:
     ladder: Ladder
     count: int = 1
     dtype: str = "act"
+    rides: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A collective that the layout asks for. `bytes`: what one chip must receive, in one execution; `itemsize`: of one
-    element of what moves."""
+    element of what moves; `merged`: with others of its scope it is one collective, of which all but one `rides`."""
 
     scope: str
     kind: Kind
@@ -43,6 +45,8 @@ class Planned:
     bytes: int
     count: int
     itemsize: int
+    merged: bool = False
+    rides: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,14 +136,21 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
 
 
 def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
+    stat, kv, rides = norm_ladder(layout.x[-1]), layout.kv, layout.together
     yield Stage(scope=f"{scope}/x", dims=("T", "E"), ladder=layout.x, count=n)
-    yield Stage(scope=f"{scope}/norm", dims=("T",), ladder=norm_ladder(layout.x[-1]), count=n, dtype="f32")
+    if not rides:
+        yield Stage(scope=f"{scope}/norm", dims=("T",), ladder=stat, count=n, dtype="f32")
     yield Stage(scope=f"{scope}/w_in", dims=("E", c), ladder=layout.w_in, count=n, dtype="weight")
     yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n)
+    if rides:
+        yield Stage(scope=f"{scope}/h", dims=("T",), ladder=stat, count=n, dtype="f32", rides=True)
     if attends:
+        if rides:
+            yield Stage(scope=f"{scope}/h", dims=("T", "D"), ladder=kv[:2], count=n, rides=True)
+            kv = kv[1:]
         yield Stage(scope=f"{scope}/kv", dims=("T", "E"), ladder=layout.x_kv, count=n)
         yield Stage(scope=f"{scope}/w_kv", dims=("E", "D"), ladder=layout.w_kv, count=n, dtype="weight")
-        yield Stage(scope=f"{scope}/kv", dims=("T", "D"), ladder=layout.kv, count=n)
+        yield Stage(scope=f"{scope}/kv", dims=("T", "D"), ladder=kv, count=n)
         yield Stage(scope=f"{scope}/q", dims=("T", "H", "Q"), ladder=layout.q, count=n)
         yield Stage(scope=f"{scope}/o", dims=("T", "H", "Q"), ladder=layout.o, count=n)
     yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n)
@@ -168,6 +179,8 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     check(layout, config, pass_, mesh)
     sizes = dict(zip(AXES, mesh, strict=True))
     size = letters(config, pass_, layout, mesh)
+    found = stages(layout, config.block, config.n_layers, not pass_.all_logits)
+    shared = {stage.scope for stage in found if stage.rides}
     return [
         Planned(
             scope=stage.scope,
@@ -176,8 +189,10 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
             bytes=bytes_of(move, stage, size, pass_, sizes),
             count=stage.count,
             itemsize=_itemsize(stage, pass_),
+            merged=stage.scope in shared,
+            rides=stage.rides,
         )
-        for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
+        for stage in found
         for move in moves(stage.ladder)
         if move.kind != "slice"
     ]

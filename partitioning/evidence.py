@@ -187,7 +187,7 @@ def _same_kind(p: Planned, near: Near) -> Near:
 
 def _exact(p: Planned, near: Near) -> Found:
     same = [(s, c) for s, c in _same_kind(p, near) if c.bytes == p.bytes]
-    return (same[:1], "merged" if same[0][1].n_merged > 1 else "as planned") if same else None
+    return (same[:1], "merged" if same[0][1].n_merged > 1 and not p.merged else "as planned") if same else None
 
 
 def _widened(p: Planned, near: Near) -> Found:

@@ -19,15 +19,17 @@ cache written by wgxyz is where ws2d looks for it.
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
 from partitioning.mesh import AXES, Shape
 
-Attention = Literal["heads", "batch"]
+Attention = str
+"""`heads`, `batch`, or `batch-` and the axes that the batch is split over where that is not all: `batch-x`."""
 Ladder = tuple[P, ...]
 Axes = tuple[str, ...]
 
@@ -65,6 +67,8 @@ class Layout:
     rows: Ladder  # RE, from the residual stream to the input of the unembedding
     logits: Ladder  # RV
     ids: Ladder  # R, sampled tokens
+    together: bool = False
+    """Whether K, V and the norm's sum are all-reduced in one collective with the hidden units."""
 
     def __hash__(self) -> int:
         """Of all fields, worked out once: layouts are keys of many look-ups."""
@@ -89,7 +93,12 @@ class Layout:
             elif isinstance(value, tuple):
                 rungs = [trim(spec, sizes) for spec in value]
                 changed[field.name] = tuple(s for i, s in enumerate(rungs) if i == 0 or s != rungs[i - 1])
+        changed["together"] = self.together and len(changed["h"]) > 1
         return dataclasses.replace(self, **changed)
+
+
+Maker = Callable[[Attention, Axes], Layout]
+"""A layout by its attention and the axes that KV heads can be split over."""
 
 
 def entries(spec: P) -> tuple[Any, ...]:
@@ -113,16 +122,25 @@ def trim(spec: P, sizes: Mapping[str, int]) -> P:
     )
 
 
-def _attend(attention: Attention, *, batch: Axes, heads: Axes, partial: Axes, w_kv: Axes, kv: Axes, e: Axes) -> dict:
+class NoAxisLeft(ValueError):
+    """Attention that a layout leaves no axis for."""
+
+
+def _attend(attention: str, *, batch: Axes, heads: Axes, partial: Axes, w_kv: Axes, kv: Axes, e: Axes) -> dict:
     """The ladders around attention.
 
     Args:
+        attention: `heads`; `batch`: H is whole and T split over all axes of `heads`; `batch-x`, `batch-xy`...: only
+            over those named, which end `heads`, and H stays split over the others.
         batch: axes that T is split over before attention.
-        heads: axes that H is split over before attention; `batch` attention moves them to T.
+        heads: axes that H is split over before attention.
         partial: axes that K and V are partial sums over when they leave their matmul.
         w_kv: axes that the columns of K and V are split over in their matmul.
         kv: axes that the KV heads can be split over under `heads` attention.
         e: axes that E is split over at the input of the matmuls.
+
+    Raises:
+        NoAxisLeft: the axes named do not end `heads`.
     """
     split = P(batch, heads, None)
     source = P(batch, e)
@@ -135,26 +153,43 @@ def _attend(attention: Attention, *, batch: Axes, heads: Axes, partial: Axes, w_
             "o": (split,),
             "cache": P(batch, kv, None, None),
         }
-    every = batch + heads
+    moved = _moved(attention, heads)
+    every, kept = batch + moved, heads[: len(heads) - len(moved)]
     before = tuple(a for a in every if a not in partial)
-    if w_kv:  # like Q: heads to batch, then what is left of the batch is cut off
+    kv_moved, kv_kept = tuple(a for a in w_kv if a in moved), tuple(a for a in w_kv if a not in moved)
+    if kv_moved:  # like Q: heads to batch, then what is left of the batch is cut off
         x_kv = (source,)
         kv_ladder = (
             P(batch, w_kv, unreduced=frozenset(partial)),
-            P(batch + w_kv, None, unreduced=frozenset(partial)),
-            P(before, None, unreduced=frozenset(partial)),
-            P(every, None),
+            P(batch + kv_moved, kv_kept, unreduced=frozenset(partial)),
+            P(before, kv_kept, unreduced=frozenset(partial)),
+            P(every, kv_kept),
         )
-    else:  # multiquery: K and V are made on the batch slice that they end on
+    else:  # as with multiquery: K and V are made on the batch slice that they end on
         x_kv = (source, P(before, e))
-        kv_ladder = (P(before, None, unreduced=frozenset(partial)), P(every, None))
+        kv_ladder = (P(before, kv_kept, unreduced=frozenset(partial)), P(every, kv_kept))
     return {
         "x_kv": x_kv,
         "kv": kv_ladder,
-        "q": (split, P(every, None, None)),
-        "o": (P(every, None, None), split),
-        "cache": P(every, None, None, None),
+        "q": (split, P(every, kept, None)),
+        "o": (P(every, kept, None), split),
+        "cache": P(every, kv_kept, None, None),
     }
+
+
+def _moved(attention: str, heads: Axes) -> Axes:
+    """The axes that go from heads to batch, in the order of `heads`."""
+    if attention == "batch":
+        return heads
+    named = attention.removeprefix("batch-")
+    moved = heads[len(heads) - len(named) :] if len(named) < len(heads) else ()
+    if not moved or set(moved) != set(named):
+        known = ["batch-" + "".join(sorted(heads[i:])) for i in range(len(heads) - 1, 0, -1)]
+        raise NoAxisLeft(
+            f"attention={attention!r}: heads are split over {'*'.join(heads) or 'nothing'} here; known: "
+            + ", ".join(["heads", *known, "batch"])
+        )
+    return moved
 
 
 def ws1d(attention: Attention, kv: Axes) -> Layout:
@@ -206,8 +241,9 @@ def wgx(attention: Attention, kv: Axes) -> Layout:
     """X weight-gathered: batch over x, weights gathered over x. Paper, section 3.2.3 and figure A.2."""
     kv_zy = tuple(a for a in kv if a != "x")
     return dataclasses.replace(
-        ws2d(attention, kv),
+        ws2d("heads", kv),
         name="wgx",
+        attention=attention,
         w_in=(P("x", ZY), P(None, ZY)),
         w_kv=(P("x", kv_zy), P(None, kv_zy)),
         w_out=(P(ZY, "x"), P(ZY, None)),
@@ -231,8 +267,9 @@ def wgxy(attention: Attention, kv: Axes) -> Layout:
     kv_z = tuple(a for a in kv if a == "z")
     yx = ("y", "x")
     return dataclasses.replace(
-        ws2d(attention, kv),
+        ws2d("heads", kv),
         name="wgxy",
+        attention=attention,
         w_in=(P("x", ZY), P(None, ZY), P(None, "z")),
         w_kv=(P("x", kv_zy), P(None, kv_zy), P(None, kv_z)),
         w_out=(P(ZY, "x"), P(ZY, None), P("z", None)),
@@ -255,8 +292,9 @@ def wgxyz(attention: Attention, kv: Axes) -> Layout:
     """XYZ weight-gathered: batch over all chips, whole weights gathered, no activation moves. Section 3.2.3."""
     kv_zy = tuple(a for a in kv if a != "x")
     return dataclasses.replace(
-        ws2d(attention, kv),
+        ws2d("heads", kv),
         name="wgxyz",
+        attention=attention,
         w_in=(P("x", ZY), P(None, ZY), P(None, None)),
         w_kv=(P("x", kv_zy), P(None, kv_zy), P(None, None)),
         w_out=(P(ZY, "x"), P(ZY, None), P(None, None)),
@@ -278,6 +316,8 @@ def replicated(attention: Attention, kv: Axes) -> Layout:
     """Whole weights on every chip. `batch`: the chips share out the batch and never talk but for the sampled tokens;
     `heads`: every chip does everything but attention, which is split over heads. A comparator, not in the paper."""
     whole = P(None, None)
+    if attention not in ("heads", "batch"):
+        raise NoAxisLeft(f"attention={attention!r}: layout='replicated' has heads and batch only")
     if attention == "batch":
         t = P(ZYX, None)
         around = _attend("batch", batch=ZYX, heads=(), partial=(), w_kv=(), kv=(), e=())
@@ -317,11 +357,38 @@ def auto(attention: Attention, kv: Axes) -> Layout:
     return dataclasses.replace(placed, name="auto", **dict.fromkeys(activations, ()))
 
 
-class NoAxisLeft(ValueError):
-    """Attention over heads under a layout that leaves no axis to split them over."""
+def lean(make: Maker) -> Maker:
+    """As few collectives as a weight-stationary layout can do with: what is scattered and then gathered again over the
+    same axes is all-reduced, and stays whole in between; K, V and the norm's sum ride along with the hidden units.
+
+    A matmul whose inner dimension is split must be summed once: one all-reduce in a parallel layer in 1D, two in 2D;
+    attention over the batch moves Q there and its output back. The same bytes, and elementwise work that chips repeat:
+    for decode steps, where the number of collectives decides.
+
+    Raises:
+        ValueError: a layout that gathers weights, or has nothing to save.
+    """
+
+    def made(attention: Attention, kv: Axes) -> Layout:
+        if make not in (ws1d, ws2d):
+            raise ValueError(f"layout='{make.__name__}+lean' does not exist: lean is for ws1d and ws2d")
+        base = make("heads", kv)
+        e = base.x[-1]
+        whole = {"embed": (base.embed[0], e), "x": (e,), "out": (base.out[0], e), "rows": (e,)}
+        if make is ws1d:
+            return dataclasses.replace(ws1d(attention, kv), **whole)
+        hidden = P(None, ZY)
+        kv_zy = tuple(a for a in kv if a != "x")
+        around = _attend(attention, batch=(), heads=ZY, partial=("x",), w_kv=kv_zy, kv=kv_zy, e=("x",))
+        summed, *rest = around["kv"]  # first, in one collective with h
+        around["kv"] = (summed, *(P(*entries(spec)) for spec in (summed, *rest)))
+        changed = whole | around | {"h": (base.h[0], hidden), "g": (hidden,), "together": True}
+        return dataclasses.replace(base, attention=attention, **changed)
+
+    return made
 
 
-LAYOUTS: dict[str, Callable[[Attention, Axes], Layout]] = {
+LAYOUTS: dict[str, Maker] = {
     "ws1d": ws1d,
     "ws2d": ws2d,
     "wgx": wgx,
@@ -332,27 +399,55 @@ LAYOUTS: dict[str, Callable[[Attention, Axes], Layout]] = {
 }
 
 
+VARIANTS: dict[str, Callable[[Maker], Maker]] = {"lean": lean}
+"""What a layout's name may end in, after a `+`: a function of what makes the record."""
+
+
 def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
-    """The layout `name` with its attention over `heads` or `batch`, for a mesh and a number of KV heads.
+    """The layout `name`, with variants (`ws2d+lean`) and its attention, for a mesh and a number of KV heads.
 
     Raises:
         ValueError: an unknown name, or attention that the layout does not have.
     """
-    if name not in LAYOUTS:
-        near = difflib.get_close_matches(str(name), LAYOUTS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"layout={name!r} is unknown{hint}; known: {', '.join(LAYOUTS)}")
-    if attention not in ("heads", "batch"):
-        raise ValueError(f"attention={attention!r} must be 'heads' or 'batch'")
-    return _layout(LAYOUTS[name], attention, mesh, kv_axes(mesh, n_kv_heads))
+    made_by = parts_of(name)
+    if not is_attention(attention):
+        raise ValueError(f"attention={attention!r} must be 'heads' or 'batch', or 'batch-' with some of the axes xyz")
+    return _layout(made_by, name, attention, mesh, kv_axes(mesh, n_kv_heads))
+
+
+def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
+    """What makes the layout `name`, and its variants.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    base, *variants = str(name).split("+")
+    for part, known in ((base, LAYOUTS), *((v, VARIANTS) for v in variants)):
+        if part not in known:
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            what = f"layout={name!r} is unknown" if known is LAYOUTS else f"layout={name!r}: {part!r} is no variant"
+            raise ValueError(f"{what}{hint}; known: {', '.join(known)}")
+    if len(set(variants)) < len(variants):
+        raise ValueError(f"layout={name!r} names a variant twice")
+    return (LAYOUTS[base], *(VARIANTS[v] for v in variants))
+
+
+def is_attention(text: str) -> bool:
+    """Whether some layout may have such attention: `heads`, `batch`, `batch-x`, `batch-xy`..."""
+    return bool(re.fullmatch(r"heads|batch(-(?=.)x?y?z?)?", text))
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(make: Callable[[Attention, Axes], Layout], attention: Attention, mesh: Shape, kv: Axes) -> Layout:
-    made = make(attention, kv)
+def _layout(made_by: tuple[Callable[..., Any], ...], name: str, attention: Attention, mesh: Shape, kv: Axes) -> Layout:
+    """`made_by`, what the parts of `name` stand for, is in the key: tests register others under old names."""
+    make, *variants = made_by
+    for variant in variants:
+        make = variant(make)
+    made = dataclasses.replace(make(attention, kv), name=name)
     if attention == "heads" and made.explicit and not any(axes_of(spec[1]) for spec in made.q):
         raise NoAxisLeft(
-            f"attention='heads' makes no sense under layout={made.name!r}: no axis is left to split heads over; "
+            f"attention='heads' makes no sense under layout={name!r}: no axis is left to split heads over; "
             "use attention='batch'"
         )
     return made.on(mesh)

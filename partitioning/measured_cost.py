@@ -44,6 +44,7 @@ class Moved:
     factor: float
     in_layer: bool
     is_weight: bool
+    rides: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,7 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
                     factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts,
                     in_layer="/" in stage.scope,
                     is_weight=stage.dtype == "weight",
+                    rides=stage.rides,
                 )
             )
     return tuple(found)
@@ -183,10 +185,11 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     # collectives
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
     found, outside = [], np.float64(0.0)
-    for m in moved(layout, block, mesh):
-        n_bytes = m.factor * element[m.dtype] * math.prod(size[d] for d in m.dims)
+    each = [(m, m.factor * element[m.dtype] * math.prod(size[d] for d in m.dims)) for m in moved(layout, block, mesh)]
+    for m, n_bytes in each:
         columns = size[m.dims[1]] / m.other_split if len(m.dims) == 2 else 0
-        taken = machine.collective_s(m.kind, m.n_group, m.at, n_bytes, columns, "".join(m.axes))
+        whole = n_bytes + sum(b for other, b in each if other.rides and other.scope == m.scope)
+        taken = machine.collective_s(m.kind, m.n_group, m.at, whole, columns, "".join(m.axes)) if not m.rides else 0.0
         found.append((m, n_bytes, taken))
         if m.in_layer:
             layer["collective_s"] = layer["collective_s"] + taken

@@ -29,7 +29,7 @@ from partitioning.chips import Chip, chip
 from partitioning.cost import Constants, constants_of, price
 from partitioning.dataflow import Pass, check
 from partitioning.interconnect import Kind, rate, rings
-from partitioning.layouts import LAYOUTS, Layout, NoAxisLeft, axes_of, entries, layout
+from partitioning.layouts import LAYOUTS, Layout, NoAxisLeft, axes_of, entries, is_attention, layout, parts_of
 from partitioning.limits import MOST, batch_step
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.numbers import Numbers, model_numbers
@@ -109,9 +109,14 @@ class Space:
                 raise ValueError(f"{name} is empty: give at least one")
             object.__setattr__(self, name, values)
             for value in values if name in known else ():
-                if value not in known[name]:
+                if name == "attentions" and is_attention(value):
+                    continue
+                base = value.split("+")[0] if name == "layouts" else value
+                if base not in known[name]:
                     rest = " (it has no plan: XLA decides)" if value == "auto" else ""
                     raise ValueError(f"{name}={value!r} must be of {', '.join(known[name])}{rest}")
+                if base != value:
+                    parts_of(value)
         for batch in self.batches:
             if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= MOST:
                 raise ValueError(f"batch={batch!r} must be an integer of at least 1, and at most {MOST}")

@@ -21,7 +21,10 @@ from partitioning.mesh import AXES, Shape, Slice
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A collective of the plan with its sizes left open: bytes = factor x product of `dims` x element size."""
+    """A collective of the plan with its sizes left open: bytes = factor x product of `dims` x element size.
+
+    One that `rides` shares another's instruction: its bytes cost, its start does not.
+    """
 
     scope: str
     kind: str
@@ -34,6 +37,7 @@ class Entry:
     s_per_byte: float
     hops: int
     n_group: int
+    rides: bool
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,8 +73,9 @@ def _entries_of(
                     in_layer="/" in stage.scope,
                     is_weight=is_weight,
                     s_per_byte=per_byte,
-                    hops=hops,
+                    hops=0 if stage.rides else hops,
                     n_group=k,
+                    rides=stage.rides,
                 )
             )
     return tuple(found)
@@ -124,7 +129,7 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
         moving[key] = moving.get(key, 0.0) + e.factor * e.s_per_byte
         where = "exposed" if e.in_layer else "outside"
         n, hops, messages = fixed[where]
-        fixed[where] = (n + 1, hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
+        fixed[where] = (n + (not e.rides), hops + e.hops, messages + (e.n_group if e.kind == "all-to-all" else 0))
     return Recipe(chip=chip_, splits=splits(layout, mesh), gathered=gathered, entries=found, moving=moving, fixed=fixed)
 
 

@@ -1,0 +1,107 @@
+"""Layouts with variants, and attention over part of the axes: the battery, the plan, and what they are for."""
+
+import pytest
+from battery import CHECKS, SHORT_CHECKS, Bench, model
+
+from models.config import ModelConfig
+from partitioning.cost import estimate
+from partitioning.dataflow import Pass, plan
+from partitioning.layouts import layout
+from partitioning.mesh import Shape
+from partitioning.point import Point
+
+LEAN = [
+    ("ws1d+lean", "heads"),
+    ("ws1d+lean", "batch"),
+    ("ws1d+lean", "batch-xy"),
+    ("ws2d+lean", "heads"),
+    ("ws2d+lean", "batch"),
+    ("ws2d+lean", "batch-y"),
+]
+PARTIAL = [("ws1d", "batch-x"), ("ws2d", "batch-x"), ("ws2d", "batch-xy"), ("wgx", "batch-y")]
+POINT = {"model": "palm-540b-h64", "slice": "v4:4x4x4", "phase": "decode", "batch": 64, "context": 2048}
+
+
+def per_layer(name: str, attention: str, block: str = "parallel", kv: int = 1, shape: Shape = (2, 2, 2)) -> int:
+    config = model(block, kv)
+    found = plan(layout(name, attention, shape, kv), config, Pass(batch=8, length=1, capacity=4), shape)
+    return sum(p.count for p in found if "/" in p.scope and not p.rides) // config.n_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), LEAN + PARTIAL)
+@pytest.mark.parametrize(("block", "kv"), [("parallel", 1), ("serial", 16)])
+def test_battery(name, attention, block, kv):
+    bench = Bench(model(block, kv), name, attention, (2, 2, 2))
+    for check in CHECKS:
+        check(bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), LEAN + PARTIAL)
+@pytest.mark.parametrize(("shape", "kv"), [((1, 2, 4), 1), ((4, 2, 1), 4), ((8, 1, 1), 1), ((2, 2, 2), 4)])
+def test_other_meshes(name, attention, shape, kv):
+    bench = Bench(model("parallel", kv), name, attention, shape)
+    for check in SHORT_CHECKS:
+        check(bench)
+
+
+def test_the_fewest_collectives_of_a_layer():
+    """One sum in 1D, two in 2D, and two more where attention goes to the batch; a serial block twice the sums."""
+    assert [per_layer(name, "heads") for name in ("ws1d+lean", "ws2d+lean")] == [1, 2]
+    assert [per_layer(name, "batch") for name in ("ws1d+lean", "ws2d+lean")] == [3, 4]
+    assert [per_layer(name, "heads", "serial", 16) for name in ("ws1d+lean", "ws2d+lean")] == [2, 4]
+    assert [per_layer(name, "heads") for name in ("ws1d", "ws2d")] == [2, 6]
+    assert [per_layer(name, "batch") for name in ("ws1d", "ws2d")] == [4, 8]
+    assert per_layer("ws2d+lean", "heads", shape=(8, 1, 1)) == per_layer("ws2d+lean", "heads", shape=(1, 2, 4)) == 1
+
+
+def test_few_heads_are_partly_replicated():
+    """Four heads on eight chips: over z and y, and the chips along x do the same ones."""
+    config = ModelConfig(
+        name="few", n_layers=2, d_model=40, d_ff=96, n_heads=4, d_head=6, n_kv_heads=1, vocab=91, block="parallel"
+    )
+    with pytest.raises(ValueError, match="n_heads=4 is not divisible"):
+        Bench(config, "ws2d", "heads", (2, 2, 2)).program(1, True)
+    for check in CHECKS:
+        check(Bench(config, "ws2d+lean", "heads", (2, 2, 2)))
+
+
+def test_small_batches_are_split_over_some_of_the_axes():
+    small = POINT | {"batch": 16, "layout": "ws2d"}
+    with pytest.raises(ValueError, match="batch=16 is not divisible"):
+        Point.from_json(small | {"attention": "batch"})
+    held = {a: estimate(Point.from_json(small | {"attention": a})).memory_s for a in ("heads", "batch-x", "batch-xy")}
+    assert held["heads"] > held["batch-x"] > held["batch-xy"]  # less of the cache is read on each chip
+
+
+@pytest.mark.parametrize("attention", ["heads", "batch"])
+def test_lean_costs_no_bytes_and_fewer_starts(attention):
+    few, many = (
+        estimate(Point.from_json(POINT | {"layout": name, "attention": attention})) for name in ("ws1d+lean", "ws1d")
+    )
+    assert sum(c.bytes * c.count for c in few.collectives) == sum(c.bytes * c.count for c in many.collectives)
+    assert few.collective_s < many.collective_s
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "why"),
+    [
+        ("ws2d+leen", "heads", "'leen' is no variant (did you mean 'lean'?); known: lean"),
+        ("ws2d+", "heads", "'' is no variant"),
+        ("+lean", "heads", "layout='+lean' is unknown"),
+        ("wgx+lean", "heads", "lean is for ws1d and ws2d"),
+        ("auto+lean", "batch", "lean is for ws1d and ws2d"),
+        ("ws2d+lean+lean", "heads", "names a variant twice"),
+        ("ws2d", "batch-z", "known: heads, batch-x, batch-xy, batch"),
+        ("ws2d+lean", "batch-x", "known: heads, batch-y, batch"),
+        ("wgxyz", "batch-x", "attention='batch-x'"),
+        ("replicated", "batch-x", "heads and batch only"),
+        ("ws2d", "batch-", "must be 'heads' or 'batch', or 'batch-' with some of the axes xyz"),
+        ("ws2d", "batch-yx", "must be 'heads' or 'batch', or 'batch-' with some of the axes xyz"),
+    ],
+)
+def test_bad_names_are_one_sentence(name, attention, why):
+    with pytest.raises(ValueError, match=r"attention|layout") as found:
+        layout(name, attention, (2, 2, 2), 1)
+    assert why in str(found.value) and "\n" not in str(found.value)
