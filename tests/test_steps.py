@@ -207,3 +207,17 @@ def test_generators_are_made_for_a_layout_pair():
     assert made.decoding(3, None) is made.decoding(3, None)
     assert made.decoding(1, 5) is made.second
     assert made.decode == layout("ws2d", "batch", (2, 2, 2), 1)
+
+
+@pytest.mark.slow
+def test_a_tpu_program_of_several_steps_copies_nothing():
+    """Neither cache nor weights, and no more memory than one step, but for the ids."""
+    pytest.importorskip("libtpu", reason="needs libtpu, the extra `tpu`")
+    fields = {"model": "palm-540b-h64-8l", "batch": 64, "context": 2048, "weights": "int8", "steps_per_call": 4}
+    point = Point.from_json(DECODE | fields)
+    one, several = evidence(dataclasses.replace(point, context=2051, steps_per_call=1)), evidence(point)
+    assert several.unexplained == 0 and several.cache_copies == 0 and several.weight_copies == 0
+    assert one.peak_bytes_per_chip and several.peak_bytes_per_chip
+    assert abs(several.peak_bytes_per_chip - one.peak_bytes_per_chip) < 2**20
+    assert several.compute_s == pytest.approx(one.compute_s, rel=0.02)
+    assert several.stack_compute_s == pytest.approx(one.stack_compute_s, rel=0.02)
