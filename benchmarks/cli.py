@@ -24,6 +24,7 @@ COMMANDS = {
     "explain": ("benchmarks.explain", "one layer's ladder in the paper's notation, with bytes at every step"),
     "plan": ("benchmarks.plan", "ranks layouts, meshes and slices for a goal; names the refused and why"),
     "published": ("benchmarks.published", "the model beside published numbers, with errors and pictures"),
+    "comparisons": ("benchmarks.comparisons", "serial against parallel blocks, kinds of attention over context"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
 }
 

@@ -232,7 +232,7 @@ def show(row: Row, console: Console) -> None:
     p, analytic = row["point"], row["analytic"] or {}
     console.print(
         f"[bold]{p['model']} on {_where(p)}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
-        f"{p['context']}, {p['layout']}/{p['attention']}, {p['weights']} weights"
+        f"{p['context']}, {point_options.per_call(p)}{p['layout']}/{p['attention']}, {p['weights']} weights"
     )
     made = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
     console.print(f"compiled in {row['compile_s']:.1f} s by {made}")

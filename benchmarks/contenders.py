@@ -114,13 +114,14 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
     program = Program(config=config, layout=layout, mesh=mesh, pass_=pass_)
     compiled = program.compile()
     collectives = read(compiled.text, dict(zip(AXES, point.mesh_shape, strict=True)))
-    matched = compare(planned(point), collectives)
+    steps = point.steps_per_call
+    matched = compare(planned(point), collectives, steps=steps)
     row = {
         "compile_s": compiled.compile_s,
         "peak_bytes_per_chip": compiled.peak_bytes,
         "collectives": [dataclasses.asdict(m) for m in matched],
-        "collective_bytes": sum(c.bytes * c.trips for c in collectives),
-        "n_collectives": round(sum(c.trips / c.n_merged for c in collectives)),
+        "collective_bytes": sum((m.bytes or 0) * m.count for m in matched),
+        "n_collectives": round(sum(c.trips / c.n_merged for c in collectives) / point.steps_per_call),
         "unexplained": sum(not m.explained for m in matched),
         "rematerialisations": len(compiled.warnings),
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import compiled_page
 from benchmarks.cli import COMMANDS, InputError, Parser, guarded
 from benchmarks.explain import steps
+from models.presets import SUFFIXES
 from partitioning.layouts import LAYOUTS, layout
 from partitioning.point import Point
 
@@ -56,8 +57,15 @@ def layouts() -> str:
     return "\n".join(out)
 
 
+def suffixes() -> str:
+    """What may follow a model's name."""
+    return "\n".join(
+        ["| suffix | makes of it |", "|---|---|", *(f"| `{n}` | {what} |" for n, what in SUFFIXES.items())]
+    )
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"commands": commands, "layouts": layouts},
+    "README.md": {"commands": commands, "layouts": layouts, "suffixes": suffixes},
     "tpu_compiler.md": compiled_page.PARTS,
 }
 """The parts that a file of this name must have."""

@@ -81,7 +81,7 @@ def show(found: Estimate, console: Console) -> None:
     p = found.point
     console.print(
         f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
-        f"{p.layout}/{p.attention}, {p.weights} weights (analytic)"
+        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights (analytic)"
     )
     console.print(
         f"latency {_time(found.latency_s)} (layers alone {_time(found.stack_latency_s)}), bound by {found.bound}; "

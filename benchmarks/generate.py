@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
     p.add_argument("--cache", type=int, help="cached positions per sequence (default: what the prompts need)")
     p.add_argument("--chunk", type=int, help="prefill in chunks of so many tokens (default: the longest prompt)")
+    p.add_argument(
+        "--steps-per-call",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode steps in one call of the program; it ends early where all have stopped (default: %(default)s)",
+    )
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     p.add_argument("--top-k", type=int, default=0, help="0: all (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="1: all (default)")
@@ -73,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("prompt is missing: --prompt TEXT")
         prompts = [text.encode(sys.stdin.read() if t == "-" else t) for t in options.prompt]
         longest = max(map(len, prompts))
-        for name in ("max_new_tokens", "chunk", "cache"):
+        for name in ("max_new_tokens", "chunk", "cache", "steps_per_call"):
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -108,6 +116,7 @@ def run(options: argparse.Namespace) -> int:
             capacity=capacity,
             chunk=chunk,
             sampler=sampler,
+            steps_per_call=options.steps_per_call,
             itemsize=4 if options.weights == "f32" else 2,
         )
         mesh = attach(shape, chip=slice_.chip, explicit=pair[0].explicit)
@@ -116,16 +125,28 @@ def run(options: argparse.Namespace) -> int:
     dtype = jnp.float32 if options.weights == "f32" else jnp.bfloat16
     params = initial(config, pair[0], mesh, seed=options.seed, dtype=dtype)
     print(f"weights: random, seed {options.seed} (the text is noise)", file=sys.stderr)
-    took: list[float] = [time.perf_counter()]
-    found = generator(
-        params, rows, options.max_new_tokens, stop=text.EOS, each=lambda ids: took.append(time.perf_counter())
-    )
+    took: list[tuple[float, int]] = []  # when a call was through, and of how many steps
+
+    def each(ids: np.ndarray) -> None:
+        took.append((time.perf_counter(), ids.shape[1]))
+
+    found = generator(params, rows, options.max_new_tokens, stop=text.EOS, each=each)
     for prompt, ids in zip(prompts, found[: len(prompts)], strict=True):
         _print(prompt, ids, options)
-    gaps = np.diff(took)[2:]
-    if len(gaps):
-        print(f"batch {batch}, {np.median(gaps) * 1e3:.1f} ms per decode step (median of {len(gaps)})", file=sys.stderr)
+    _say(batch, took)
     return 0
+
+
+def _say(batch: int, took: Sequence[tuple[float, int]]) -> None:
+    """The time of a decode step, from the calls whose program had run before, and so was compiled."""
+    gaps, known = [], set()
+    for (before, _), (after, steps) in pairwise(took):
+        if steps in known:
+            gaps.append((after - before) / steps)
+        known.add(steps)
+    if gaps:
+        found = f"{np.median(gaps) * 1e3:.1f} ms per decode step (median of {len(gaps)} calls)"
+        print(f"batch {batch}, {found}", file=sys.stderr)
 
 
 def _layout(text_: str, field: str, shape, n_kv_heads: int) -> Layout:

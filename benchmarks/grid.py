@@ -50,7 +50,8 @@ def _passes(options: argparse.Namespace):
             batch = options.prefill_batch or each
             return [{"phase": phase, "batch": batch, "length": n, "context": 0} for n in lengths]
         numbers = batches if phase == "decode" else batches[:1]  # Point refuses any other phase by name
-        return [{"phase": phase, "batch": b, "context": options.context} for b in numbers]
+        decode = {"phase": phase, "context": options.context, "steps_per_call": options.steps_per_call}
+        return [decode | {"batch": b} for b in numbers]
 
     return of
 
@@ -66,7 +67,8 @@ def _wide(options: argparse.Namespace) -> list[list[Point]]:
         where = {"model": model, "slice": options.slice, "weights": options.weights}
         where |= {} if mesh == str(slice_).split(":")[1] else {"mesh": mesh}
         for batch in BATCHES:
-            cells.append(where | {"phase": "decode", "batch": batch, "context": options.context})
+            decode = {"phase": "decode", "context": options.context, "steps_per_call": options.steps_per_call}
+            cells.append(where | decode | {"batch": batch})
             cells.append(where | {"phase": "prefill", "batch": batch, "length": WIDE_LENGTH, "context": 0})
     return [_cell(options, cell) for cell in cells]
 
@@ -93,6 +95,7 @@ def _from_file(path: str) -> list[list[Point]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         of = (point.model, point.mesh_shape, point.phase, point.batch, point.length, point.context, point.weights)
+        of += (point.steps_per_call,)
         groups.setdefault(of, []).append(point)
     if not groups:
         raise ValueError(f"points={path!r} holds no point")

@@ -1,12 +1,17 @@
 """The options that spell one point on a command line, for the commands that answer about one."""
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks.cli import InputError
 from partitioning.layouts import LAYOUTS
 from partitioning.point import PHASES, WEIGHTS, Point
 
-FIELDS = ("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights")
+FIELDS = (
+    *("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights"),
+    "steps_per_call",
+)
 
 
 def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, context: int, weights: str) -> None:
@@ -22,6 +27,13 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument("--layout", default="ws2d", help=f"{', '.join(LAYOUTS)}; with variants: ws2d+lean")
     p.add_argument("--attention", default="batch", help="heads, batch, or batch-x, batch-xy...: over some of the axes")
     p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
+    p.add_argument(
+        "--steps-per-call",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode steps in one call of the program; figures are of one (default: 1)",
+    )
     p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 
 
@@ -39,6 +51,12 @@ def read(options: argparse.Namespace) -> Point:
         return Point.from_json(fields if options.point is None else options.point)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def per_call(point: Mapping[str, Any]) -> str:
+    """For a heading: how many steps a call takes, where it is not one."""
+    steps = point.get("steps_per_call", 1)
+    return f"{steps} steps a call (figures are of one), " if steps > 1 else ""
 
 
 def refuse_beside(what: str, options: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(prog="toruslab profile", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     point_options.add(p, model="toy", slice_="cpu:2x2x2", batch=8, context=256, weights="f32")
-    p.add_argument("--steps", type=int, default=5, help="that are traced (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=5, help="calls that are traced (default: %(default)s)")
     p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -111,9 +111,12 @@ def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
     try:
         contender = prepare(point, options.seed, corpus)
         (timing,) = interleaved([contender.step], repeats=LATENCY_REPEATS, budget_s=LATENCY_BUDGET_S)
+        steps = point.steps_per_call
         mesh = dict(zip(AXES, point.mesh_shape, strict=True))
-        found = profile(contender.step, contender.text, mesh=mesh, n_steps=options.steps, keep=options.keep)
-        row |= timing.numbers() | {"profile": found.to_json()}
+        found = profile(
+            contender.step, contender.text, mesh=mesh, n_calls=options.steps, steps=steps, keep=options.keep
+        )
+        row |= timing.per(steps).numbers() | {"profile": found.to_json()}
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else ""
         row["error"] = f"{type(error).__name__}: {said}"
@@ -126,7 +129,7 @@ def show(row: Row, console: Console, analytic: Row | None = None) -> None:
     p, found = row["point"], row["profile"]
     console.print(
         f"[bold]{p['model']} on {p['slice']}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
-        f"{p['context']}, {p['layout']}/{p['attention']}, {p['weights']} weights"
+        f"{p['context']}, {point_options.per_call(p)}{p['layout']}/{p['attention']}, {p['weights']} weights"
     )
     shared = f" on {found['cores']} cores" if found["cores"] else ""
     console.print(

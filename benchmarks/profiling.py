@@ -67,6 +67,8 @@ class Line(Spent):
 class Profile:
     """Where the time of one step goes; `rows`, `between_s` and `dispatch_s` add up to `mean_s`.
 
+    Of a program that takes several steps in one call, all of it is a step's part of the call.
+
     Args:
         n_steps, n_devices: that were traced; devices of this process.
         cores: that fake devices share; None for accelerators.
@@ -107,7 +109,13 @@ class Profile:
 
 
 def profile(
-    step: Callable[[], None], text: str, *, mesh: Mapping[str, int], n_steps: int = 5, keep: Path | None = None
+    step: Callable[[], None],
+    text: str,
+    *,
+    mesh: Mapping[str, int],
+    n_calls: int = 5,
+    steps: int = 1,
+    keep: Path | None = None,
 ) -> Profile:
     """Runs a step a few times under JAX's profiler and says where its time goes.
 
@@ -115,7 +123,8 @@ def profile(
         step: runs the program once and waits for it, as `timing.stepper` makes it; it must have run before.
         text: the optimised program, as `Compiled.text`.
         mesh: axis name -> size, in mesh order.
-        n_steps: that are traced.
+        n_calls: that are traced.
+        steps: in one call.
         keep: a folder to leave the raw trace in, for Perfetto or XProf.
 
     Raises:
@@ -130,7 +139,7 @@ def profile(
         folder, times = Path(temporary), []
         jax.profiler.start_trace(folder, profiler_options=options)
         try:
-            for n in range(n_steps):
+            for n in range(n_calls):
                 with jax.profiler.StepTraceAnnotation(STEP, step_num=n):
                     started = time.perf_counter()
                     step()
@@ -141,19 +150,25 @@ def profile(
         if keep:
             shutil.copytree(folder, keep, dirs_exist_ok=True)
     fake = jax.devices()[0].platform == "cpu"
-    return attribute(found, known, times, cores=n_cores() if fake else None)
+    return attribute(found, known, times, cores=n_cores() if fake else None, steps=steps)
 
 
 def attribute(
-    found: Sequence[Event], known: Mapping[str, Operation], times_s: Sequence[float], *, cores: int | None
+    found: Sequence[Event],
+    known: Mapping[str, Operation],
+    times_s: Sequence[float],
+    *,
+    cores: int | None,
+    steps: int = 1,
 ) -> Profile:
     """Shares the time of the steps out among the operations.
 
     Args:
         found: the operations that ran, of all devices and steps.
         known: what they are for; what is missing is `other`.
-        times_s: of every step, by the host's clock.
+        times_s: of every call, by the host's clock.
         cores: that the devices share; None for devices with cores of their own.
+        steps: in one call.
     """
     ranks = {name: 0 if o.contains else 1 if o.work == "collective" else 2 for name, o in known.items()}
     runs: dict[tuple[int, int], list[Event]] = defaultdict(list)
@@ -173,13 +188,13 @@ def attribute(
             for name, ns in core_seconds(together, ranks, cores).items():
                 spent[name] += ns
 
-    n_steps, each = len(times_s), 1e-9 / len(runs)
+    n_steps, each = len(times_s) * steps, 1e-9 / len(runs) / steps
     sums: dict[tuple, list[float]] = {}
     for name, (ns, waiting, n) in ran.items():
         o = known.get(name, UNKNOWN)
         work = ns * each if cores is None else spent[name] * 1e-9 / n_steps
         row = sums.setdefault((o.scope, o.work, o.collective, o.axes), [0.0, 0.0, 0.0, 0.0])
-        for i, more in enumerate((ns * each, work, waiting * each, 0.0 if o.ends else n / len(runs))):
+        for i, more in enumerate((ns * each, work, waiting * each, 0.0 if o.ends else n / len(runs) / steps)):
             row[i] += more
     rows = [
         Line(
@@ -195,12 +210,12 @@ def attribute(
         for (scope, kind, collective, axes), (device_s, work_s, wait_s, count) in sums.items()
     ]
     windows = sum(end - start for start, end in map(window, runs.values())) * each
-    mean = statistics.fmean(times_s)
+    mean = statistics.fmean(times_s) / steps
     return Profile(
         n_steps=n_steps,
         n_devices=len({device for _, device in runs}),
         cores=cores,
-        step_s=statistics.median(times_s),
+        step_s=statistics.median(times_s) / steps,
         mean_s=mean,
         rows=tuple(rows),
         between_s=windows - sum(map(length, pieces.values())) * each,

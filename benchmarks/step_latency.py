@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--phases", default="decode,prefill", help="default: %(default)s")
     p.add_argument("--batches", help="sequences per decode step (default: 8,128, or a chip each and 16 a chip)")
     p.add_argument("--context", type=int, default=DECODE_CONTEXT, help="cached tokens in decode (default: %(default)s)")
+    p.add_argument(
+        "--steps-per-call",
+        type=int,
+        default=1,
+        metavar="N",
+        help="decode steps in one call of the program; rows are of one step (default: %(default)s)",
+    )
     p.add_argument("--prefill-batch", type=int, help="sequences per prefill (default: 8, or a chip each)")
     p.add_argument(
         "--lengths",
@@ -193,7 +200,8 @@ def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
                 if _try(run, point, "measured", lambda contender=contender: contender.step() or True):
                     contenders.append(contender)
         yield point
-    timings = interleaved([c.step for c in contenders], repeats=options.repeats, budget_s=options.budget)
+    calls = interleaved([c.step for c in contenders], repeats=options.repeats, budget_s=options.budget)
+    timings = [t.per(c.point.steps_per_call) for c, t in zip(contenders, calls, strict=True)]
     errors = {}
     for contender, timing in zip(contenders, timings, strict=True):
         row = priced[contender.point] if contender.point.layout_value.explicit else contender.compiled_row
@@ -222,7 +230,9 @@ def _profile(contender: "Contender") -> Row:
 
     mesh = dict(zip(AXES, contender.point.mesh_shape, strict=True))
     try:
-        return profile(contender.step, contender.text, mesh=mesh, n_steps=N_PROFILED_STEPS).to_json()
+        steps = contender.point.steps_per_call
+        found = profile(contender.step, contender.text, mesh=mesh, n_calls=N_PROFILED_STEPS, steps=steps)
+        return found.to_json()
     except Exception as error:  # a profile is beside the point: the measured row stands, and says so
         said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         print(f"no profile of {contender.point.layout}/{contender.point.attention}: {said}", file=sys.stderr)

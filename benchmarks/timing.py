@@ -42,6 +42,10 @@ class Timing:
         low, _, high = statistics.quantiles(self.times_s, n=4, method="inclusive")
         return (low, high)
 
+    def per(self, n: int) -> "Timing":
+        """Of one of `n` steps of a call."""
+        return Timing(times_s=tuple(t / n for t in self.times_s))
+
     def numbers(self) -> dict:
         """As a row holds them.
 
@@ -63,7 +67,7 @@ class Timing:
 
 
 def stepper(program: Program, compiled: Compiled, params: nnx.State, ids: np.ndarray, start: int) -> Step:
-    """A function that runs the pass once and waits for it, its cache handed on from call to call.
+    """A function that calls the program once and waits for it, its cache handed on from call to call.
 
     Args:
         program, compiled: what runs.

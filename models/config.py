@@ -106,6 +106,31 @@ class ModelConfig:
         embeddings = (1 if self.tied else 2) * self.vocab * self.d_model
         return self.n_layers * (mlp + attention) + embeddings
 
+    def serial(self) -> "ModelConfig":
+        """The same sizes with attention and MLP one after the other, a norm each: as many parameters.
+
+        Raises:
+            ValueError: it is serial already.
+        """
+        if self.block == "serial":
+            raise ValueError(f"block='serial' already in {self.name}")
+        return dataclasses.replace(self, block="serial")
+
+    def multihead(self) -> "ModelConfig":
+        """Multihead for multiquery: K = H heads of half the width, as Pope et al. 2022, section 4.2, compare the two.
+
+        K and V for every head are as large as Q and O; with the width halved, all four together are what Q and O
+        were: 4 E H Q/2 = 2 E H Q, that is 1/(H + 1) less than multiquery, whose one K and V adds 2 E Q.
+
+        Raises:
+            ValueError: not multiquery, or a width whose half is odd.
+        """
+        if self.n_kv_heads != 1 or self.n_heads == 1:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} of {self.name} must be 1 (multiquery) to become multihead")
+        if self.d_head % 4:
+            raise ValueError(f"d_head={self.d_head} of {self.name} cannot be halved: RoPE turns pairs")
+        return dataclasses.replace(self, n_kv_heads=self.n_heads, d_head=self.d_head // 2)
+
     def padded(self, n_heads: int) -> "ModelConfig":
         """The same model with its heads padded to `n_heads` (K and V heads too where attention is multihead).
 

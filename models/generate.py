@@ -37,6 +37,7 @@ class Generator:
         capacity: cached positions per sequence.
         chunk: new tokens per sequence in one prefill pass; longer prompts take several.
         sampler: how tokens are chosen.
+        steps_per_call: decode steps in one call of the program, at most; what is left over takes a shorter one.
         itemsize: bytes per element of weights, activations and cache: 4 or 2.
 
     Raises:
@@ -53,10 +54,13 @@ class Generator:
     chunk: int
     sampler: Sampler
     itemsize: int = 4
+    steps_per_call: int = 1
 
     def __post_init__(self):
         if self.chunk > self.capacity:
             raise ValueError(f"chunk={self.chunk} does not fit a cache of {self.capacity} positions")
+        if self.steps_per_call < 1:
+            raise ValueError(f"steps_per_call={self.steps_per_call} must be at least 1")
         _ = self.first, self.second
 
     @functools.cached_property
@@ -66,19 +70,32 @@ class Generator:
 
     @functools.cached_property
     def second(self) -> Program:
-        """The decode pass."""
+        """The decode pass of one step."""
         return self._program(self.decode, 1)
 
-    def _program(self, layout: Layout, length: int) -> Program:
+    @functools.cached_property
+    def _longer(self) -> dict[tuple[int, int | None], Program]:
+        return {}
+
+    def decoding(self, steps: int, stop: int | None) -> Program:
+        """The decode pass of so many steps; it ends early where all rows have stopped."""
+        if steps == 1:
+            return self.second
+        if (steps, stop) not in self._longer:
+            self._longer[steps, stop] = self._program(self.decode, 1, steps, stop)
+        return self._longer[steps, stop]
+
+    def _program(self, layout: Layout, length: int, steps: int = 1, stop: int | None = None) -> Program:
         pass_ = Pass(
             batch=self.batch,
             length=length,
             capacity=self.capacity,
             itemsize=self.itemsize,
             weight_itemsize=self.itemsize,
+            steps=steps,
         )
         mesh = attach(self.shape, chip=self.chip, explicit=layout.explicit)
-        return Program(config=self.config, layout=layout, mesh=mesh, pass_=pass_, sampler=self.sampler)
+        return Program(config=self.config, layout=layout, mesh=mesh, pass_=pass_, sampler=self.sampler, stop=stop)
 
     def __call__(
         self,
@@ -96,7 +113,7 @@ class Generator:
             prompts: `batch` arrays of token ids.
             n_new: tokens to add, at most.
             stop: an id that ends a sequence; it is not returned.
-            each: called with every step's ids [B].
+            each: called with the ids [B, steps] of every call of a program; after a row's stop they mean nothing.
 
         Returns:
             The new ids of every prompt.
@@ -123,17 +140,16 @@ class Generator:
             picked, cache = self._run(self.first, params, ids, starts, now, cache, requests)
 
         params, cache = self._hand_over(params, cache, self.second)
-        found = [picked]
-        each(picked)
-        for step in range(n_new - 1):
-            if stop is not None and all((np.array(found) == stop).any(axis=0)):
+        columns = picked[:, None]
+        each(columns)
+        while (ran := columns.shape[1] - 1) < n_new - 1:
+            if stop is not None and all((columns == stop).any(axis=1)):
                 break
-            out, cache = self._run(
-                self.second, params, found[-1][:, None], lengths + step, np.ones(self.batch, np.int32), cache, requests
-            )
-            found.append(out)
-            each(out)
-        columns = np.stack(found, axis=1)
+            program = self.decoding(min(self.steps_per_call, n_new - 1 - ran), stop)
+            ones = np.ones(self.batch, np.int32)
+            out, cache = self._run(program, params, columns[:, -1:], lengths + ran, ones, cache, requests)
+            columns = np.concatenate([columns, out.reshape(self.batch, -1)], axis=1)
+            each(out.reshape(self.batch, -1))
         ends = [int(np.flatnonzero(row == stop)[0]) if stop in row else len(row) for row in columns]
         return [row[:end] for row, end in zip(columns, ends, strict=True)]
 

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,22 @@ _ALL = (
     _qwen("qwen-2.5-72b", 80, 8192, 29568, 64, 8, 152064),
 )
 PRESETS: dict[str, ModelConfig] = {config.name: config for config in _ALL}
-_SUFFIX = re.compile(r"(?P<base>.+?)(?:-h(?P<heads>\d+))?(?:-(?P<layers>\d+)l)?")
+SUFFIXES = {
+    "-hN": "the heads padded to N",
+    "-Nl": "the first N layers",
+    "-serial": "attention and MLP one after the other, not in parallel",
+    "-mha": "multihead for multiquery: as many KV heads as heads, of half the width",
+}
+"""What may follow a preset's name, each once and in any order."""
+_KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l")}
+_KINDS |= {"-serial": re.compile("(serial)"), "-mha": re.compile("(mha)")}
 
 
 def model(name_or_path: str | Path) -> ModelConfig:
     """The decoder of this name, or the one that a Hugging Face `config.json` describes.
 
     Args:
-        name_or_path: a key of `PRESETS`, then `-hN` to pad the heads to N, then `-Nl` to keep N layers; or a path to
-            a `config.json` or to a folder with one.
+        name_or_path: a key of `PRESETS` and any of `SUFFIXES`; or a path to a `config.json` or to a folder with one.
 
     Returns:
         The configuration, named as it was asked for.
@@ -166,23 +173,45 @@ def model(name_or_path: str | Path) -> ModelConfig:
         (64, 16, 8)
     """
     text = str(name_or_path)
-    match = _SUFFIX.fullmatch(text)
-    if match and match["base"] in PRESETS:
-        config = PRESETS[match["base"]]
-        if match["heads"]:
-            config = config.padded(int(match["heads"]))
-        if match["layers"]:
-            n_layers = int(match["layers"])
-            if not 1 <= n_layers <= config.n_layers:
-                raise ValueError(f"model={text!r}: n_layers={n_layers} must be in 1..{config.n_layers}")
-            config = dataclasses.replace(config, n_layers=n_layers)
-        return dataclasses.replace(config, name=text)
+    base = max((name for name in PRESETS if f"{text}-".startswith(f"{name}-")), key=len, default=None)
+    suffixes = text[len(base) :].split("-")[1:] if base else []
     path = Path(text)
-    if (text and len(text) < 256 and path.exists()) or text.endswith(".json") or "/" in text:
+    is_path = (text and len(text) < 256 and path.exists()) or text.endswith(".json") or "/" in text
+    if base and (not is_path or all(any(k.fullmatch(s) for k in _KINDS.values()) for s in suffixes)):
+        try:
+            return dataclasses.replace(_changed(PRESETS[base], suffixes), name=text)
+        except ValueError as error:
+            raise ValueError(f"model={text!r}: {error}") from None
+    if is_path:
         return from_hugging_face(path)
-    near = difflib.get_close_matches(match["base"].lower() if match else text, PRESETS, n=1, cutoff=0.4)
+    bare = re.sub("|".join(f"(-{k.pattern})" for k in _KINDS.values()), "", text.lower())
+    near = difflib.get_close_matches(bare, PRESETS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"model={text!r} is not known: {hint}known are {', '.join(PRESETS)}, or a path to a config.json")
+
+
+def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
+    """The decoder with the changes that the suffixes ask for."""
+    asked: dict[str, str] = {}
+    for suffix in suffixes:
+        kind = next((name for name, pattern in _KINDS.items() if pattern.fullmatch(suffix)), None)
+        if kind is None:
+            raise ValueError(f"suffix '-{suffix}' is not known; known are {', '.join(SUFFIXES)}")
+        if kind in asked:
+            raise ValueError(f"suffix {kind} stands there twice: -{asked[kind]} and -{suffix}")
+        asked[kind] = suffix
+    if "-mha" in asked:
+        config = config.multihead()
+    if "-hN" in asked:
+        config = config.padded(int(asked["-hN"][1:]))
+    if "-serial" in asked:
+        config = config.serial()
+    if "-Nl" in asked:
+        n_layers = int(asked["-Nl"][:-1])
+        if not 1 <= n_layers <= config.n_layers:
+            raise ValueError(f"n_layers={n_layers} must be in 1..{config.n_layers}")
+        config = dataclasses.replace(config, n_layers=n_layers)
+    return config
 
 
 # what each model type's own configuration class takes for a field that the file leaves out

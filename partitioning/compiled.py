@@ -64,7 +64,8 @@ class Evidence:
             where it has none (CPU, GPU). `compute_by_scope` has the parts of it, `n_unestimated` how many instructions
             have no usable estimate and count as nothing (steps of asynchronous collectives, mostly).
         hidden_s: line of an asynchronous collective -> seconds of what is computed while it is under way.
-        cache_copies, weight_copies: copies of the KV cache, and of a layer's weights, in the pass.
+        cache_copies, weight_copies: copies of the KV cache, and of a layer's weights, in the pass (in one call of the
+            program, where it takes several steps: all other figures are of one step, their mean).
         relayouts: weight -> clocks spent on moving it about as a share of its matmul's; `stack`: cutting the layers'
             weights out of the array that holds all, as a share of all matmuls. Empty where some have no estimate.
         rematerialisations: the partitioner's warnings of a full rematerialisation.
@@ -97,7 +98,7 @@ class Evidence:
         return sum(not m.explained for m in self.collectives)
 
     @property
-    def extra_bytes(self) -> int:
+    def extra_bytes(self) -> int | float:
         """Bytes that one chip receives in the pass beyond the plan."""
         return sum(((m.bytes or 0) - (m.planned_bytes or 0)) * m.count for m in self.collectives)
 
@@ -264,14 +265,15 @@ def _analytic(point: Point) -> Estimate | None:
 def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> Evidence:
     module = parse(compiled.text)
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
-    trips = n_turns(point.start, point.length)
-    found = compare(planned(point, n), read(module, sizes, unknown_trips=trips, partial_axes=True))
+    steps = point.steps_per_call
+    trips = n_turns(point.start + (steps - 1) // 2, point.length)
+    found = compare(planned(point, n), read(module, sizes, unknown_trips=trips, partial_axes=True), steps=steps)
     times = point.config.n_layers // n if point.config.n_layers % n == 0 else point.config.n_layers / n
     scaled = [dataclasses.replace(m, count=int(m.count * times)) if "/" in m.scope else m for m in found]
     described = None if point.chip in PLATFORMS else chip(point.chip)
     clock = described.clock_hz if described and point.chip in TPUS else None
-    cycles = estimated_cycles(module, unknown_trips=trips) if clock else None
-    by_scope, in_layers = _seconds(cycles, times, clock) if cycles and clock else ({}, None)
+    cycles = estimated_cycles(module, unknown_trips=trips, outer_loops=int(steps > 1)) if clock else None
+    by_scope, in_layers = _seconds(cycles, times, clock * steps) if cycles and clock else ({}, None)
     copied = _copies(point, module, trips, n)
     return Evidence(
         point=point,

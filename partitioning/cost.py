@@ -61,7 +61,8 @@ class Estimate:
     """What one pass of a point costs.
 
     Args:
-        latency_s: the whole pass, without dispatch and sampling's arithmetic.
+        latency_s: the whole pass, without dispatch and sampling's arithmetic; of several steps in a call one step, at
+            their mean context (exact where the cost grows evenly with it): the call takes `steps_per_call` times that.
         stack_latency_s: the layers alone, as the paper's figures have it.
         compute_s, memory_s, collective_s: each if it were alone; they overlap as the module says.
         bound: the largest of the three.

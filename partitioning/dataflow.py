@@ -55,6 +55,8 @@ class Pass:
 
     `all_logits`: logits for every token (scoring), else for the last of each sequence (generation, with sampling).
     `itemsize` is the activations' bytes per element.
+    `steps`: decode steps in one call of the program, each over the token that the one before sampled. Sizes, plan and
+    bytes are those of one step; the cache has room for the last.
     """
 
     batch: int
@@ -63,14 +65,19 @@ class Pass:
     itemsize: int = 4
     weight_itemsize: int = 4
     all_logits: bool = False
+    steps: int = 1
 
     def __post_init__(self):
-        for field in ("batch", "length", "capacity"):
+        for field in ("batch", "length", "capacity", "steps"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{field}={value!r} must be a positive integer")
         if self.length > self.capacity:
             raise ValueError(f"length={self.length} does not fit a cache of capacity={self.capacity}")
+        if self.steps > 1 and (self.length > 1 or self.all_logits):
+            raise ValueError(f"steps={self.steps} must be 1 unless each takes one token and samples the next")
+        if self.steps > self.capacity:
+            raise ValueError(f"steps={self.steps} do not fit a cache of capacity={self.capacity}")
 
 
 def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> dict[str, int]:
@@ -171,7 +178,7 @@ def pick_ladder(layout: Layout) -> Ladder:
 
 
 def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Planned]:
-    """Every collective of one pass, in order, from the layout alone.
+    """Every collective of one pass, in order, from the layout alone; of several steps in one call, those of one step.
 
     Raises:
         ValueError: a size that the layout cannot divide (see `check`).

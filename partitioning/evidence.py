@@ -66,7 +66,8 @@ pads by up to 1.2% on v5e."""
 class Matched:
     """One collective of the program, or one that it should have had.
 
-    `bytes`: what one chip receives in one execution; `count`: executions in one pass. `kind` and `bytes` are None
+    `bytes`: what one chip receives in one execution; `count`: executions in one pass, of several steps in a call those
+    of one step (a fraction, where it does not run in every step). `kind` and `bytes` are None
     where the collective is missing from the program, `planned_kind` and `planned_bytes` where it has no plan; of a
     planned one that was split, `planned_bytes` stands with the first part, and 0 with the others.
     `algorithm` is what the compiler says of how it runs, `asynchronous` whether other work may run meanwhile, `line`
@@ -77,7 +78,7 @@ class Matched:
     kind: str | None
     axes: Axes
     bytes: int | None
-    count: int
+    count: int | float
     planned_kind: str | None
     planned_bytes: int | None
     verdict: Verdict
@@ -106,8 +107,11 @@ def is_stack(op_name: str) -> bool:
     return "while/body" in op_name and "dynamic_slice" in op_name and not scope_of(op_name)
 
 
-def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[Matched]:
+def compare(planned: Sequence[Planned], compiled: Iterable[Collective], *, steps: int = 1) -> list[Matched]:
     """Matches every compiled collective to a planned one; what is left of either side comes after.
+
+    A program of several `steps` must run each collective of the plan in every one of them: `steps` times as often. A
+    program that may stop early has to be read with `unknown_trips=steps`, as if no row stopped.
 
     Twice through the rules, an exact match first, then the departures that `Verdict` names, in their order: first
     within a scope, where a collective whose name the compiler dropped has the scope of what it reads; then, for what
@@ -121,18 +125,18 @@ def compare(planned: Sequence[Planned], compiled: Iterable[Collective]) -> list[
         left.remove(p)
         for n, (scope, c) in enumerate(parts):
             rest.remove((scope, c))
-            matched.append(_row(p.scope, c, verdict, planned_kind=p.kind, planned_bytes=0 if n else p.bytes))
+            matched.append(_row(p.scope, c, steps, verdict, planned_kind=p.kind, planned_bytes=0 if n else p.bytes))
 
     for anywhere in (False, True):
         for rule in (_exact, _widened, _narrowed, _instead, _split, _padded):
             for p in list(left):
-                near = [(s, c) for s, c in rest if c.trips == p.count]
+                near = [(s, c) for s, c in rest if c.trips == p.count * steps]
                 near = [(s, c) for s, c in near if s == p.scope or (anywhere and not c.scope)]
                 if found := rule(p, near):
                     take(p, *found)
     return [
         *matched,
-        *(_row(scope, c, "extra", planned_kind=None, planned_bytes=None) for scope, c in rest),
+        *(_row(scope, c, steps, "extra", planned_kind=None, planned_bytes=None) for scope, c in rest),
         *(
             Matched(
                 scope=p.scope,
@@ -161,13 +165,13 @@ def _scope(c: Collective) -> str:
     return next((s for s in map(scope_of, (c.scope, *c.near)) if s), "")
 
 
-def _row(scope: str, c: Collective, verdict: Verdict, *, planned_kind, planned_bytes) -> Matched:
+def _row(scope: str, c: Collective, steps: int, verdict: Verdict, *, planned_kind, planned_bytes) -> Matched:
     return Matched(
         scope=scope,
         kind=c.kind,
         axes=c.axes,
         bytes=c.bytes,
-        count=c.trips,
+        count=c.trips / steps if c.trips % steps else c.trips // steps,
         planned_kind=planned_kind,
         planned_bytes=planned_bytes,
         verdict=verdict,

@@ -75,12 +75,14 @@ class Cycles:
 
     total: int
     by_scope: Mapping[str, int]  # op_name -> clocks; "" is what has none
-    in_loops: Mapping[str, int]  # the part of it that is in loops
+    in_loops: Mapping[str, int]  # the part of it that is in loops, but for those around all
     n_unknown: int  # instructions on which the compiler gives no usable estimate: they count as nothing
 
 
-def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) -> Cycles | None:
+def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None, outer_loops: int = 0) -> Cycles | None:
     """Sum of `estimated_cycles` times trips. Of a conditional's branches the slowest counts. None: there are none.
+
+    `outer_loops`: how many loops stand around those that `in_loops` is about.
 
     Raises:
         HloError: as `hlo.read` does.
@@ -92,7 +94,7 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None) ->
     by_branch: dict[str, dict[tuple[str, bool], int]] = {"": {}}  # of (op_name, whether in a loop)
     for i, frame in walk(module, set(cycles), unknown_trips):
         scopes = by_branch.setdefault(frame.branch or "", {})
-        key = (i.op_name, frame.in_loop)
+        key = (i.op_name, frame.loops > outer_loops)
         scopes[key] = scopes.get(key, 0) + cycles[i.line] * frame.trips
     while len(by_branch) > 1:  # the innermost conditional first: its slowest branch joins what is around it
         innermost = max(by_branch, key=lambda branch: branch.count("["))

@@ -29,7 +29,7 @@ class Frame:
     parent: Frame | None = None
     trips: int = 1
     asynchronous: bool = False
-    in_loop: bool = False
+    loops: int = 0  # that it stands in
     branch: str | None = None
 
     @property
@@ -191,7 +191,7 @@ def _visit(frame: Frame, holds: frozenset[str], unknown_trips: int | None) -> It
             changes: dict[str, Any] = {"asynchronous": frame.asynchronous or i.opcode == "async-start"}
             if i.opcode == "while":
                 changes["trips"] = frame.trips * (trips + (c is frame.module.callee(i, "condition")))
-                changes["in_loop"] = True
+                changes["loops"] = frame.loops + 1
             elif i.opcode == "conditional":
                 changes["branch"] = "/".join([*([frame.branch] if frame.branch else []), f"{i.name}[{n}]"])
             yield from _visit(frame.child(i, c, **changes), holds, unknown_trips)

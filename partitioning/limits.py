@@ -62,13 +62,14 @@ def _last(point: Point, most: int, change) -> int | None:
 
 def _fits(point: Point, changed: Mapping[str, np.ndarray]) -> np.ndarray:
     context = changed.get("context", np.array(point.context))
+    more = point.capacity - point.context
     decode = point.phase == "decode"
     numbers = Numbers.join(
         model_numbers(point.config),
         batch=np.asarray(changed.get("batch", point.batch), float),
         length=float(point.length),
         first=np.asarray(context - (point.length if decode else 0), float),
-        capacity=np.asarray(context + (0 if decode else point.length), float),
+        capacity=np.asarray(context + more, float),
         weight=float(WEIGHTS[point.weights]),
     )
     slice_ = Slice.parse(point.slice)

@@ -210,7 +210,7 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     total["collective_s"] = total["collective_s"] + outside
     scale = machine.scale(n_chips)
     total = {k: v * scale for k, v in total.items()}
-    total["dispatch_s"] = machine.of("dispatch", "f32")[0].cost_s * np.ones_like(layers_s) * scale
+    total["dispatch_s"] = machine.of("dispatch", "f32")[0].cost_s * np.ones_like(layers_s) * scale / n.steps
     return Terms(
         seconds=total,
         layers_s=layers_s * scale,

@@ -19,7 +19,8 @@ from partitioning.point import WEIGHTS, Point
 class Numbers:
     """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
 
-    `first` is the position of the first new token; `act` and `weight` are bytes per element.
+    `first` is the position of the first new token, of several steps in a call their mean; `act` and `weight` are bytes
+    per element; `steps` are those of one call.
     """
 
     size: Mapping[str, Any]
@@ -30,6 +31,7 @@ class Numbers:
     n_layers: Any
     n_params: Any
     tied: Any
+    steps: Any = 1.0
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> "Numbers":
@@ -39,17 +41,19 @@ class Numbers:
         batch = np.array([p.batch for p in points], float)
         length = np.array([p.length for p in points], float)
         weight = np.array([WEIGHTS[p.weights] for p in points], float)
+        steps = np.array([p.steps_per_call for p in points], float)
         return cls.join(
             model,
             batch=batch,
             length=length,
-            first=np.array([p.start for p in points], float),
+            first=np.array([p.start for p in points], float) + (steps - 1) / 2,
             capacity=np.array([p.capacity for p in points], float),
             weight=weight,
+            steps=steps,
         )
 
     @classmethod
-    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight) -> "Numbers":
+    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight, steps: Any = 1.0) -> "Numbers":
         """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
         letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
         size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
@@ -62,6 +66,7 @@ class Numbers:
             n_layers=model["n_layers"],
             n_params=model["n_params"],
             tied=model["tied"],
+            steps=steps,
         )
 
 

@@ -36,6 +36,8 @@ class Point:
         layout, attention: see `partitioning.layouts`.
         weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
         mesh: extents of the mesh where they differ from the slice's.
+        steps_per_call: decode steps in one call of the program; the first has `context`, each later one a token more.
+            Whatever is said of the point (seconds, bytes, counts) is of one step, the mean of the call's.
 
     Raises:
         ValueError: field, value and rule.
@@ -51,12 +53,13 @@ class Point:
     attention: str
     weights: str = "bf16"
     mesh: str | None = None
+    steps_per_call: int = 1
 
     def __post_init__(self):
         for field in ("model", "slice", "phase", "layout", "attention", "weights"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be text")
-        for field in ("batch", "length", "context"):
+        for field in ("batch", "length", "context", "steps_per_call"):
             value, least = getattr(self, field), 0 if field == "context" else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**40:
                 raise ValueError(f"{field}={value!r} must be an integer of at least {least}, and at most {2**40}")
@@ -68,6 +71,8 @@ class Point:
             raise ValueError(f"length={self.length} must be 1 in decode")
         if self.phase == "decode" and self.context < 1:
             raise ValueError(f"context={self.context} must be at least 1 in decode: it counts this pass's token")
+        if self.phase == "prefill" and self.steps_per_call != 1:
+            raise ValueError(f"steps_per_call={self.steps_per_call} must be 1 in prefill")
         if isinstance(self.mesh, list | tuple):
             object.__setattr__(self, "mesh", "x".join(map(str, self.mesh)))
         if not isinstance(self.mesh, str | None):
@@ -106,8 +111,8 @@ class Point:
 
     @property
     def capacity(self) -> int:
-        """Positions of the cache that this pass needs."""
-        return self.context + (self.length if self.phase == "prefill" else 0)
+        """Positions of the cache that this pass needs, of several steps the last."""
+        return self.context + (self.length if self.phase == "prefill" else self.steps_per_call - 1)
 
     @property
     def start(self) -> int:
@@ -122,6 +127,7 @@ class Point:
             capacity=self.capacity,
             itemsize=4 if self.weights == "f32" else 2,
             weight_itemsize=WEIGHTS[self.weights],
+            steps=self.steps_per_call,
         )
 
     def check_chip(self) -> None:
@@ -140,8 +146,9 @@ class Point:
             rings(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
-        """The point as JSON fields; `mesh` only where it is given."""
-        return {k: v for k, v in vars(self).items() if k != "mesh" or v is not None}
+        """The point as JSON fields; `mesh` only where it is given, `steps_per_call` where it is not 1."""
+        left_out = {"mesh": None, "steps_per_call": 1}
+        return {k: v for k, v in vars(self).items() if k not in left_out or v != left_out[k]}
 
     @classmethod
     def from_json(cls, fields: object) -> "Point":

@@ -1,7 +1,8 @@
 """Programs: the decoder's real pass under a layout, ready to lower, compile and run.
 
-Decides what one program is (one pass, static sizes, donated cache) and what is read off its compiled form. Which
-collectives it should hold is `partitioning.dataflow`'s to say, and `partitioning.evidence`'s to compare.
+Decides what one program is (one pass, or several decode steps in a loop; static sizes, donated cache) and what is read
+off its compiled form. Which collectives it should hold is `partitioning.dataflow`'s to say, and
+`partitioning.evidence`'s to compare.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,9 +61,11 @@ class Program:
         config, layout, pass_: what runs; the layout must be made for the mesh's extents.
         mesh: devices, of Explicit axes where `layout.explicit`, else of Auto axes.
         sampler: how tokens are chosen; unused where `pass_.all_logits`. Plans know greedy sampling only.
+        stop: of several steps in a call: a row that has this id gets nothing else from there on, and the call ends
+            when all rows have it. None: all steps are run.
 
     Raises:
-        ValueError: sizes that the layout cannot divide.
+        ValueError: sizes that the layout cannot divide, or a stop id of a single step.
     """
 
     config: ModelConfig
@@ -69,9 +73,12 @@ class Program:
     mesh: Mesh
     pass_: Pass
     sampler: Sampler = GREEDY
+    stop: int | None = None
 
     def __post_init__(self):
         check(self.layout, self.config, self.pass_, self.shape)
+        if self.stop is not None and self.pass_.steps == 1:
+            raise ValueError(f"stop={self.stop} is for several steps in one call")
 
     @property
     def shape(self) -> Shape:
@@ -90,16 +97,37 @@ class Program:
 
     @functools.cached_property
     def jitted(self) -> Any:
-        """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated."""
+        """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated.
+
+        Of several steps the ids are [B, steps]: column i is what a call of one step would pick at `starts + i`.
+        """
         graph, _ = abstract(self.config, self.dtype, self.int8)
 
-        def run(params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
+        def one(params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
             decoder = nnx.merge(graph, params)
             logits, cache = decoder(tokens, cache, self.layout, all_logits=self.pass_.all_logits)
             if self.pass_.all_logits:
                 return logits, cache
             return self.sampler(logits, requests, tokens.starts + tokens.lengths, self.layout), cache
 
+        def several(params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
+            def goes_on(state):
+                i, ids, _, _ = state
+                return i < self.pass_.steps if self.stop is None else (i < self.pass_.steps) & jnp.any(ids != self.stop)
+
+            def step(state):
+                i, ids, found, cache = state
+                now = Tokens(ids[:, None], tokens.starts + i, tokens.lengths)
+                picked, cache = one(params, now, cache, requests)
+                if self.stop is not None:
+                    picked = jnp.where(ids == self.stop, ids, picked)
+                return i + 1, picked, lax.dynamic_update_slice(found, picked[:, None], (jnp.zeros_like(i), i)), cache
+
+            filled = jnp.full((self.pass_.batch, self.pass_.steps), self.stop or 0, jnp.int32)
+            _, _, found, cache = lax.while_loop(goes_on, step, (jnp.int32(0), tokens.ids[:, 0], filled, cache))
+            return found, cache
+
+        run = one if self.pass_.steps == 1 else several
         whole, stored = self._sharding(P()), self._sharding(cache_spec(self.layout))
         out = None if self.pass_.all_logits else whole
         return jax.jit(run, donate_argnums=2, out_shardings=(out, Cache(stored, stored)))

@@ -19,12 +19,13 @@ from models.decoder import Tokens
 from models.parameters import everywhere, load
 from models.reference import init
 from models.reference import logits as reference_logits
+from models.sampling import Sampler
 from partitioning.dataflow import Pass, plan
 from partitioning.evidence import compare
 from partitioning.hlo import copies, read
 from partitioning.layouts import LAYOUTS, NoAxisLeft, layout
 from partitioning.mesh import AXES, Shape, attach
-from partitioning.program import Compiled, Program
+from partitioning.program import GREEDY, Compiled, Program
 
 TOLERANCE = {"float32": 1e-5}
 """Largest error of a logit, relative to the largest logit. Never raised to make a test pass."""
@@ -86,6 +87,7 @@ class Bench:
         self.mesh = attach(self.shape, chip="cpu", explicit=self.layout.explicit)
         self.params = load(self.config, case(self.config)[0], self.layout, self.mesh)
         self.compiled: dict[tuple[int, bool], Compiled] = {}
+        self.several: dict[tuple[Sampler, int, int | None], Compiled] = {}
 
     def cache(self) -> Cache:
         return empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh)
@@ -99,21 +101,36 @@ class Bench:
             self.compiled[length, all_logits] = compiled
         return self.compiled[length, all_logits]
 
+    def steps(self, n: int, stop: int | None = None, sampler: Sampler = GREEDY) -> Compiled:
+        """The program of `n` decode steps in one call; plans, and so the check, know greedy ones only."""
+        if n == 1 and sampler == GREEDY:
+            return self.program(1, False)
+        stop = stop if n > 1 else None
+        if (sampler, n, stop) not in self.several:
+            pass_ = Pass(batch=BATCH, length=1, capacity=CAPACITY, steps=n)
+            sizes = {"config": self.config, "layout": self.layout, "mesh": self.mesh, "pass_": pass_}
+            compiled = Program(**sizes, sampler=sampler, stop=stop).compile()
+            if sampler == GREEDY:
+                self.check(compiled, pass_)
+            self.several[sampler, n, stop] = compiled
+        return self.several[sampler, n, stop]
+
     def check(self, compiled: Compiled, pass_: Pass) -> None:
         """The compiled program holds the planned collectives and no others, and never copies the cache."""
         if not self.layout.explicit:
             return
-        collectives = read(compiled.text, dict(zip(AXES, self.shape, strict=True)))
+        collectives = read(compiled.text, dict(zip(AXES, self.shape, strict=True)), unknown_trips=pass_.steps)
         wrong = [
             m
-            for m in compare(plan(self.layout, self.config, pass_, self.shape), collectives)
+            for m in compare(plan(self.layout, self.config, pass_, self.shape), collectives, steps=pass_.steps)
             if m.verdict != "as planned"
         ]
         assert not wrong, wrong
         assert not compiled.warnings, compiled.warnings
         cache = NamedSharding(self.mesh, cache_spec(self.layout))
         shard = cache.shard_shape(cache_shape(self.config, BATCH, CAPACITY))
-        copied = [c.dims for c in copies(compiled.text, 4 * math.prod(shard)) if _long(c.dims) == _long(shard)]
+        found = copies(compiled.text, 4 * math.prod(shard), unknown_trips=pass_.steps)
+        copied = [c.dims for c in found if _long(c.dims) == _long(shard)]
         assert not copied, f"the cache is copied: {copied}"
 
     def run(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, cache: Cache, *, all_logits: bool = True):
@@ -125,6 +142,25 @@ class Bench:
             out, cache = self.program(length, all_logits).executable(self.params, tokens, cache, requests)
         out = np.asarray(out)
         return (out.reshape(batch, length, -1)[..., : self.config.vocab] if all_logits else out), cache
+
+    def decode(
+        self, calls: Sequence[int], stop: int | None = None, sampler: Sampler = GREEDY
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, sum of calls] that calls of so many steps pick one after the other, rows after prompts of different
+        lengths, and K [n_layers, B, K, S, Q] of the cache after them."""
+        _, ids, _ = case(self.config)
+        rows, starts = np.arange(BATCH), 1 + np.arange(BATCH) % CHUNK
+        _, cache = self.run(ids[:, :CHUNK], np.zeros(BATCH), starts, self.cache())
+        last, found = ids[rows, starts], []
+        for n in calls:
+            tokens = [np.asarray(a, np.int32) for a in (last[:, None], starts, np.ones(BATCH))]
+            tokens = Tokens(*[everywhere(self.mesh, a) for a in tokens])
+            requests = everywhere(self.mesh, np.arange(BATCH, dtype=np.int32))
+            with jax.set_mesh(self.mesh):
+                out, cache = self.steps(n, stop, sampler).executable(self.params, tokens, cache, requests)
+            found.append(np.asarray(out).reshape(BATCH, n))
+            last, starts = found[-1][:, -1], starts + n
+        return np.concatenate(found, axis=1), np.asarray(cache.k)
 
 
 def assert_close(got: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> None:
@@ -175,7 +211,27 @@ def check_greedy(bench: Bench) -> None:
     np.testing.assert_array_equal(picked, expected[rows, lengths].argmax(-1))
 
 
-CHECKS = (check_full_pass, check_chunks_then_decode, check_mixed_lengths, check_greedy)
+CALLS = (3, 3)
+"""Steps in each; a third call would not fit the cache."""
+
+
+def check_several_steps(bench: Bench) -> None:
+    """Several decode steps in one call pick what single ones pick, and stop early where every row has stopped."""
+    expected, cached = bench.decode([1] * sum(CALLS))
+    picked, k = bench.decode(CALLS)
+    np.testing.assert_array_equal(picked, expected)
+    np.testing.assert_array_equal(k, cached)
+    stop = int(np.bincount(expected[:, 1]).argmax())
+    picked, _ = bench.decode(CALLS, stop)
+    np.testing.assert_array_equal(picked, stopped(expected, stop))
+
+
+def stopped(ids: np.ndarray, stop: int) -> np.ndarray:
+    """Ids [B, N], all of a row the stop id from where it first has it."""
+    return np.where(np.cumsum(ids == stop, axis=1) > 0, stop, ids)
+
+
+CHECKS = (check_full_pass, check_chunks_then_decode, check_mixed_lengths, check_greedy, check_several_steps)
 SHORT_CHECKS = (check_chunks_then_decode, check_mixed_lengths)
 """Without the programs of a full pass and of sampling, which `CHECKS` compile as well."""
 

@@ -1,5 +1,6 @@
 """Names, suffixes and Hugging Face files become the decoders that they say, or a sentence."""
 
+import dataclasses
 import doctest
 import json
 
@@ -102,12 +103,37 @@ def test_suffixes():
     assert model("orca-13b-h48").n_kv_heads == 48
 
 
+def test_serial_and_multihead():
+    palm, serial, multihead = (model(f"palm-540b-h64{s}") for s in ("", "-serial", "-mha"))
+    assert (serial.block, serial.n_params, serial.n_heads) == ("serial", palm.n_params, 64)
+    assert (multihead.n_kv_heads, multihead.n_heads, multihead.d_head, multihead.n_padding_heads) == (64, 64, 128, 16)
+    one_kv = palm.n_layers * 2 * palm.d_model * palm.d_head  # what one K and V of multiquery adds to Q and O
+    assert multihead.n_params == palm.n_params - one_kv
+    assert model("palm-540b-mha").n_params == multihead.n_params
+    assert (model("toy-mha").n_kv_heads, model("toy-mha").d_head) == (16, 32)
+    both = model("toy-serial-mha-2l")
+    assert (both.block, both.n_kv_heads, both.n_layers) == ("serial", 16, 2)
+
+
+def test_suffixes_stand_in_any_order():
+    names = ["palm-540b-h64-8l-serial-mha", "palm-540b-mha-serial-8l-h64"]
+    assert len({dataclasses.replace(model(name), name="") for name in names}) == 1
+    assert model("toy-s-serial").d_model == 256
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
         ("palm-540", "model='palm-540' is not known: did you mean 'palm-540b'"),
         ("llama3-70b", "did you mean 'llama-3-70b'"),
-        ("palm-540b-8l-h64", "is not known"),
+        ("palm-540b-h64-h80", "model='palm-540b-h64-h80': suffix -hN stands there twice: -h64 and -h80"),
+        ("toy-serial-serial", "suffix -serial stands there twice"),
+        ("toy-mqa", "model='toy-mqa': suffix '-mqa' is not known; known are -hN, -Nl, -serial, -mha"),
+        ("toy-", "suffix '-' is not known"),
+        ("llama-2-7b-serial", "block='serial' already in llama-2-7b"),
+        ("llama-3-8b-mha", "n_kv_heads=8 of llama-3-8b must be 1 "),
+        ("orca-13b-mha", "n_kv_heads=40 of orca-13b must be 1"),
+        ("plam-62b-h64-serial", "did you mean 'palm-62b'"),
         ("palm-540b-h32", "n_heads=32 is less than the 48 heads"),
         ("palm-540b-h60", "d_ff=73728 is not divisible by n_heads=60"),
         ("palm-8b-33l", "n_layers=33 must be in 1..32"),

@@ -48,7 +48,7 @@ def contender(**more) -> Contender:
 def measured() -> tuple[Contender, Profile]:
     ready = contender()
     ready.step()
-    return ready, profile(ready.step, ready.text, mesh=MESH, n_steps=3)
+    return ready, profile(ready.step, ready.text, mesh=MESH, n_calls=3)
 
 
 def ran(name: str, start: float, end: float, *, device: int = 0, step: int = 0, waits=()) -> Event:
