@@ -50,7 +50,7 @@ class Pass:
     """The sizes of one pass: B = `batch` sequences of L = `length` new tokens over a cache of `capacity` positions.
 
     `all_logits`: logits for every token (scoring), else for the last of each sequence (generation, with sampling).
-    `itemsize` is the activations' bytes per element.
+    `itemsize` is the activations' bytes per element; `int8_cache`: K and V are cached as int8, with scales.
     """
 
     batch: int
@@ -59,6 +59,7 @@ class Pass:
     itemsize: int = 4
     weight_itemsize: int = 4
     all_logits: bool = False
+    int8_cache: bool = False
 
     def __post_init__(self):
         for field in ("batch", "length", "capacity"):

@@ -20,6 +20,8 @@ from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 
 PHASES = ("prefill", "decode")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
+CACHES = ("int8",)
+"""What a KV cache can be kept as, besides the activations' dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Point:
         layout, attention: see `partitioning.layouts`.
         weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
         mesh: extents of the mesh where they differ from the slice's.
+        cache: `int8`, with a scale for each position, where the KV cache is not of the activations' dtype.
 
     Raises:
         ValueError: field, value and rule.
@@ -51,6 +54,7 @@ class Point:
     attention: str
     weights: str = "bf16"
     mesh: str | None = None
+    cache: str | None = None
 
     def __post_init__(self):
         for field in ("model", "slice", "phase", "layout", "attention", "weights"):
@@ -64,6 +68,10 @@ class Point:
             raise ValueError(f"phase={self.phase!r} must be one of {', '.join(PHASES)}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} must be one of {', '.join(WEIGHTS)}")
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(
+                f"cache={self.cache!r} must be {', '.join(CACHES)}, or left out for the activations' dtype"
+            )
         if self.phase == "decode" and self.length != 1:
             raise ValueError(f"length={self.length} must be 1 in decode")
         if self.phase == "decode" and self.context < 1:
@@ -122,6 +130,7 @@ class Point:
             capacity=self.capacity,
             itemsize=4 if self.weights == "f32" else 2,
             weight_itemsize=WEIGHTS[self.weights],
+            int8_cache=self.cache == "int8",
         )
 
     def check_chip(self) -> None:
@@ -140,8 +149,8 @@ class Point:
             rings(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
-        """The point as JSON fields; `mesh` only where it is given."""
-        return {k: v for k, v in vars(self).items() if k != "mesh" or v is not None}
+        """The point as JSON fields; `mesh` and `cache` only where they are given."""
+        return {k: v for k, v in vars(self).items() if k not in ("mesh", "cache") or v is not None}
 
     @classmethod
     def from_json(cls, fields: object) -> "Point":
