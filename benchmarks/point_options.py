@@ -4,9 +4,9 @@ import argparse
 
 from benchmarks.cli import InputError
 from partitioning.layouts import LAYOUTS
-from partitioning.point import PHASES, WEIGHTS, Point
+from partitioning.point import CACHES, PHASES, WEIGHTS, Point
 
-FIELDS = ("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights")
+FIELDS = ("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights", "cache")
 
 
 def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, context: int, weights: str) -> None:
@@ -22,6 +22,7 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument("--layout", default="ws2d", help=", ".join(LAYOUTS))
     p.add_argument("--attention", default="batch", help="heads, batch")
     p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
+    p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
     p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 
 

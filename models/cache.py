@@ -160,8 +160,11 @@ def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.
 
 
 def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
-    """The same, one update per sequence: of int8 XLA:TPU has no other form that leaves the cache in place, because four
-    positions share a word. Of many sequences groups, in a loop. Also for scales, which have no Q."""
+    """The same, one update for each sequence and KV head: of int8, where four positions share a word, XLA:TPU has no
+    other form that leaves the cache in place. Of many updates groups, in a loop. Also for scales, which have no Q."""
+    shape, k = cache.shape, cache.shape[2]
+    cache, new = cache.reshape(shape[0], -1, 1, *shape[3:]), new.reshape(-1, 1, *new.shape[2:])
+    starts = jnp.repeat(starts, k)
     rows = max(n for n in range(1, UNROLLED + 1) if len(new) % n == 0)
 
     def group(i, cache):
@@ -171,7 +174,8 @@ def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts
             cache = lax.dynamic_update_slice(cache, update, (layer, at, 0, starts[at], *[0] * (cache.ndim - 4)))
         return cache
 
-    return group(0, cache) if rows == len(new) else lax.fori_loop(0, len(new) // rows, group, cache)
+    cache = group(0, cache) if rows == len(new) else lax.fori_loop(0, len(new) // rows, group, cache)
+    return cache.reshape(shape)
 
 
 UNROLLED = 64

@@ -19,7 +19,8 @@ from partitioning.point import WEIGHTS, Point
 class Numbers:
     """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
 
-    `first` is the position of the first new token; `act` and `weight` are bytes per element.
+    `first` is the position of the first new token; `act` and `weight` are bytes per element; `int8_cache`: whether K
+    and V are cached as int8.
     """
 
     size: Mapping[str, Any]
@@ -30,6 +31,11 @@ class Numbers:
     n_layers: Any
     n_params: Any
     tied: Any
+    int8_cache: Any = False
+
+    def cached_bytes(self, width: Any) -> Any:
+        """Bytes of one position of one KV head in K, or in V, of `width` numbers: with its scale, where it has one."""
+        return np.where(self.int8_cache, width + self.act, width * self.act)
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> "Numbers":
@@ -46,10 +52,11 @@ class Numbers:
             first=np.array([p.start for p in points], float),
             capacity=np.array([p.capacity for p in points], float),
             weight=weight,
+            int8_cache=np.array([p.cache == "int8" for p in points]),
         )
 
     @classmethod
-    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight) -> "Numbers":
+    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight, int8_cache=False) -> "Numbers":
         """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
         letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
         size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
@@ -62,6 +69,7 @@ class Numbers:
             n_layers=model["n_layers"],
             n_params=model["n_params"],
             tied=model["tied"],
+            int8_cache=int8_cache,
         )
 
 
