@@ -87,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
         capacity = options.capacity or longest + options.max_new_tokens
         if longest + options.max_new_tokens - 1 > capacity:
             raise ValueError(
-                f"capacity={capacity} is too small for a prompt of {longest} tokens and {options.max_new_tokens} new ones"
+                f"capacity={capacity} is too small for a prompt of {longest} tokens and "
+                f"{options.max_new_tokens} new ones"
             )
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from None

@@ -254,8 +254,9 @@ def price(
     stored = np.ceil(size["Q"] / tile[1]) * tile[1]
     cached = 2 * size["B"] / b_split * size["K"] / k_split
     cache_bytes = cached * n.cached_bytes(stored)
-    converted = cached * stored * (n.first + n.length) * CONVERSION_FLOPS / peak
-    attention_s = attention_flops / (flops_rate * ATTENTION_SHARE) + np.where(n.int8_cache, converted, 0)
+    # the vector unit turns int8 into bf16 beside the matrix units
+    converted_s = np.where(n.int8_cache, cached * stored * (n.first + n.length) * CONVERSION_FLOPS / peak, 0)
+    attention_s = np.maximum(attention_flops / (flops_rate * ATTENTION_SHARE), converted_s)
     cache_s = cache_bytes * (n.first + n.length) / hbm_rate
     compute, memory = compute + attention_s, memory + cache_s
     attention = np.maximum(attention_s, cache_s)

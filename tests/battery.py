@@ -113,7 +113,7 @@ class Bench:
         """
         if not self.int8_cache:
             return rounded(self.config)[1] if self.int8 else case(self.config)[2]
-        held, ids = [None if a is None else np.asarray(a) for a in cache], case(self.config)[1]
+        held, ids = [np.asarray(a) for a in cache], case(self.config)[1]
         weights = rounded(self.config)[0] if self.int8 else case(self.config)[0]
 
         def row(number: int) -> np.ndarray:

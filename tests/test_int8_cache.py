@@ -8,14 +8,23 @@ from battery import CHECKS, MESHES, SHORT_CHECKS, Bench, check_rounding, legal, 
 from models.quantise import quantise_rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "attention"), legal())
-@pytest.mark.parametrize(("block", "kv_heads"), [("parallel", 1), ("serial", 4)])
-def test_the_battery(name, attention, block, kv_heads):
-    bench = Bench(model(block, kv_heads), name, attention, (2, 2, 2), int8_cache=True)
+def test_the_battery(name, attention):
+    bench = Bench(model("parallel", 1), name, attention, (2, 2, 2), int8_cache=True)
     for check in (*CHECKS, check_rounding):
         check(bench)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), legal(["ws1d", "ws2d", "wgx", "replicated"]))
+def test_serial_blocks_with_groups_of_heads(name, attention):
+    bench = Bench(model("serial", 4), name, attention, (2, 2, 2), int8_cache=True)
+    for check in SHORT_CHECKS:
+        check(bench)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [shape for shape in MESHES if shape != (2, 2, 2)])
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "heads"), ("ws2d", "batch"), ("wgxyz", "batch")])
 def test_other_meshes(name, attention, shape):
