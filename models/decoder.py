@@ -275,21 +275,25 @@ def attention(
         b = starts.shape[0]
         kv = kv.reshape(t, -1, 2, width)
         k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
-        new = [n.reshape(b, t // b, -1, width) for n in (k_new, v_new)]
-        stored = store(Cache(*held), *new, layer, starts)
+        k_new, v_new = (n.reshape(b, t // b, -1, width) for n in (k_new, v_new))
+        stored = store(Cache(*held), k_new, v_new, layer, starts)
         q = rope(q, cos, sin).reshape(b, t // b, h, width)
         here, first = stored.k.shape[2], _index(heads) * h
-        k, v, *scales = stored
-        scale = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+
+        def read(cache, layer, *which):
+            scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+            return attend(q, cache.k, cache.v, layer, starts, *which, **scales)
+
         if here == 1 or h == here * group:
-            o = attend(q, k, v, layer, starts, **scale)
+            o = read(stored, layer)
         elif h % group == 0 or group % h == 0:  # more KV heads here than these heads read: a run of them
-            o = attend(q, k, v, layer, starts, first // group - _index(kv_heads) * here, max(1, h // group), **scale)
+            o = read(stored, layer, first // group - _index(kv_heads) * here, max(1, h // group))
         else:  # a run that begins or ends within a group: one KV head for each
             reads = (first + jnp.arange(h)) // group - _index(kv_heads) * here
-            k, v, *scales = (None if c is None else lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads] for c in stored)
-            scale = dict(zip(("k_scale", "v_scale"), scales, strict=True))
-            o = attend(q, k, v, jnp.zeros_like(layer), starts, **scale)
+            o = read(
+                jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads], stored),
+                jnp.zeros_like(layer),
+            )
         return o.reshape(t, h, width), *_arrays(stored)
 
     by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))

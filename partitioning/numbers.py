@@ -56,7 +56,9 @@ class Numbers:
         )
 
     @classmethod
-    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight, int8_cache=False) -> "Numbers":
+    def join(
+        cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight, int8_cache: Any = False
+    ) -> "Numbers":
         """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
         letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
         size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
