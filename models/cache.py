@@ -179,6 +179,7 @@ def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts
 
 
 UNROLLED = 64
+"""Updates of an int8 cache that stand one after the other in a TPU program; more are done in a loop over groups."""
 FEW_ROWS = 8
 """Not on TPUs. Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU
 devices), but every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache
