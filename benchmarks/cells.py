@@ -158,7 +158,8 @@ def _rest(point: Row) -> str:
     context = f", context {point['context']}" if point.get("context") else ""
     context += f", {point['steps_per_call']} steps a call" if point.get("steps_per_call", 1) != 1 else ""
     where = str(point.get("slice", "?")) + (f" as {point['mesh']}" if point.get("mesh") else "")
-    return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')} on {where}"
+    cached = f", {point['cache']} cache" if point.get("cache") else ""
+    return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')}{cached} on {where}"
 
 
 def families(cells: dict[str, list[Line]]) -> dict[str, list[Line]]:

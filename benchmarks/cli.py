@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": ("benchmarks.plan", "ranks layouts, meshes and slices for a goal; names the refused and why"),
     "published": ("benchmarks.published", "the model beside published numbers, with errors and pictures"),
     "comparisons": ("benchmarks.comparisons", "serial against parallel blocks, kinds of attention over context"),
+    "quantisation": ("benchmarks.quantisation", "the error of int8 weights and cache, by layer, on logits and on text"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
 }
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("toruslab COMMAND [options]; toruslab COMMAND --help\n")
         for name, (_, what) in COMMANDS.items():
-            print(f"  {name:10} {what}")
+            print(f"  {name:12} {what}")
         return 0 if argv else 2
     name, *rest = argv
     if name not in COMMANDS:

@@ -81,7 +81,7 @@ def show(found: Estimate, console: Console) -> None:
     p = found.point
     console.print(
         f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
-        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights (analytic)"
+        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights{_cache(p)} (analytic)"
     )
     console.print(
         f"latency {_time(found.latency_s)} (layers alone {_time(found.stack_latency_s)}), bound by {found.bound}; "
@@ -127,7 +127,7 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             f"{p.batch} x {p.length}",
             str(p.context),
             f"{p.layout}/{p.attention}",
-            p.weights,
+            p.weights + _cache(p),
             _time(e.latency_s),
             _time(e.stack_latency_s),
             e.bound,
@@ -136,6 +136,10 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             "yes" if e.fits else "no",
         )
     console.print(listing)
+
+
+def _cache(point: Point) -> str:
+    return f", {point.cache} cache" if point.cache else ""
 
 
 def _time(seconds: float) -> str:

@@ -22,6 +22,7 @@ from models.presets import model
 from models.sampling import Sampler
 from partitioning.layouts import Layout, layout
 from partitioning.mesh import Slice, mesh_shape
+from partitioning.point import CACHES, WEIGHTS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prefill", default="ws2d/heads", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
     p.add_argument("--decode", default="ws2d/batch", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
     p.add_argument("--max-new-tokens", type=int, default=32, help="default: %(default)s")
-    p.add_argument("--cache", type=int, help="cached positions per sequence (default: what the prompts need)")
+    p.add_argument("--capacity", type=int, help="cached positions per sequence (default: what the prompts need)")
     p.add_argument("--chunk", type=int, help="prefill in chunks of so many tokens (default: the longest prompt)")
     p.add_argument(
         "--steps-per-call",
@@ -48,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     p.add_argument("--top-k", type=int, default=0, help="0: all (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="1: all (default)")
-    p.add_argument("--weights", default="f32", choices=["f32", "bf16"], help="default: %(default)s")
+    p.add_argument("--weights", default="f32", help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
+    p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
     p.add_argument("--seed", type=int, default=0, help="of weights and sampling (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output")
     return p
@@ -81,15 +83,20 @@ def run(options: argparse.Namespace) -> int:
             raise ValueError("prompt is missing: --prompt TEXT")
         prompts = [text.encode(sys.stdin.read() if t == "-" else t) for t in options.prompt]
         longest = max(map(len, prompts))
-        for name in ("max_new_tokens", "chunk", "cache", "steps_per_call"):
+        if options.weights not in WEIGHTS:
+            raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
+        if options.cache is not None and options.cache not in CACHES:
+            raise ValueError(f"cache={options.cache!r} must be {', '.join(CACHES)}; its positions are --capacity")
+        for name in ("max_new_tokens", "chunk", "capacity", "steps_per_call"):
             value = getattr(options, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         chunk = min(options.chunk or longest, longest)
-        capacity = options.cache or longest + options.max_new_tokens
+        capacity = options.capacity or longest + options.max_new_tokens
         if longest + options.max_new_tokens - 1 > capacity:
             raise ValueError(
-                f"cache={capacity} is too small for a prompt of {longest} tokens and {options.max_new_tokens} new ones"
+                f"capacity={capacity} is too small for a prompt of {longest} tokens and "
+                f"{options.max_new_tokens} new ones"
             )
     except (ValueError, OSError) as error:
         raise Refused(str(error)) from None
@@ -118,12 +125,14 @@ def run(options: argparse.Namespace) -> int:
             sampler=sampler,
             steps_per_call=options.steps_per_call,
             itemsize=4 if options.weights == "f32" else 2,
+            int8=options.weights == "int8",
+            int8_cache=options.cache == "int8",
         )
         mesh = attach(shape, chip=slice_.chip, explicit=pair[0].explicit)
     except ValueError as error:
         raise Refused(str(error)) from None
     dtype = jnp.float32 if options.weights == "f32" else jnp.bfloat16
-    params = initial(config, pair[0], mesh, seed=options.seed, dtype=dtype)
+    params = initial(config, pair[0], mesh, seed=options.seed, dtype=dtype, int8=generator.int8)
     print(f"weights: random, seed {options.seed} (the text is noise)", file=sys.stderr)
     took: list[tuple[float, int]] = []  # when a call was through, and of how many steps
 

@@ -34,6 +34,7 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
             return _wide(options)
         passes = _passes(options)
         common = {"model": options.model, "slice": options.slice, "mesh": options.mesh, "weights": options.weights}
+        common |= {"cache": options.cache}
         return [_cell(options, common | sizes) for phase in options.phases.split(",") for sizes in passes(phase)]
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
@@ -64,7 +65,7 @@ def _wide(options: argparse.Namespace) -> list[list[Point]]:
     pairs = WIDE if options.grid == "wide" else [(m, s) for m, _ in WIDE for _, s in WIDE]
     cells = []
     for model, mesh in pairs:
-        where = {"model": model, "slice": options.slice, "weights": options.weights}
+        where = {"model": model, "slice": options.slice, "weights": options.weights, "cache": options.cache}
         where |= {} if mesh == str(slice_).split(":")[1] else {"mesh": mesh}
         for batch in BATCHES:
             decode = {"phase": "decode", "context": options.context, "steps_per_call": options.steps_per_call}
@@ -95,7 +96,7 @@ def _from_file(path: str) -> list[list[Point]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         of = (point.model, point.mesh_shape, point.phase, point.batch, point.length, point.context, point.weights)
-        of += (point.steps_per_call,)
+        of += (point.cache, point.steps_per_call)
         groups.setdefault(of, []).append(point)
     if not groups:
         raise ValueError(f"points={path!r} holds no point")

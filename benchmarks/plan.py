@@ -25,6 +25,7 @@ from rich.table import Table
 from benchmarks.cli import InputError, Parser, guarded
 from partitioning.cost import estimate
 from partitioning.planner import BATCHES, GOALS, PHASES, PLANNED, Plan, Space, Workload, pareto, read_slices, search
+from partitioning.point import CACHES
 
 WITHIN = {"latency": "lowest latency", "cost": "lowest cost", "batch": "largest batch"}
 
@@ -255,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--max-step", type=float, metavar="S", help="seconds of one decode step, also within a request")
     p.add_argument("--batches", help="such as 1,2,4 or 1..64 (default: to 1024, sixteen to a doubling)")
     p.add_argument("--weights", default="bf16,int8", help="(default: bf16,int8)")
+    p.add_argument("--cache", choices=CACHES, help="of the KV cache (default: the activations' dtype)")
     p.add_argument("--layouts", default=",".join(PLANNED), help=f"(default: {','.join(PLANNED)})")
     p.add_argument("--attention", default="heads,batch", help="(default: heads,batch; also batch-x, batch-xy...)")
     p.add_argument("--top", type=int, default=10, help="lines of the ranking (default: 10)")
@@ -298,6 +300,7 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
             weights=listed(options.weights),
             layouts=listed(options.layouts),
             attentions=listed(options.attention),
+            cache=options.cache,
         )
     except ValueError as error:
         raise InputError(str(error)) from None

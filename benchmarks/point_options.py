@@ -6,10 +6,11 @@ from typing import Any
 
 from benchmarks.cli import InputError
 from partitioning.layouts import LAYOUTS
-from partitioning.point import PHASES, WEIGHTS, Point
+from partitioning.point import CACHES, PHASES, WEIGHTS, Point
 
 FIELDS = (
     *("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights"),
+    "cache",
     "steps_per_call",
 )
 
@@ -27,6 +28,7 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument("--layout", default="ws2d", help=f"{', '.join(LAYOUTS)}; with variants: ws2d+lean")
     p.add_argument("--attention", default="batch", help="heads, batch, or batch-x, batch-xy...: over some of the axes")
     p.add_argument("--weights", default=weights, help=", ".join(WEIGHTS))
+    p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
     p.add_argument(
         "--steps-per-call",
         type=int,

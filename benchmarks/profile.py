@@ -130,6 +130,7 @@ def show(row: Row, console: Console, analytic: Row | None = None) -> None:
     console.print(
         f"[bold]{p['model']} on {p['slice']}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
         f"{p['context']}, {point_options.per_call(p)}{p['layout']}/{p['attention']}, {p['weights']} weights"
+        f"{', ' + p['cache'] + ' cache' if p.get('cache') else ''}"
     )
     shared = f" on {found['cores']} cores" if found["cores"] else ""
     console.print(

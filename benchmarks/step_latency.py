@@ -29,7 +29,7 @@ from benchmarks.run_folder import Run, chip_of, unfinished
 from models import text
 from partitioning.layouts import LAYOUTS
 from partitioning.mesh import AXES, Slice, attach
-from partitioning.point import Point
+from partitioning.point import CACHES, Point
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Contender
@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         help="tokens per sequence in prefill (default: %(default)s)",
     )
     p.add_argument("--weights", default="f32", help="f32, bf16 or int8 (default: %(default)s)")
+    p.add_argument("--cache", choices=CACHES, help="of the KV cache (default: the activations' dtype)")
     p.add_argument("--grid", choices=GRIDS, default="default", help=GRID_HELP)
     p.add_argument("--quick", action="store_true", help="one decode and one prefill cell, few repeats: under a minute")
     p.add_argument("--points", help="a file of JSON points, one a line (- for standard input), instead of the grid")

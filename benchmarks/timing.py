@@ -83,7 +83,8 @@ def stepper(program: Program, compiled: Compiled, params: nnx.State, ids: np.nda
         everywhere(mesh, np.full(batch, length, np.int32)),
     )
     requests = everywhere(mesh, np.arange(batch, dtype=np.int32))
-    held = [empty_cache(program.config, batch, program.pass_.capacity, program.layout, mesh, program.dtype)]
+    pass_, layout = program.pass_, program.layout
+    held = [empty_cache(program.config, batch, pass_.capacity, layout, mesh, program.dtype, pass_.int8_cache)]
 
     def step() -> None:
         with jax.set_mesh(mesh):

@@ -51,6 +51,9 @@ def attend(
     starts: jax.Array,
     kv_first: jax.Array | int = 0,
     kv_heads: int | None = None,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of new tokens over the cached positions up to each one's own.
 
@@ -60,6 +63,8 @@ def attend(
         layer: index of the layer, a scalar.
         starts: [b], position of each row's first new token.
         kv_first, kv_heads: which of the KV heads these q heads read: so many, from this one on; all by default.
+        k_scale, v_scale: [n_layers, b, k, S] where k and v are int8. The first scales scores, the second what the
+            softmax makes of them, so that K and V are never scaled themselves.
 
     Returns:
         [b, L, h, Q].
@@ -79,14 +84,27 @@ def attend(
         return lax.dot_general(x, y, (((3,), (contract,)), ((0, 1), (0, 1))), **kwargs)
 
     def read(cache, first, size):
-        """[b, k, size, Q] of the layer."""
-        return lax.dynamic_slice(cache, (layer, 0, kv_first, first, 0), (1, b, kv_heads, size, width))[0]
+        """[b, k, size, Q] of the layer, in q's dtype."""
+        found = lax.dynamic_slice(cache, (layer, 0, kv_first, first, 0), (1, b, kv_heads, size, width))[0]
+        return found.astype(q.dtype)
 
-    def scores(first, size, seen_before):
+    def scaled(x, scales, first, size):
+        """[b, k, gL, size], float32, times the scales of the layer's positions, if any."""
+        if scales is None:
+            return x
+        found = lax.dynamic_slice(scales, (layer, 0, kv_first, first), (1, b, kv_heads, size))
+        return x * found[0][:, :, None].astype(jnp.float32)
+
+    def values(p, first, size, **kwargs):
+        """[b, k, gL, Q] of what the softmax makes of the scores, [b, k, gL, size]."""
+        return dot(scaled(p, v_scale, first, size).astype(q.dtype), read(v, first, size), 2, **kwargs)
+
+    def scores(first, size):
         """[b, k, gL, size], float32, -inf where a token may not look."""
         s = dot(q, read(k, first, size), 3, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(d_head))
+        s = scaled(s, k_scale, first, size)
         positions = first + jnp.arange(size)
-        seen = (positions <= reach[..., None]) & (positions >= seen_before)
+        seen = positions <= reach[..., None]
         return jnp.where(seen[:, None], s, -jnp.inf)
 
     def out(o):
@@ -100,20 +118,17 @@ def attend(
 
     size = block_size(length)
     if span <= 2 * size:
-        p = jax.nn.softmax(scores(0, span, 0), axis=-1)
-        return out(dot(p.astype(v.dtype), read(v, 0, span), 2))
+        return out(values(jax.nn.softmax(scores(0, span), axis=-1), 0, span))
 
     def block(i):
         """Exponentials of block i, by their own maximum: (maximum, sum, weighted values)."""
-        first = jnp.minimum(i * size, span - size)  # the last block slides back; what it has seen is masked
-        s = scores(first, size, i * size)
+        return weighed(i * size, size)
+
+    def weighed(first, size):
+        s = scores(first, size)
         top = jnp.max(s, axis=-1)
         p = jnp.exp(s - jnp.maximum(top, -1e30)[..., None])
-        return (
-            top,
-            jnp.sum(p, axis=-1),
-            dot(p.astype(v.dtype), read(v, first, size), 2, preferred_element_type=jnp.float32),
-        )
+        return top, jnp.sum(p, axis=-1), values(p, first, size, preferred_element_type=jnp.float32)
 
     def add(i, running):
         top, total, acc = running
@@ -122,6 +137,9 @@ def attend(
         old, new = jnp.exp(top - new_top), jnp.exp(block_top - new_top)
         return new_top, total * old + block_total * new, acc * old[..., None] + block_acc * new[..., None]
 
-    n_blocks = jnp.minimum(jnp.max(reach) // size + 1, -(-span // size))
-    _, total, acc = lax.fori_loop(1, n_blocks, add, block(0))  # block 0 holds position 0, which every token sees
+    # what is left over goes first, so that every block begins at a multiple of its size, which XLA:TPU has to know
+    n_whole, left = divmod(span, size)
+    n_blocks = jnp.minimum(jnp.max(reach) // size + 1, n_whole)
+    begin = weighed(n_whole * size, left) if left else block(0)  # block 0 holds position 0, which every token sees
+    _, total, acc = lax.fori_loop(0 if left else 1, n_blocks, add, begin)
     return out(acc / total[..., None])

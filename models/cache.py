@@ -1,4 +1,8 @@
-"""The KV cache: one array each for K and V, all layers, carried through the pass and updated in place."""
+"""The KV cache: one array each for K and V, all layers, carried through the pass and updated in place.
+
+As floats, or as int8 with one scale for each layer, sequence, KV head and position, chosen when the position is
+written (`models.quantise.quantise_rows`); what is written is never changed again.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,25 +13,32 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models.config import ModelConfig
-from partitioning.collectives import LANES, SUBLANES, tpu
+from models.quantise import quantise_rows
+from partitioning.collectives import INT8_SUBLANES, LANES, SUBLANES, tpu
 from partitioning.layouts import Layout, entries
 
 
 class Cache(NamedTuple):
     """`k` and `v`, arrays (or shapes, or shardings) of [n_layers, B, K, S, Q], S = capacity in positions.
 
-    The last two dimensions are what TPUs tile.
+    The last two dimensions are what TPUs tile. Where these are int8, `k_scale` and `v_scale` are [n_layers, B, K, S]
+    of the activations' dtype: an integer stands for itself times its position's scale.
     """
 
     k: Any
     v: Any
+    k_scale: Any = None
+    v_scale: Any = None
 
 
-def cache_shape(config: ModelConfig, batch: int, capacity: int, *, tiled: bool = False) -> tuple[int, ...]:
+def cache_shape(
+    config: ModelConfig, batch: int, capacity: int, *, tiled: bool = False, int8: bool = False
+) -> tuple[int, ...]:
     """[n_layers, B, K, S, Q].
 
-    `tiled`, for TPUs: S and Q rounded up to whole tiles of 8 x 128. A TPU would store a head of 160 as 256 anyway, or
-    turn the cache around to save that, and then copy it whole on every step; and so with 2049 positions.
+    `tiled`, for TPUs: S and Q rounded up to whole tiles of 8 x 128, of 32 x 128 where `int8`. A TPU would store a head
+    of 160 as 256 anyway, or turn the cache around to save that, and then copy it whole on every step; and so with 2049
+    positions.
 
     Example:
         >>> from models.presets import model
@@ -35,7 +46,8 @@ def cache_shape(config: ModelConfig, batch: int, capacity: int, *, tiled: bool =
         (105, 1, 128, 2056, 256)
     """
     if tiled:
-        capacity, width = -(-capacity // SUBLANES) * SUBLANES, -(-config.d_head // LANES) * LANES
+        rows = INT8_SUBLANES if int8 else SUBLANES
+        capacity, width = -(-capacity // rows) * rows, -(-config.d_head // LANES) * LANES
     else:
         width = config.d_head
     return (config.n_layers, batch, config.n_kv_heads, capacity, width)
@@ -51,12 +63,52 @@ def cache_spec(layout: Layout) -> P:
     return P(None, *entries(layout.cache))
 
 
-def empty_cache(config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32) -> Cache:
+def cache_shardings(layout: Layout, mesh: Mesh, int8: bool = False) -> Cache:
+    """Where each array of a cache lies."""
+    stored = NamedSharding(mesh, cache_spec(layout))
+    scales = NamedSharding(mesh, P(*entries(cache_spec(layout))[:-1])) if int8 else None
+    return Cache(stored, stored, scales, scales)
+
+
+def abstract_cache(
+    config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh: Mesh, dtype=jnp.float32, int8: bool = False
+) -> Cache:
+    """The cache as shapes with their shardings; `dtype` is the activations', and that of the scales where `int8`."""
+    shape = cache_shape(config, batch, capacity, tiled=is_tiled(mesh), int8=int8)
+    at = cache_shardings(layout, mesh, int8)
+    stored = jax.ShapeDtypeStruct(shape, jnp.int8 if int8 else dtype, sharding=at.k)
+    scales = jax.ShapeDtypeStruct(shape[:-1], dtype, sharding=at.k_scale) if int8 else None
+    return Cache(stored, stored, scales, scales)
+
+
+def empty_cache(
+    config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32, int8: bool = False
+) -> Cache:
     """Zeros on their devices. Callers remember how many positions of each row are in use."""
-    sharding = NamedSharding(mesh, cache_spec(layout))
-    shape = cache_shape(config, batch, capacity, tiled=is_tiled(mesh))
-    make = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    return Cache(make(), make())
+
+    def make(like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+    return jax.tree.map(make, abstract_cache(config, batch, capacity, layout, mesh, dtype, int8))
+
+
+def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array, starts: jax.Array) -> Cache:
+    """Puts the new positions of one layer in place, as integers and scales where the cache is int8.
+
+    Args:
+        cache: a chip's own shards.
+        k, v: [b, L, k, Q].
+        layer, starts: see `write`.
+    """
+    if cache.k_scale is None:
+        return Cache(write(cache.k, k, layer, starts), write(cache.v, v, layer, starts))
+    (k, k_scale), (v, v_scale) = (quantise_rows(new, cache.k_scale.dtype) for new in (k, v))
+    return Cache(
+        write(cache.k, k, layer, starts),
+        write(cache.v, v, layer, starts),
+        write_scales(cache.k_scale, k_scale, layer, starts),
+        write_scales(cache.v_scale, v_scale, layer, starts),
+    )
 
 
 def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
@@ -72,7 +124,7 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
     new = pad_width(jnp.swapaxes(new, 1, 2).astype(cache.dtype), cache.shape[-1])  # bkLQ
     mesh = jax.sharding.get_abstract_mesh()
     if tpu() and mesh.are_all_axes_manual:
-        return _write_rows(cache, new, layer, starts)
+        return (_write_one_by_one if new.dtype == jnp.int8 else _write_rows)(cache, new, layer, starts)
     if len(new) <= FEW_ROWS:
         for row in range(len(new)):
             at = (layer, row, 0, starts[row], 0)
@@ -80,6 +132,13 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
         return cache
     where = jnp.stack([jnp.broadcast_to(layer, starts.shape), starts], axis=1)  # b2
     return lax.scatter(cache, where, new, _PER_ROW, **_NO_TWO_ALIKE)
+
+
+def write_scales(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
+    """`write` for the scales: `new` [b, L, k] into [n_layers, b, k, S]."""
+    if tpu() and jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return _write_one_by_one(cache, jnp.swapaxes(new, 1, 2), layer, starts)
+    return write(cache[..., None], new[..., None], layer, starts)[..., 0]
 
 
 def pad_width(x: jax.Array, width: int) -> jax.Array:
@@ -100,6 +159,27 @@ def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.
     return rows.reshape(cache.shape)
 
 
+def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
+    """The same, one update for each sequence and KV head: of int8, where four positions share a word, XLA:TPU has no
+    other form that leaves the cache in place. Of many updates groups, in a loop. Also for scales, which have no Q."""
+    shape, k = cache.shape, cache.shape[2]
+    cache, new = cache.reshape(shape[0], -1, 1, *shape[3:]), new.reshape(-1, 1, *new.shape[2:])
+    starts = jnp.repeat(starts, k)
+    rows = max(n for n in range(1, UNROLLED + 1) if len(new) % n == 0)
+
+    def group(i, cache):
+        for row in range(rows):
+            at = i * rows + row
+            update = lax.dynamic_slice_in_dim(new, at, 1)[None]
+            cache = lax.dynamic_update_slice(cache, update, (layer, at, 0, starts[at], *[0] * (cache.ndim - 4)))
+        return cache
+
+    cache = group(0, cache) if rows == len(new) else lax.fori_loop(0, len(new) // rows, group, cache)
+    return cache.reshape(shape)
+
+
+UNROLLED = 64
+"""Updates of an int8 cache that stand one after the other in a TPU program; more are done in a loop over groups."""
 FEW_ROWS = 8
 """Not on TPUs. Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU
 devices), but every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache

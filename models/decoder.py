@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from models.attention import attend, rope, rope_tables
-from models.cache import Cache, cache_spec, write
+from models.cache import Cache, cache_spec, store
 from models.config import ModelConfig
 from partitioning.collectives import follow, follow_together, local
 from partitioning.dataflow import norm_ladder
@@ -318,30 +318,42 @@ def attention(
     heads, kv_heads = split_axes(layout.q[-1:], 1), split_axes(layout.kv[-1:], 1)
     group = config.n_heads // config.n_kv_heads
 
-    def on_shards(q, kv, k, v, layer, starts, cos, sin):
+    def on_shards(q, kv, layer, starts, cos, sin, *held):
         t, h, width = q.shape
         b = starts.shape[0]
         kv = kv.reshape(t, -1, 2, width)
         k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
-        k = write(k, k_new.reshape(b, t // b, -1, width), layer, starts)
-        v = write(v, v_new.reshape(b, t // b, -1, width), layer, starts)
+        k_new, v_new = (n.reshape(b, t // b, -1, width) for n in (k_new, v_new))
+        stored = store(Cache(*held), k_new, v_new, layer, starts)
         q = rope(q, cos, sin).reshape(b, t // b, h, width)
-        here, first = k.shape[2], _index(heads) * h
+        here, first = stored.k.shape[2], _index(heads) * h
+
+        def read(cache, layer, *which):
+            scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+            return attend(q, cache.k, cache.v, layer, starts, *which, **scales)
+
         if here == 1 or h == here * group:
-            o = attend(q, k, v, layer, starts)
+            o = read(stored, layer)
         elif h % group == 0 or group % h == 0:  # more KV heads here than these heads read: a run of them
-            o = attend(q, k, v, layer, starts, first // group - _index(kv_heads) * here, max(1, h // group))
+            o = read(stored, layer, first // group - _index(kv_heads) * here, max(1, h // group))
         else:  # a run that begins or ends within a group: one KV head for each
             reads = (first + jnp.arange(h)) // group - _index(kv_heads) * here
-            k_read, v_read = [lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads] for c in (k, v)]
-            o = attend(q, k_read, v_read, jnp.zeros_like(layer), starts)
-        return o.reshape(t, h, width), k, v
+            o = read(
+                jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads], stored),
+                jnp.zeros_like(layer),
+            )
+        return o.reshape(t, h, width), *_arrays(stored)
 
     by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))
-    stored, scalar = _place(layout, cache_spec(layout)), _place(layout, P())
-    ins = [layout.q, layout.kv, stored, stored, scalar, by_row, by_token, by_token]
-    o, k, v = local(on_shards, ins, [layout.o, stored, stored])(q, kv, *cache, layer, *rows)
-    return o, Cache(k, v)
+    held = [_place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in _arrays(cache)]
+    ins = [layout.q, layout.kv, _place(layout, P()), by_row, by_token, by_token, *held]
+    o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *rows, *_arrays(cache))
+    return o, Cache(*stored)
+
+
+def _arrays(cache: Cache) -> list[jax.Array]:
+    """Those that are there: K and V, and their scales where these are int8."""
+    return [a for a in cache if a is not None]
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from models.cache import Cache, cache_spec, empty_cache
+from models.cache import Cache, cache_shardings, empty_cache
 from models.config import ModelConfig
 from models.decoder import Tokens
 from models.parameters import abstract, everywhere, shardings
@@ -38,7 +37,8 @@ class Generator:
         chunk: new tokens per sequence in one prefill pass; longer prompts take several.
         sampler: how tokens are chosen.
         steps_per_call: decode steps in one call of the program, at most; what is left over takes a shorter one.
-        itemsize: bytes per element of weights, activations and cache: 4 or 2.
+        itemsize: bytes per element of activations, and of weights and cache that are not int8: 4 or 2.
+        int8, int8_cache: whether the matrices, and the cache, are int8.
 
     Raises:
         ValueError: sizes that a layout cannot divide, or a chunk that does not fit the cache.
@@ -55,6 +55,8 @@ class Generator:
     sampler: Sampler
     itemsize: int = 4
     steps_per_call: int = 1
+    int8: bool = False
+    int8_cache: bool = False
 
     def __post_init__(self):
         if self.chunk > self.capacity:
@@ -91,7 +93,8 @@ class Generator:
             length=length,
             capacity=self.capacity,
             itemsize=self.itemsize,
-            weight_itemsize=self.itemsize,
+            weight_itemsize=1 if self.int8 else self.itemsize,
+            int8_cache=self.int8_cache,
             steps=steps,
         )
         mesh = attach(self.shape, chip=self.chip, explicit=layout.explicit)
@@ -126,7 +129,7 @@ class Generator:
         lengths = np.array([len(p) for p in prompts], np.int32)
         requests = np.arange(self.batch, dtype=np.int32)
         mesh, dtype = self.first.mesh, self.first.dtype
-        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, mesh, dtype)
+        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, mesh, dtype, self.int8_cache)
 
         picked = np.zeros(self.batch, np.int32)
         for begin in range(0, int(lengths.max()), self.chunk):
@@ -180,9 +183,9 @@ class Generator:
 
     def _hand_over(self, params: nnx.State, cache: Cache, to: Program) -> tuple[nnx.State, Cache]:
         """Weights and cache where the decode layout wants them; what lies there already is not copied."""
-        stored = NamedSharding(to.mesh, cache_spec(to.layout))
+        stored = cache_shardings(to.layout, to.mesh, self.int8_cache)
         wanted = shardings(abstract(self.config, to.dtype, to.int8)[1], to.layout, to.mesh)
-        return jax.device_put((params, cache), (wanted, Cache(stored, stored)))
+        return jax.device_put((params, cache), (wanted, stored))
 
 
 def batch_multiple(*layouts: Layout, shape: Shape) -> int:

@@ -56,12 +56,15 @@ def initial(
     def make() -> nnx.State:
         params = nnx.state(Decoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))
         params = jax.tree_util.tree_map_with_path(lambda path, leaf: _without_padding(config, path, leaf), params)
-        if not int8:
-            return params
-        nested = quantise(nnx.to_pure_dict(params), dtype)
-        return jax.tree_util.tree_map_with_path(lambda path, _: _at(nested, path), wanted)
+        return as_int8(config, params, dtype) if int8 else params
 
     return jax.jit(make, out_shardings=shardings(wanted, layout, mesh))()
+
+
+def as_int8(config: ModelConfig, params: nnx.State, dtype=jnp.float32) -> nnx.State:
+    """Float parameters with their matrices as int8; `dtype` is that of the scales, and of what stays as it is."""
+    nested = quantise(nnx.to_pure_dict(params), dtype)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _at(nested, path), abstract(config, dtype, True)[1])
 
 
 def load(

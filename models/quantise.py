@@ -1,12 +1,15 @@
-"""int8 weights: symmetric, one scale for each output channel of a matrix.
+"""int8: symmetric; weights with one scale for each output channel of a matrix, keys and values with one for each.
 
-Decides how a float matrix becomes integers and scales. The decoder multiplies by the integers, turned into the
-activations' dtype, and scales what comes out; weight-gathered layouts gather the integers. The embedding stays as it
-is. Pope et al. 2022, section 3.6.
+Decides how floats become integers and scales. The decoder multiplies by the integers, turned into the activations'
+dtype, and scales what comes out; weight-gathered layouts gather the integers. The embedding stays as it is. Pope et
+al. 2022, section 3.6.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 MATRICES = ("w_in", "w_kv", "w_out")
 SCALE = "_scale"
@@ -51,3 +54,18 @@ def dequantise(params: Mapping[str, Any]) -> dict[str, Any]:
         elif not name.endswith(SCALE):
             found[name] = value
     return found
+
+
+def quantise_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """[..., Q] as int8 and one scale for each [...] in `dtype`, with which the integers are made.
+
+    Example:
+        >>> integers, scale = quantise_rows(jnp.array([[2.54, -1.27], [0.0, 0.0]]), jnp.float32)
+        >>> integers.tolist(), [round(s, 5) for s in scale.tolist()]
+        ([[127, -64], [0, 0]], [0.02, 1.0])
+    """
+    wide = x.astype(jnp.float32)
+    scale = (jnp.max(jnp.abs(wide), axis=-1) / 127).astype(dtype)
+    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # zeros, as the width that fills a tile up
+    integers = jnp.clip(jnp.round(wide / scale.astype(jnp.float32)[..., None]), -127, 127)
+    return integers.astype(jnp.int8), scale

@@ -14,7 +14,7 @@ V has no padding rows here. H counts padding heads: they come last, and their wq
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,8 @@ from models.config import ModelConfig
 
 Weights = dict[str, NDArray[np.float32]]
 Array = NDArray[np.float64]
+Reads = Callable[[int, Array, Array], tuple[Array, Array]]
+"""Of a layer's number, its keys (turned by RoPE) and values, [K, L, Q] each, those that attention reads instead."""
 
 _LETTERS = {
     "embed": "V E",
@@ -40,7 +42,9 @@ _LETTERS = {
 }
 
 
-def logits(config: ModelConfig, weights: Mapping[str, ArrayLike], tokens: ArrayLike) -> Array:
+def logits(
+    config: ModelConfig, weights: Mapping[str, ArrayLike], tokens: ArrayLike, reads: Reads | None = None
+) -> Array:
     """Scores of the next token after each position of one sequence.
 
     A parallel layer is x + attention(norm(x)) + mlp(norm(x)); a serial one adds attention(norm(x)) to x, then
@@ -50,6 +54,7 @@ def logits(config: ModelConfig, weights: Mapping[str, ArrayLike], tokens: ArrayL
         config: sizes and variants.
         weights: the canonical weights above, of any float type; computed in float64.
         tokens: [L] ids, each in 0..V-1, at positions 0..L-1.
+        reads: what attention reads in the place of keys and values, such as rounded ones; these themselves by default.
 
     Returns:
         [L, V] float64; row i depends on tokens 0..i only. No softmax.
@@ -75,10 +80,13 @@ def logits(config: ModelConfig, weights: Mapping[str, ArrayLike], tokens: ArrayL
     for i in range(config.n_layers):
         layer = {name: _float64(np.asarray(weights[name])[i]) for name in shapes(config) if _LETTERS[name][0] == "n"}
         normed = _rms_norm(x, layer["norm"], config.norm_eps)
+        keys, values = _keys_values(config, layer, normed)
+        if reads:
+            keys, values = reads(i, keys, values)
         if config.block == "parallel":
-            x = x + _attention(config, layer, normed) + _mlp(config, layer, normed)
+            x = x + _attention(config, layer, normed, keys, values) + _mlp(config, layer, normed)
         else:
-            x = x + _attention(config, layer, normed)
+            x = x + _attention(config, layer, normed, keys, values)
             x = x + _mlp(config, layer, _rms_norm(x, layer["mlp_norm"], config.norm_eps))
     unembed = embed if config.tied else _float64(weights["unembed"])
     return _rms_norm(x, _float64(weights["final_norm"]), config.norm_eps) @ unembed.T
@@ -190,7 +198,14 @@ def pad_heads(config: ModelConfig, weights: Mapping[str, ArrayLike], n_heads: in
     }
 
 
-def _attention(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> Array:
+def _keys_values(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> tuple[Array, Array]:
+    """[L, E] -> keys, turned by RoPE, and values, [K, L, Q] each."""
+    heads = range(config.n_kv_heads)
+    keys = [_rope(x @ layer["wk"][:, head], config.rope_theta) for head in heads]
+    return np.stack(keys), np.stack([x @ layer["wv"][:, head] for head in heads])
+
+
+def _attention(config: ModelConfig, layer: Mapping[str, Array], x: Array, keys: Array, values: Array) -> Array:
     """Causal softmax attention with RoPE, scale 1/sqrt(Q); query head h reads KV head h // (H/K). [L, E] -> [L, E]."""
     length = x.shape[0]
     visible = np.arange(length)[:, None] >= np.arange(length)[None, :]  # [query, key]
@@ -198,12 +213,10 @@ def _attention(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> Arr
     for head in range(config.n_heads):
         kv_head = head // (config.n_heads // config.n_kv_heads)
         q = _rope(x @ layer["wq"][:, head], config.rope_theta)  # [L, Q]
-        k = _rope(x @ layer["wk"][:, kv_head], config.rope_theta)  # [L, Q]
-        v = x @ layer["wv"][:, kv_head]  # [L, Q]
-        scores = np.where(visible, q @ k.T / math.sqrt(config.d_head), -np.inf)  # [query, key]
+        scores = np.where(visible, q @ keys[kv_head].T / math.sqrt(config.d_head), -np.inf)  # [query, key]
         exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
         probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        out = out + probabilities @ v @ layer["wo"][head]
+        out = out + probabilities @ values[kv_head] @ layer["wo"][head]
     return out
 
 

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from partitioning.layouts import Axes, Ladder, axes_of, entries
 from partitioning.mesh import AXES
 
-LANES, SUBLANES = 128, 8
-"""A TPU's tile: columns and rows."""
+LANES, SUBLANES, INT8_SUBLANES = 128, 8, 32
+"""A TPU's tile: columns and rows; rows of int8."""
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
 
 

@@ -350,7 +350,7 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
     """How often the pass copies the cache (whole, or of one layer), and a layer's weights, as they rest or are used."""
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
-    shape = cache_shape(config, pass_.batch, pass_.capacity, tiled=point.chip in TPUS)
+    shape = cache_shape(config, pass_.batch, pass_.capacity, tiled=point.chip in TPUS, int8=pass_.int8_cache)
     cache = _shard(shape, entries(cache_spec(layout)), sizes)
     cached = {_long((n, *cache[1:]))}
     if pass_.length < pass_.capacity:  # else a layer's cache has the shape of the new keys
@@ -368,7 +368,10 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
         for spec in ladder
     }
     itemsize = min(pass_.weight_itemsize, pass_.itemsize)
-    least = min([math.prod(w) * itemsize for w in weights] + [math.prod(c) * pass_.itemsize for c in cached])
+    least = min(
+        [math.prod(w) * itemsize for w in weights]
+        + [math.prod(c) * (1 if pass_.int8_cache else pass_.itemsize) for c in cached]
+    )
     found = [0, 0]
     for c in copies(module, least, unknown_trips=trips):
         if c.from_space == c.to_space and not c.fused:

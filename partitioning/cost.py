@@ -39,7 +39,7 @@ MESSAGE_S = 1e-7
 ATTENTION_SHARE = 0.25
 """[assumed] share of the matmuls' rate that attention's small products and its softmax reach."""
 CONVERSION_FLOPS = 64
-"""[derived] what the matrix units could do while the vector unit turns one int8 weight into bf16: on v4, 2 cores of
+"""[derived] what the matrix units could do while the vector unit turns one int8 number into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
 Constants = Mapping[str, float]
 
@@ -253,8 +253,11 @@ def price(
     attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
     tile = _tile(chip_)
     stored = np.ceil(size["Q"] / tile[1]) * tile[1]
-    cache_bytes = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act
-    attention_s = attention_flops / (flops_rate * ATTENTION_SHARE)
+    cached = 2 * size["B"] / b_split * size["K"] / k_split
+    cache_bytes = cached * n.cached_bytes(stored)
+    # the vector unit turns int8 into bf16 beside the matrix units
+    converted_s = np.where(n.int8_cache, cached * stored * (n.first + n.length) * CONVERSION_FLOPS / peak, 0)
+    attention_s = np.maximum(attention_flops / (flops_rate * ATTENTION_SHARE), converted_s)
     cache_s = cache_bytes * (n.first + n.length) / hbm_rate
     compute, memory = compute + attention_s, memory + cache_s
     attention = np.maximum(attention_s, cache_s)

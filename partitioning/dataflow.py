@@ -54,7 +54,7 @@ class Pass:
     """The sizes of one pass: B = `batch` sequences of L = `length` new tokens over a cache of `capacity` positions.
 
     `all_logits`: logits for every token (scoring), else for the last of each sequence (generation, with sampling).
-    `itemsize` is the activations' bytes per element.
+    `itemsize` is the activations' bytes per element; `int8_cache`: K and V are cached as int8, with scales.
     `steps`: decode steps in one call of the program, each over the token that the one before sampled. Sizes, plan and
     bytes are those of one step; the cache has room for the last.
     """
@@ -66,6 +66,7 @@ class Pass:
     weight_itemsize: int = 4
     all_logits: bool = False
     steps: int = 1
+    int8_cache: bool = False
 
     def __post_init__(self):
         for field in ("batch", "length", "capacity", "steps"):

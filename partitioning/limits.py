@@ -71,6 +71,7 @@ def _fits(point: Point, changed: Mapping[str, np.ndarray]) -> np.ndarray:
         first=np.asarray(context - (point.length if decode else 0), float),
         capacity=np.asarray(context + more, float),
         weight=float(WEIGHTS[point.weights]),
+        int8_cache=point.cache == "int8",
     )
     slice_ = Slice.parse(point.slice)
     cost = price(point.layout_value, point.config.block, slice_, point.mesh_shape, numbers)

@@ -1,7 +1,8 @@
 """What a pass takes on a machine that was measured: the plan's collectives and the decoder's own blocks, added up.
 
 The counterpart of `partitioning.cost` for chips that `toruslab calibrate` has written. Nothing in it is fitted to
-steps. Fake devices share their cores, so nothing hides behind anything: all terms add up.
+steps. Fake devices share their cores, so nothing hides behind anything: all terms add up. Attention to an int8 cache
+is priced as if that were of the activations' dtype, of which there are samples.
 
     step = dispatch + layers x (matmuls + weights out of the stack + attention + the rest + collectives) + both ends
 
@@ -180,7 +181,7 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     layer["attention_s"] = machine.attention_s(
         rows=sequences, cache=cache, scores=scores, macs=macs, length=n.length, dtype=act
     )
-    flops, read = flops + 2 * macs, read + cache * n.act
+    flops, read = flops + 2 * macs, read + cache / size["Q"] * n.cached_bytes(size["Q"])
 
     # collectives
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}

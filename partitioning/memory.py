@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.attention import block_size
+from partitioning.collectives import INT8_SUBLANES
 
 if TYPE_CHECKING:
     from partitioning.numbers import Numbers
@@ -48,7 +49,9 @@ def held_bytes(
         most = np.maximum(most, gathered[weight] * elements * n.weight)
     b_split, k_split = splits["cache", -1][:2]
     stored = np.ceil(size["Q"] / tile[1]) * tile[1]
-    cache = 2 * size["B"] / b_split * size["K"] / k_split * stored * n.act * np.ceil(size["S"] / tile[0]) * tile[0]
+    rows = np.where(n.int8_cache, INT8_SUBLANES, tile[0]) if tile[0] > 1 else 1
+    positions = np.ceil(size["S"] / rows) * rows
+    cache = 2 * size["B"] / b_split * size["K"] / k_split * n.cached_bytes(stored) * positions
     v, e = splits["table", -1]
     table = size["V"] * size["E"] / (v * e) * n.act * np.where(n.tied, 1, 2)
     return n.n_layers * (at_rest + scales + cache) + table + working_bytes(splits, block, n, most)

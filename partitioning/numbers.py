@@ -20,7 +20,8 @@ class Numbers:
     """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
 
     `first` is the position of the first new token, of several steps in a call their mean; `act` and `weight` are bytes
-    per element; `steps` are those of one call.
+    per element; `steps` are those of one call; `int8_cache`: whether K and V are cached
+    as int8.
     """
 
     size: Mapping[str, Any]
@@ -32,6 +33,11 @@ class Numbers:
     n_params: Any
     tied: Any
     steps: Any = 1.0
+    int8_cache: Any = False
+
+    def cached_bytes(self, width: Any) -> Any:
+        """Bytes of one position of one KV head in K, or in V, of `width` numbers: with its scale, where it has one."""
+        return np.where(self.int8_cache, width + self.act, width * self.act)
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> "Numbers":
@@ -50,10 +56,22 @@ class Numbers:
             capacity=np.array([p.capacity for p in points], float),
             weight=weight,
             steps=steps,
+            int8_cache=np.array([p.cache == "int8" for p in points]),
         )
 
     @classmethod
-    def join(cls, model: Mapping[str, Any], *, batch, length, first, capacity, weight, steps: Any = 1.0) -> "Numbers":
+    def join(
+        cls,
+        model: Mapping[str, Any],
+        *,
+        batch,
+        length,
+        first,
+        capacity,
+        weight,
+        steps: Any = 1.0,
+        int8_cache: Any = False,
+    ) -> "Numbers":
         """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
         letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
         size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
@@ -67,6 +85,7 @@ class Numbers:
             n_params=model["n_params"],
             tied=model["tied"],
             steps=steps,
+            int8_cache=int8_cache,
         )
 
 

@@ -33,7 +33,7 @@ from partitioning.layouts import LAYOUTS, Layout, NoAxisLeft, axes_of, entries, 
 from partitioning.limits import MOST, batch_step
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.numbers import Numbers, model_numbers
-from partitioning.point import WEIGHTS, Point
+from partitioning.point import CACHES, WEIGHTS, Point
 
 Goal = Literal["latency", "cost", "batch"]
 PHASES = ("request", "prefill", "decode")
@@ -88,7 +88,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """What is searched.
+    """What is searched. `cache` is the same for all of it, as a point has it.
 
     Raises:
         ValueError: an empty list, an unknown name, or a batch that is not a positive integer.
@@ -100,6 +100,7 @@ class Space:
     weights: tuple[str, ...] = ("bf16", "int8")
     layouts: tuple[str, ...] = PLANNED
     attentions: tuple[str, ...] = ("heads", "batch")
+    cache: str | None = None
 
     def __post_init__(self):
         known = {"weights": tuple(WEIGHTS), "layouts": PLANNED, "attentions": ("heads", "batch")}
@@ -117,6 +118,10 @@ class Space:
                     raise ValueError(f"{name}={value!r} must be of {', '.join(known[name])}{rest}")
                 if base != value:
                     parts_of(value)
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(
+                f"cache={self.cache!r} must be {', '.join(CACHES)}, or left out for the activations' dtype"
+            )
         for batch in self.batches:
             if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= MOST:
                 raise ValueError(f"batch={batch!r} must be an integer of at least 1, and at most {MOST}")
@@ -235,6 +240,7 @@ class Plan:
                 phase=phase,
                 batch=int(self.columns["batch"][i]),
                 weights=self.space.weights[self.columns["weights"][i]],
+                cache=self.space.cache,
                 **self.workload.sizes(phase),
                 **structure.fields(),
             )
@@ -464,6 +470,7 @@ class _Search:
                     first=np.array([[[sizes["context"] - (phase == "decode")]] for sizes, phase in phases], float),
                     capacity=float(self.workload.capacity),
                     weight=np.array([[WEIGHTS[w]] for w in self.space.weights], float),
+                    int8_cache=self.space.cache == "int8",
                 ),
             )
         return self.numbers[step]
@@ -477,7 +484,7 @@ class _Search:
                 first, step = (nothing, p.seconds) if decode else (p.seconds, nothing)
                 self._keep(alone, p.seconds, first, step, nothing, p.held, slice_)
             return
-        weight = np.array([[WEIGHTS[w]] for w in self.space.weights])
+        weight, int8 = np.array([[WEIGHTS[w]] for w in self.space.weights]), self.space.cache == "int8"
         c = constants_of(chip_) if self.constants is None else self.constants
         for d in priced["decode"]:
             best = None
@@ -485,7 +492,9 @@ class _Search:
                 if not same_weights(p.structure.layout, d.structure.layout):
                     self.n_pairs_refused += 1
                     continue
-                moved = handoff_s(p.structure, d.structure, self.config, self.batches, self.workload.prompt, weight, c)
+                moved = handoff_s(
+                    p.structure, d.structure, self.config, self.batches, self.workload.prompt, weight, c, int8
+                )
                 if best is None:
                     best = [
                         np.full_like(d.seconds, np.inf),
@@ -522,7 +531,14 @@ def same_weights(a: Layout, b: Layout) -> bool:
 
 
 def handoff_s(
-    src: Structure, dst: Structure, config: ModelConfig, batch: Any, filled: int, weight: Any, c: Constants
+    src: Structure,
+    dst: Structure,
+    config: ModelConfig,
+    batch: Any,
+    filled: int,
+    weight: Any,
+    c: Constants,
+    int8_cache: bool = False,
 ) -> Any:
     """Seconds to bring the KV cache from where one layout leaves it to where another on the same mesh reads it.
 
@@ -535,13 +551,17 @@ def handoff_s(
         batch, weight: sequences and bytes per weight, arrays or numbers.
         filled: positions in the cache.
         c: fitted constants.
+        int8_cache: K and V move as int8, with their scales.
     """
     share, per_byte, hops = _handoff(src.layout, dst.layout, src.slice_, src.mesh)
     if not share:
         return np.zeros(np.broadcast_shapes(np.shape(batch), np.shape(weight)))
     act = np.where(weight == 4, 4, 2)
-    total = 2.0 * config.n_layers * config.n_kv_heads * config.d_head * filled * act * batch
-    return share * total * per_byte / c["link_efficiency"] + 2 * (c["collective_s"] + hops * c["hop_s"])
+    each = config.d_head + act if int8_cache else config.d_head * act
+    total = 2.0 * config.n_layers * config.n_kv_heads * each * filled * batch
+    return share * total * per_byte / c["link_efficiency"] + (4 if int8_cache else 2) * (
+        c["collective_s"] + hops * c["hop_s"]
+    )
 
 
 @functools.lru_cache(maxsize=65536)

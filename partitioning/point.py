@@ -20,6 +20,8 @@ from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 
 PHASES = ("prefill", "decode")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
+CACHES = ("int8",)
+"""What a KV cache can be kept as, besides the activations' dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Point:
         layout, attention: see `partitioning.layouts`.
         weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
         mesh: extents of the mesh where they differ from the slice's.
+        cache: `int8`, with a scale for each position, where the KV cache is not of the activations' dtype.
         steps_per_call: decode steps in one call of the program; the first has `context`, each later one a token more.
             Whatever is said of the point (seconds, bytes, counts) is of one step, the mean of the call's.
 
@@ -54,6 +57,7 @@ class Point:
     weights: str = "bf16"
     mesh: str | None = None
     steps_per_call: int = 1
+    cache: str | None = None
 
     def __post_init__(self):
         for field in ("model", "slice", "phase", "layout", "attention", "weights"):
@@ -67,6 +71,10 @@ class Point:
             raise ValueError(f"phase={self.phase!r} must be one of {', '.join(PHASES)}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} must be one of {', '.join(WEIGHTS)}")
+        if self.cache is not None and self.cache not in CACHES:
+            raise ValueError(
+                f"cache={self.cache!r} must be {', '.join(CACHES)}, or left out for the activations' dtype"
+            )
         if self.phase == "decode" and self.length != 1:
             raise ValueError(f"length={self.length} must be 1 in decode")
         if self.phase == "decode" and self.context < 1:
@@ -128,6 +136,7 @@ class Point:
             itemsize=4 if self.weights == "f32" else 2,
             weight_itemsize=WEIGHTS[self.weights],
             steps=self.steps_per_call,
+            int8_cache=self.cache == "int8",
         )
 
     def check_chip(self) -> None:
@@ -146,8 +155,8 @@ class Point:
             rings(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
-        """The point as JSON fields; `mesh` only where it is given, `steps_per_call` where it is not 1."""
-        left_out = {"mesh": None, "steps_per_call": 1}
+        """The point as JSON fields; `mesh` and `cache` only where given, `steps_per_call` where it is not 1."""
+        left_out = {"mesh": None, "cache": None, "steps_per_call": 1}
         return {k: v for k, v in vars(self).items() if k not in left_out or v != left_out[k]}
 
     @classmethod

@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.cache import Cache, cache_shape, cache_spec, is_tiled
+from models.cache import Cache, abstract_cache, cache_shardings
 from models.config import ModelConfig
 from models.decoder import Tokens
 from models.parameters import abstract, shardings
@@ -87,7 +87,7 @@ class Program:
 
     @property
     def dtype(self):
-        """Of the activations, the cache, and of weights that are not int8."""
+        """Of the activations, and of weights and cache that are not int8."""
         return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
 
     @property
@@ -128,9 +128,9 @@ class Program:
             return found, cache
 
         run = one if self.pass_.steps == 1 else several
-        whole, stored = self._sharding(P()), self._sharding(cache_spec(self.layout))
-        out = None if self.pass_.all_logits else whole
-        return jax.jit(run, donate_argnums=2, out_shardings=(out, Cache(stored, stored)))
+        out = None if self.pass_.all_logits else self._sharding(P())
+        stored = cache_shardings(self.layout, self.mesh, self.pass_.int8_cache)
+        return jax.jit(run, donate_argnums=2, out_shardings=(out, stored))
 
     def __call__(self, params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
         """Runs the pass, compiling it on the first call. The given cache is consumed."""
@@ -150,13 +150,10 @@ class Program:
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding(P()))
 
-        stored = jax.ShapeDtypeStruct(
-            cache_shape(self.config, batch, self.pass_.capacity, tiled=is_tiled(self.mesh)),
-            self.dtype,
-            sharding=self._sharding(cache_spec(self.layout)),
-        )
+        pass_ = self.pass_
+        cache = abstract_cache(self.config, batch, pass_.capacity, self.layout, self.mesh, self.dtype, pass_.int8_cache)
         tokens = Tokens(integers(batch, length), integers(batch), integers(batch))
-        return params, tokens, Cache(stored, stored), integers(batch)
+        return params, tokens, cache, integers(batch)
 
     def compile(self, *, text: bool = True) -> Compiled:
         """Compiles ahead of time, from shapes alone; without its `text`, which takes a while, where that is not wanted.

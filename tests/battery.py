@@ -17,9 +17,11 @@ from models.cache import Cache, cache_shape, cache_spec, empty_cache
 from models.config import ModelConfig
 from models.decoder import Tokens
 from models.parameters import everywhere, load
+from models.quantise import dequantise, quantise
 from models.reference import init
 from models.reference import logits as reference_logits
 from models.sampling import Sampler
+from models.weights import pack, unpack
 from partitioning.dataflow import Pass, plan
 from partitioning.evidence import compare
 from partitioning.hlo import copies, read
@@ -73,28 +75,68 @@ def case(config: ModelConfig) -> tuple[dict, np.ndarray, np.ndarray]:
     return weights, ids, np.stack([reference_logits(config, weights, row) for row in ids])
 
 
+@functools.lru_cache(maxsize=32)
+def rounded(config: ModelConfig) -> tuple[dict, np.ndarray]:
+    """The weights that int8 ones stand for, and the reference's logits with them."""
+    weights, ids, _ = case(config)
+    seen = unpack(config, dequantise(quantise(pack(config, weights), np.float64)))
+    return seen, np.stack([reference_logits(config, seen, row) for row in ids])
+
+
 @dataclass
 class Bench:
-    """A model under one layout on one mesh: programs by (length, all_logits), compiled once each and checked."""
+    """A model under one layout on one mesh: programs by (length, all_logits), compiled once each and checked.
+
+    `int8`: with int8 weights; `int8_cache`: with an int8 cache; activations are float32 beside them.
+    """
 
     config: ModelConfig
     name: str
     attention: str
     shape: Shape
+    int8: bool = False
+    int8_cache: bool = False
 
     def __post_init__(self):
         self.layout = layout(self.name, self.attention, self.shape, self.config.n_kv_heads)
         self.mesh = attach(self.shape, chip="cpu", explicit=self.layout.explicit)
-        self.params = load(self.config, case(self.config)[0], self.layout, self.mesh)
+        self.params = load(self.config, case(self.config)[0], self.layout, self.mesh, int8=self.int8)
         self.compiled: dict[tuple[int, bool], Compiled] = {}
         self.several: dict[tuple[Sampler, int, int | None], Compiled] = {}
 
     def cache(self) -> Cache:
-        return empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh)
+        return empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh, int8=self.int8_cache)
+
+    def expected(self, cache: Cache) -> np.ndarray:
+        """The reference's logits [BATCH, TOTAL, V]; with an int8 cache, of attention to what `cache` holds.
+
+        Nothing here depends on how numbers are rounded: the integers are the decoder's own, and are held against the
+        keys and values, as the reference computes them, by `check_rounding`.
+        """
+        if not self.int8_cache:
+            return rounded(self.config)[1] if self.int8 else case(self.config)[2]
+        held, ids = [np.asarray(a) for a in cache], case(self.config)[1]
+        weights = rounded(self.config)[0] if self.int8 else case(self.config)[0]
+
+        def row(number: int) -> np.ndarray:
+            def reads(layer: int, *floats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                k, v = (
+                    np.where(scales[..., None] > 0, integers.astype(float) * scales[..., None], exact)
+                    for exact, (integers, scales) in zip(floats, written(held, layer, number), strict=True)
+                )
+                return k, v
+
+            return reference_logits(self.config, weights, ids[number], reads)
+
+        return np.stack([row(number) for number in range(BATCH)])
+
+    def pass_(self, length: int, **more) -> Pass:
+        sizes = {"batch": BATCH, "length": length, "capacity": CAPACITY}
+        return Pass(**sizes, weight_itemsize=1 if self.int8 else 4, int8_cache=self.int8_cache, **more)
 
     def program(self, length: int, all_logits: bool) -> Compiled:
         if (length, all_logits) not in self.compiled:
-            pass_ = Pass(batch=BATCH, length=length, capacity=CAPACITY, all_logits=all_logits)
+            pass_ = self.pass_(length, all_logits=all_logits)
             program = Program(config=self.config, layout=self.layout, mesh=self.mesh, pass_=pass_)
             compiled = program.compile()
             self.check(compiled, pass_)
@@ -107,7 +149,7 @@ class Bench:
             return self.program(1, False)
         stop = stop if n > 1 else None
         if (sampler, n, stop) not in self.several:
-            pass_ = Pass(batch=BATCH, length=1, capacity=CAPACITY, steps=n)
+            pass_ = self.pass_(1, steps=n)
             sizes = {"config": self.config, "layout": self.layout, "mesh": self.mesh, "pass_": pass_}
             compiled = Program(**sizes, sampler=sampler, stop=stop).compile()
             if sampler == GREEDY:
@@ -129,9 +171,10 @@ class Bench:
         assert not compiled.warnings, compiled.warnings
         cache = NamedSharding(self.mesh, cache_spec(self.layout))
         shard = cache.shard_shape(cache_shape(self.config, BATCH, CAPACITY))
-        found = copies(compiled.text, 4 * math.prod(shard), unknown_trips=pass_.steps)
-        copied = [c.dims for c in found if _long(c.dims) == _long(shard)]
-        assert not copied, f"the cache is copied: {copied}"
+        for held, itemsize in ((shard, 1), (shard[:-1], 4)) if self.int8_cache else ((shard, 4),):
+            found = copies(compiled.text, itemsize * math.prod(held), unknown_trips=pass_.steps)
+            copied = [c.dims for c in found if _long(c.dims) == _long(held)]
+            assert not copied, f"the cache is copied: {copied}"
 
     def run(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, cache: Cache, *, all_logits: bool = True):
         """Logits [B, L, V] as NumPy, or sampled ids [B], and the cache."""
@@ -163,6 +206,11 @@ class Bench:
         return np.concatenate(found, axis=1), np.asarray(cache.k)
 
 
+def written(held: Sequence[np.ndarray], layer: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of K and of V, the integers [K, TOTAL, Q] and scales [K, TOTAL] of one sequence in an int8 cache."""
+    return [(held[i][layer, row, :, :TOTAL], held[i + 2][layer, row, :, :TOTAL]) for i in (0, 1)]
+
+
 def assert_close(got: np.ndarray, expected: np.ndarray, dtype: str = "float32") -> None:
     error = np.abs(got - expected).max() / np.abs(expected).max()
     assert error <= TOLERANCE[dtype], f"relative error {error:.1e}"
@@ -170,45 +218,70 @@ def assert_close(got: np.ndarray, expected: np.ndarray, dtype: str = "float32") 
 
 def check_full_pass(bench: Bench) -> None:
     """One pass over whole sequences equals the reference."""
-    _, ids, expected = case(bench.config)
-    logits, _ = bench.run(ids, np.zeros(BATCH), np.full(BATCH, TOTAL), bench.cache())
-    assert_close(logits, expected)
+    _, ids, _ = case(bench.config)
+    logits, cache = bench.run(ids, np.zeros(BATCH), np.full(BATCH, TOTAL), bench.cache())
+    assert_close(logits, bench.expected(cache))
 
 
 def check_chunks_then_decode(bench: Bench) -> None:
     """Prefill in chunks over a growing cache, then single steps: the same logits at every position."""
-    _, ids, expected = case(bench.config)
-    cache, seen = bench.cache(), 0
+    _, ids, _ = case(bench.config)
+    cache, seen, found = bench.cache(), 0, []
     while seen < TOTAL:
         length = CHUNK if seen + CHUNK <= TOTAL else 1
         chunk = ids[:, seen : seen + length]
         logits, cache = bench.run(chunk, np.full(BATCH, seen), np.full(BATCH, length), cache)
-        assert_close(logits, expected[:, seen : seen + length])
+        found.append(logits)
         seen += length
+    expected = bench.expected(cache)
+    assert_close(np.concatenate(found, axis=1), expected)
 
 
 def check_mixed_lengths(bench: Bench) -> None:
     """Rows of different lengths in one batch, padded with other tokens: each equals its sequence alone."""
-    _, ids, expected = case(bench.config)
-    cache, starts = bench.cache(), np.zeros(BATCH, int)
+    _, ids, _ = case(bench.config)
+    cache, starts, found = bench.cache(), np.zeros(BATCH, int), []
     for turn in range(2):
         lengths = 1 + (np.arange(BATCH) + turn) % CHUNK
         chunk = np.full((BATCH, CHUNK), 5, np.int32)
         for row, (start, n) in enumerate(zip(starts, lengths, strict=True)):
             chunk[row, :n] = ids[row, start : start + n]
         logits, cache = bench.run(chunk, starts, lengths, cache)
-        for row, (start, n) in enumerate(zip(starts, lengths, strict=True)):
-            assert_close(logits[row, :n], expected[row, start : start + n])
+        found += [(row, start, logits[row, :n]) for row, (start, n) in enumerate(zip(starts, lengths, strict=True))]
         starts = starts + lengths
+    expected = bench.expected(cache)
+    for row, start, logits in found:
+        assert_close(logits, expected[row, start : start + len(logits)])
 
 
 def check_greedy(bench: Bench) -> None:
     """The token sampled in a decode step after a padded prefill is the reference's likeliest."""
-    _, ids, expected = case(bench.config)
+    _, ids, _ = case(bench.config)
     rows, lengths = np.arange(BATCH), 1 + np.arange(BATCH) % CHUNK
     _, cache = bench.run(ids[:, :CHUNK], np.zeros(BATCH), lengths, bench.cache())
-    picked, _ = bench.run(ids[rows, lengths][:, None], lengths, np.ones(BATCH), cache, all_logits=False)
-    np.testing.assert_array_equal(picked, expected[rows, lengths].argmax(-1))
+    picked, cache = bench.run(ids[rows, lengths][:, None], lengths, np.ones(BATCH), cache, all_logits=False)
+    np.testing.assert_array_equal(picked, bench.expected(cache)[rows, lengths].argmax(-1))
+
+
+def check_rounding(bench: Bench) -> None:
+    """Every integer of an int8 cache, times its scale, is within half a step of what it stands for; the largest of a
+    position is 127."""
+    _, ids, _ = case(bench.config)
+    _, cache = bench.run(ids, np.zeros(BATCH), np.full(BATCH, TOTAL), bench.cache())
+    held = [np.asarray(a) for a in cache]
+    assert held[0].dtype == np.int8 and (np.abs(held[0][..., :TOTAL, :]).max(-1) == 127).all()
+    weights = rounded(bench.config)[0] if bench.int8 else case(bench.config)[0]
+    for row in range(BATCH):
+
+        def reads(layer: int, *floats: np.ndarray, row=row) -> tuple[np.ndarray, np.ndarray]:
+            found = []
+            for exact, (integers, scales) in zip(floats, written(held, layer, row), strict=True):
+                found.append(integers.astype(float) * scales[..., None])
+                steps = np.abs(found[-1] - exact) / scales[..., None]
+                assert steps.max() <= 0.5 + 1e-3, f"off by {steps.max():.4f} steps"
+            return found[0], found[1]
+
+        reference_logits(bench.config, weights, ids[row], reads)
 
 
 CALLS = (3, 3)

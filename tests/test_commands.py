@@ -92,7 +92,7 @@ def test_explain_refuses_what_is_no_point(capsys):
         ([], "prompt is missing"),
         (["--prompt", "a", "--prefill", "ws2d"], "prefill='ws2d' must be LAYOUT/ATTENTION"),
         (["--prompt", "a", "--decode", "wgxyz/heads"], "no axis is left to split heads over"),
-        (["--prompt", "a" * 50, "--cache", "40"], "cache=40 is too small for a prompt of 51 tokens"),
+        (["--prompt", "a" * 50, "--capacity", "40"], "capacity=40 is too small for a prompt of 51 tokens"),
         (["--prompt", "a", "--model", "m" * 300], "mmm"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
         (["--prompt", "a", "--top-p", "2"], "top_p=2.0 must be in (0, 1]"),

@@ -4,7 +4,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from battery import BATCH, CHUNK, TOTAL, Bench, assert_close, case, legal, model
+from battery import (
+    BATCH,
+    CHUNK,
+    TOTAL,
+    Bench,
+    assert_close,
+    case,
+    check_chunks_then_decode,
+    check_mixed_lengths,
+    check_rounding,
+    legal,
+    model,
+)
 
 from models import cache
 from partitioning import collectives
@@ -36,3 +48,14 @@ def test_the_forms_for_tpus_compute_the_same(name, attention, block, kv_heads, s
     rest = TOTAL - CHUNK
     logits, _ = bench.run(ids[:, CHUNK:], np.full(BATCH, CHUNK), np.full(BATCH, rest), held)
     assert_close(logits, expected[:, CHUNK:])
+
+
+@pytest.mark.parametrize(("name", "attention"), [("ws2d", "heads"), ("ws2d", "batch"), ("wgxy", "batch")])
+@pytest.mark.parametrize("unrolled", [3, 64])
+@pytest.mark.usefixtures("like_a_tpu")
+def test_an_int8_cache_written_update_by_update(monkeypatch, name, attention, unrolled):
+    """With few unrolled updates the groups of them are a loop."""
+    monkeypatch.setattr(cache, "UNROLLED", unrolled)
+    bench = TpuBench(model("serial", 4), name, attention, (2, 2, 2), int8_cache=True)
+    for check in (check_chunks_then_decode, check_mixed_lengths, check_rounding):
+        check(bench)

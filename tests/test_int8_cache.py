@@ -1,0 +1,48 @@
+"""The int8 KV cache: every layout attends to exactly what its own integers and scales stand for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from battery import CHECKS, MESHES, SHORT_CHECKS, Bench, check_rounding, legal, model
+
+from models.quantise import quantise_rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), legal())
+def test_the_battery(name, attention):
+    bench = Bench(model("parallel", 1), name, attention, (2, 2, 2), int8_cache=True)
+    for check in (*CHECKS, check_rounding):
+        check(bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), legal(["ws1d", "ws2d", "wgx", "replicated"]))
+def test_serial_blocks_with_groups_of_heads(name, attention):
+    bench = Bench(model("serial", 4), name, attention, (2, 2, 2), int8_cache=True)
+    for check in SHORT_CHECKS:
+        check(bench)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [shape for shape in MESHES if shape != (2, 2, 2)])
+@pytest.mark.parametrize(("name", "attention"), [("ws2d", "heads"), ("ws2d", "batch"), ("wgxyz", "batch")])
+def test_other_meshes(name, attention, shape):
+    bench = Bench(model("parallel", 16), name, attention, shape, int8_cache=True)
+    for check in SHORT_CHECKS:
+        check(bench)
+
+
+@pytest.mark.parametrize(("name", "attention"), [("wgx", "heads"), ("ws2d", "batch")])
+def test_int8_weights_beside_it(name, attention):
+    bench = Bench(model("parallel", 2), name, attention, (2, 2, 2), int8=True, int8_cache=True)
+    for check in (*SHORT_CHECKS, check_rounding):
+        check(bench)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_integers_are_within_half_a_step_also_where_the_scale_is_coarse(dtype):
+    x = np.random.default_rng(0).standard_normal((500, 16)).astype(np.float32)
+    integers, scale = (np.asarray(a, np.float32) for a in quantise_rows(jnp.asarray(x), dtype))
+    assert np.abs(integers - x / scale[:, None]).max() <= 0.5 + 1e-4
+    assert np.abs(integers).max(-1).min() >= 126
