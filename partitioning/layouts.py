@@ -65,6 +65,9 @@ class Layout:
     rows: Ladder  # RE, from the residual stream to the input of the unembedding
     logits: Ladder  # RV
     ids: Ladder  # R, sampled tokens
+    rings: Literal[0, 1, 2] = 0
+    """Collectives looped with the matmuls that they feed or drain (`partitioning.rings`): not at all, one way round, or
+    both ways."""
 
     def __hash__(self) -> int:
         """Of all fields, worked out once: layouts are keys of many look-ups."""
@@ -86,7 +89,7 @@ class Layout:
             value = getattr(self, field.name)
             if isinstance(value, P):
                 changed[field.name] = trim(value, sizes)
-            elif isinstance(value, tuple):
+            elif isinstance(value, tuple) and value:
                 rungs = [trim(spec, sizes) for spec in value]
                 changed[field.name] = tuple(s for i, s in enumerate(rungs) if i == 0 or s != rungs[i - 1])
         return dataclasses.replace(self, **changed)
@@ -332,24 +335,63 @@ LAYOUTS: dict[str, Callable[[Attention, Axes], Layout]] = {
 }
 
 
+LOOPED = {"h": ("w_in", "h"), "kv": ("w_kv",), "out": ("w_out", "g", "out")}
+"""What comes out of a matmul -> the ladders that may be looped with it, the best first. A gathered weight outweighs
+any activation. Inside the block, h and g are wider than the residual stream (x, out) and move over one axis, so that
+their rings are short; the paper looped these two. x is not looped: its norm needs whole rows first."""
+
+
+def ring(made: Layout) -> Layout:
+    """Collectives looped with their matmuls, one way round."""
+    return _looped(made, 1)
+
+
+def biring(made: Layout) -> Layout:
+    """Collectives looped with their matmuls, both ways round."""
+    return _looped(made, 2)
+
+
+def _looped(made: Layout, ways: Literal[1, 2]) -> Layout:
+    moving = any(len(getattr(made, name)) > 1 for names in LOOPED.values() for name in names)
+    return dataclasses.replace(made, rings=ways) if moving else made
+
+
+VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring}
+"""What may follow a layout's name after a `+`: each makes another layout of it."""
+
+
 def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
     """The layout `name` with its attention over `heads` or `batch`, for a mesh and a number of KV heads.
 
+    Args:
+        name: of `LAYOUTS`, and of `VARIANTS` after a `+` each: `ws2d+ring`.
+
     Raises:
-        ValueError: an unknown name, or attention that the layout does not have.
+        ValueError: an unknown name, attention that the layout does not have, or a variant that changes nothing in it.
     """
-    if name not in LAYOUTS:
-        near = difflib.get_close_matches(str(name), LAYOUTS, n=1)
+    base, *variants = str(name).split("+")
+    if base not in LAYOUTS:
+        near = difflib.get_close_matches(base, LAYOUTS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"layout={name!r} is unknown{hint}; known: {', '.join(LAYOUTS)}")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise ValueError(f"layout={name!r}: variant {variant!r} is unknown; known: {', '.join(VARIANTS)}")
     if attention not in ("heads", "batch"):
         raise ValueError(f"attention={attention!r} must be 'heads' or 'batch'")
-    return _layout(LAYOUTS[name], attention, mesh, kv_axes(mesh, n_kv_heads))
+    return _layout(LAYOUTS[base], tuple(variants), attention, mesh, kv_axes(mesh, n_kv_heads))
 
 
 @functools.lru_cache(maxsize=4096)
-def _layout(make: Callable[[Attention, Axes], Layout], attention: Attention, mesh: Shape, kv: Axes) -> Layout:
+def _layout(
+    make: Callable[[Attention, Axes], Layout], variants: tuple[str, ...], attention: Attention, mesh: Shape, kv: Axes
+) -> Layout:
     made = make(attention, kv)
+    for variant in variants:
+        changed = VARIANTS[variant](made)
+        if changed == made:
+            raise ValueError(f"layout='{made.name}+{variant}': variant {variant!r} changes nothing in {made.name!r}")
+        made = dataclasses.replace(changed, name=f"{made.name}+{variant}")
     if attention == "heads" and made.explicit and not any(axes_of(spec[1]) for spec in made.q):
         raise NoAxisLeft(
             f"attention='heads' makes no sense under layout={made.name!r}: no axis is left to split heads over; "
