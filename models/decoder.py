@@ -22,6 +22,7 @@ from models.config import ModelConfig
 from partitioning.collectives import follow, local
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
+from partitioning.rings import after, before, loops, multiply
 
 Initializer = Callable[..., jax.Array]
 scope = jax.named_scope
@@ -83,19 +84,13 @@ class Block(nnx.Module):
         with scope("x"):
             y = follow(x, layout.x)
         y = rms_norm(y, self.norm[...], layout.x, config.norm_eps)
-        with scope("w_in"):
-            w_in = follow(self.w_in[...], layout.w_in)
-        with scope("h"):
-            h = follow(matmul("te,ec->tc", y, w_in, layout.h, _value(self.w_in_scale)), layout.h)
+        h = project(y, self.w_in[...], _value(self.w_in_scale), layout, ("x", "w_in", "h"))
 
         parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
         if self.has_attention:
             with scope("kv"):
                 y_kv = follow(y, layout.x_kv)
-            with scope("w_kv"):
-                w_kv = follow(self.w_kv[...], layout.w_kv)
-            with scope("kv"):
-                kv = follow(matmul("te,ed->td", y_kv, w_kv, layout.kv, _value(self.w_kv_scale)), layout.kv)
+            kv = project(y_kv, self.w_kv[...], _value(self.w_kv_scale), layout, ("x_kv", "w_kv", "kv"))
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
@@ -106,11 +101,8 @@ class Block(nnx.Module):
         (g,) = local(self._join, ins, [layout.g])(*parts)
 
         with scope("g"):
-            g = follow(g, layout.g)
-        with scope("w_out"):
-            w_out = follow(self.w_out[...], layout.w_out)
-        with scope("out"):
-            out = follow(matmul("tg,ge->te", g, w_out, layout.out, _value(self.w_out_scale)), layout.out)
+            g = follow(g, before(layout, "g"))
+        out = project(g, self.w_out[...], _value(self.w_out_scale), layout, ("g", "w_out", "out"))
         return x + out, cache
 
     def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
@@ -218,12 +210,35 @@ class Decoder(nnx.Module):
             return local(mask, [at], [at])(logits)[0], cache
 
 
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder, scale: jax.Array | None = None) -> jax.Array:
-    """`x @ w`, left as the ladder begins: partial sums stay where they are.
+def project(
+    x: jax.Array, w: jax.Array, scale: jax.Array | None, layout: Layout, names: tuple[str, str, str]
+) -> jax.Array:
+    """`x @ w`: the weight down its ladder, the matmul, what comes out down its own; looped where the layout says so.
 
-    `scale` [columns of w], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+    Args:
+        x: [T, n], where its ladder ends, but for a looped gather.
+        w: [n, m] at rest; `scale` [m], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+        names: of the ladders of x, of w and of what comes out.
     """
-    out: jax.Array = jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+    with scope(names[1]):
+        w = follow(w, before(layout, names[1]))
+    to = after(layout, names[2])
+    if names[2] in loops(layout):
+        out = multiply(x, w, layout, names)
+    else:
+        with scope(names[2]):
+            out = matmul("tn,nm->tm", x, w, to)
+    with scope(names[2]):
+        return follow(scaled(out, scale, to), to)
+
+
+def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
+    """`x @ w`, left as the ladder begins: partial sums stay where they are."""
+    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+
+
+def scaled(out: jax.Array, scale: jax.Array | None, ladder: Ladder) -> jax.Array:
+    """`out` [T, m], as the ladder begins, times `scale` [m], if there is one."""
     if scale is None:
         return out
     if not ladder:

@@ -7,8 +7,10 @@ Reads a model's sizes; runs nothing.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
@@ -16,13 +18,17 @@ from models.config import ModelConfig
 from partitioning.collectives import Kind, Move, moves
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape
+from partitioning.rings import Loop, loops, sends
+
+PlannedKind = Kind | Literal["collective-permute"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
 
-    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`.
+    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`; `loop`
+    the move of the ladder that is looped with a matmul, in so many `ways` round.
     """
 
     scope: str
@@ -30,6 +36,28 @@ class Stage:
     ladder: Ladder
     count: int = 1
     dtype: str = "act"
+    loop: Loop | None = None
+    ways: int = 0
+
+    def collectives(
+        self, sizes: Mapping[str, int], size: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[PlannedKind, Axes, Fraction, Move]]:
+        """What the stage runs on mesh axes of `sizes`, in order: kind, axes, share of its move's bytes, and the move.
+
+        A looped move is its sends, any other one collective; slices move nothing and are not there. `size`: of the
+        letters; without them halves of a shard are taken for equal.
+        """
+        for rung, move in enumerate(moves(self.ladder)):
+            if self.loop and self.loop.rung == rung:
+                n, k = 2 ** len(AXES), move.group(sizes)
+                if size:
+                    at = move.source if move.kind == "all-gather" else move.target
+                    split = entries(move.src if move.kind == "all-gather" else move.dst)[at]
+                    n = size[self.dims[at]] // math.prod(sizes[a] for a in axes_of(split))
+                for axis, part in sends(move.kind, move.axes, sizes, n, self.ways):
+                    yield "collective-permute", (axis,), Fraction(part, n * (k - 1)), move
+            elif move.kind != "slice":
+                yield move.kind, tuple(a for a in AXES if a in move.axes), Fraction(1), move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +66,7 @@ class Planned:
     element of what moves."""
 
     scope: str
-    kind: Kind
+    kind: PlannedKind
     axes: Axes
     bytes: int
     count: int
@@ -132,19 +160,25 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
 
 
 def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
+    looped: dict[str, Any] = {m.name: {"loop": m, "ways": layout.rings} for m in loops(layout).values()}
+
+    def weight(name: str, dims: tuple[str, str]) -> Stage:
+        at = f"{scope}/{name}"
+        return Stage(scope=at, dims=dims, ladder=getattr(layout, name), count=n, dtype="weight", **looped.get(name, {}))
+
     yield Stage(scope=f"{scope}/x", dims=("T", "E"), ladder=layout.x, count=n)
     yield Stage(scope=f"{scope}/norm", dims=("T",), ladder=norm_ladder(layout.x[-1]), count=n, dtype="f32")
-    yield Stage(scope=f"{scope}/w_in", dims=("E", c), ladder=layout.w_in, count=n, dtype="weight")
-    yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n)
+    yield weight("w_in", ("E", c))
+    yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n, **looped.get("h", {}))
     if attends:
         yield Stage(scope=f"{scope}/kv", dims=("T", "E"), ladder=layout.x_kv, count=n)
-        yield Stage(scope=f"{scope}/w_kv", dims=("E", "D"), ladder=layout.w_kv, count=n, dtype="weight")
+        yield weight("w_kv", ("E", "D"))
         yield Stage(scope=f"{scope}/kv", dims=("T", "D"), ladder=layout.kv, count=n)
         yield Stage(scope=f"{scope}/q", dims=("T", "H", "Q"), ladder=layout.q, count=n)
         yield Stage(scope=f"{scope}/o", dims=("T", "H", "Q"), ladder=layout.o, count=n)
-    yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n)
-    yield Stage(scope=f"{scope}/w_out", dims=(g, "E"), ladder=layout.w_out, count=n, dtype="weight")
-    yield Stage(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n)
+    yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n, **looped.get("g", {}))
+    yield weight("w_out", (g, "E"))
+    yield Stage(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n, **looped.get("out", {}))
 
 
 def norm_ladder(at: P) -> Ladder:
@@ -171,15 +205,14 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     return [
         Planned(
             scope=stage.scope,
-            kind=move.kind,
-            axes=tuple(a for a in AXES if a in move.axes),
-            bytes=bytes_of(move, stage, size, pass_, sizes),
+            kind=kind,
+            axes=axes,
+            bytes=int(bytes_of(move, stage, size, pass_, sizes) * share),
             count=stage.count,
             itemsize=_itemsize(stage, pass_),
         )
         for stage in stages(layout, config.block, config.n_layers, not pass_.all_logits)
-        for move in moves(stage.ladder)
-        if move.kind != "slice"
+        for kind, axes, share, move in stage.collectives(sizes, size)
     ]
 
 

@@ -4,14 +4,19 @@ Two forms, on every chip's own shards under `jax.shard_map`: an all-gather of on
 and a reduce-scatter of what comes out (`matmul_scatter`), as rings of `lax.ppermute`. Pope et al. 2022, section 3.5,
 after Wang et al. 2023 (overlap of communication with dependent computation).
 
-One way round, a ring of K chips sends K-1 whole shards, each to the next chip. Both ways round, shards travel to both
-neighbours at once and meet at the opposite chip: K//2 steps instead of K-1, the same bytes. With K even the opposite
-chip's shard comes half from either side, split at n//2 of its n; a half without elements is not sent. Two chips are
-neighbours on one cable only: there, both ways are one. Over several axes the rings are nested, the minor axis inside,
-so that every send goes along one axis of the mesh; the bytes are those of the one collective all the same.
+One way round, a ring of K chips sends K-1 whole shards, each to the next chip. Both ways round:
 
-A step's send and its matmul do not depend on each other; the next step waits for both, so that no more than two shards
-stand in memory beside the chip's own (and one of each outer ring).
+- shards that are gathered travel to both neighbours at once, in K//2 steps instead of K-1. With K even, the shard of
+  the opposite chip comes half from either side.
+- sums are cut in two halves that travel against each other, K-1 steps of half the size: the term for one is worked
+  out and added while the other is under way.
+
+Halves of n elements are n//2 and the rest; one without elements is not sent. Two chips are neighbours on one cable:
+there, both ways are one. Over several axes the rings are nested, the minor axis inside, so that every send goes along
+one axis of the mesh. The bytes are always those of the one collective.
+
+A send and the matmul beside it do not depend on each other. What has arrived is sent on only when the shard before it
+has been multiplied, so that no more than two shards stand in memory beside the chip's own (and those of outer rings).
 
 Decides how a ring runs and what it sends. Which moves run so is the layout's (`Layout.rings`) and `loops`'.
 """
@@ -25,10 +30,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from partitioning.collectives import Move, moves
-from partitioning.layouts import LOOPED, Axes, Ladder, Layout, entries
+from partitioning.layouts import LOOPED, Axes, Ladder, Layout
 
 Side = Literal["x", "w", "out"]
 """What is on its way: the rows' side of a matmul x @ w, the weight, or the sums that come out."""
@@ -91,20 +95,20 @@ def gather_matmul(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
 def matmul_scatter(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
     """The chip's part, along `ring.dim`, of `x @ w` summed over `ring.axes`.
 
-    The sum for a chip starts at the farthest and gathers terms on its way; each chip works out its term for it while
-    the sum is under way. Terms are added in float32, sums travel in x's dtype.
+    The sum for a chip starts at its neighbour and gathers terms on its way all round; each chip works out its term
+    while the sum is on its way there. Terms are added in float32, sums travel in x's dtype.
     """
     k = math.prod(lax.axis_size(a) for a in ring.axes)
     whole = x.shape[0] if ring.dim == 0 else w.shape[1]
     if whole % k:
         raise ValueError(f"a result of {whole} along dimension {ring.dim} cannot be scattered over {k} chips")
 
-    def part(index):
+    def product(x, index, offset, width):
         with jax.named_scope(ring.scopes[1]):
-            at, width = index * (whole // k), whole // k
+            at = index * (whole // k) + offset
             return _product(_cut(x, at, width, 0), w) if ring.dim == 0 else _product(x, _cut(w, at, width, 1))
 
-    return _sum(part, ring, ring.axes, x.dtype).astype(x.dtype)
+    return _sum(x, product, ring, ring.axes, (0, whole // k)).astype(x.dtype)
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -141,7 +145,7 @@ def _fold(step: Step, acc: jax.Array | None, shard: jax.Array, ring: Ring, axes:
         for n in range(k - 1):
             coming = _send(shard, axis, 1, ring)
             acc = visit(acc, shard, n)
-            shard, acc = lax.optimization_barrier((coming, acc))
+            shard, _ = lax.optimization_barrier((coming, acc))
         return visit(acc, shard, k - 1)
     legs, waiting = {1: shard, -1: shard}, [(shard, 0, 0)]
     for n in range(1, k // 2 + 1):
@@ -151,53 +155,39 @@ def _fold(step: Step, acc: jax.Array | None, shard: jax.Array, ring: Ring, axes:
         coming = {by: _send(leg, axis, by, ring) for by, leg in legs.items()}
         for piece in waiting:
             acc = visit(acc, *piece)
-        legs, acc = lax.optimization_barrier((coming, acc))
+        legs, _ = lax.optimization_barrier((coming, acc))
         waiting = [(leg, by * n, offsets[by]) for by, leg in legs.items()]
     for piece in waiting:
         acc = visit(acc, *piece)
     return acc
 
 
-def _sum(part: Callable, ring: Ring, axes: Axes, dtype, index: jax.Array | int = 0) -> jax.Array:
-    """This chip's part of the sums over `axes`; `part(index)` is the chip's own term for chip `index`."""
+def _sum(x: jax.Array, product: Callable, ring: Ring, axes: Axes, span: tuple[int, int], index: jax.Array | int = 0):
+    """This chip's part of the sums over `axes`; `product(x, index, *span)` is its own term for chip `index`.
+
+    `span`: where along the dimension it begins in that chip's part, and how long it is.
+    """
     if not axes:
-        return part(index)
+        return product(x, index, *span)
     axis, k = axes[0], lax.axis_size(axes[0])
     here = lax.axis_index(axis)
+    offset, width = span
+    half = width // 2
+    back = 1 if _is_one_way(k, ring.ways) else -1
+    legs = [(by, part) for by, part in ((1, (offset, half)), (back, (offset + half, width - half))) if part[1]]
 
-    def term(by: int) -> jax.Array:
-        """For the chip `by` places after this one."""
-        return _sum(part, ring, axes[1:], dtype, index * k + (here + by) % k)
+    def term(x: jax.Array, n: int, by: int, part: tuple[int, int]) -> jax.Array:
+        """For the chip `n` places on in direction `by`."""
+        return _sum(x, product, ring, axes[1:], part, index * k + (here + by * n) % k)
 
-    def add(mine: jax.Array, come: jax.Array | None, at: int = 0) -> jax.Array:
-        """Its own terms and those that have come, which may be a part of them that begins at `at`."""
-        if come is None:
-            return mine
-        edges = [(0, 0, 0)] * mine.ndim
-        edges[ring.dim] = (at, mine.shape[ring.dim] - come.shape[ring.dim] - at, 0)
-        return mine + lax.pad(come.astype(mine.dtype), jnp.zeros((), mine.dtype), edges)
-
-    def onward(total: jax.Array, by: int) -> jax.Array:
-        return _send(total.astype(dtype), axis, by, ring)
-
-    if _is_one_way(k, ring.ways):
-        total = term(k - 1)
-        for n in range(k - 2, -1, -1):
-            total = add(term(n), onward(total, 1))
-        return total
-    far = k // 2
-    legs, offsets = {1: term(far), -1: term(-far)} if k % 2 else {}, {1: 0, -1: 0}
-    if not legs:
-        opposite = term(far)
-        legs, offsets = _halves(opposite, opposite, ring.dim)
-    for n in range(far - 1, 0, -1):
-        come = {by: onward(leg, by) for by, leg in legs.items()}
-        legs = {by: add(term(by * n), come.get(by), offsets.get(by, 0)) for by in (1, -1)}
-        offsets = dict.fromkeys(legs, 0)
-    total = term(0)
-    for by, leg in legs.items():
-        total = add(total, onward(leg, by), offsets[by])
-    return total
+    totals = [term(x, k - 1, *leg) for leg in legs]
+    for n in range(k - 2, -1, -1):
+        for i, leg in enumerate(legs):
+            come = _send(totals[i].astype(x.dtype), axis, leg[0], ring)
+            late, come, _ = lax.optimization_barrier((x, come, totals[i - 1]))  # after what was worked out meanwhile
+            mine = term(late, n, *leg)
+            totals[i] = mine + come.astype(mine.dtype)
+    return lax.concatenate(totals, ring.dim)
 
 
 def _halves(right: jax.Array, left: jax.Array, dim: int) -> tuple[dict[int, jax.Array], dict[int, int]]:
@@ -212,47 +202,12 @@ def _is_one_way(k: int, ways: int) -> bool:
     return ways == 1 or k == 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loop:
-    """A move that a layout loops with a matmul: step `rung` of ladder `name`."""
-
-    name: str
-    rung: int
-    move: Move
-
-    def before(self, ladder: Ladder) -> Ladder:
-        """What is left to follow before the matmul."""
-        return ladder[: self.rung + 1]
-
-    def after(self, ladder: Ladder) -> Ladder:
-        """What is left to follow after it."""
-        return ladder[self.rung + 1 :]
-
-
-@functools.lru_cache(maxsize=4096)
-def loops(layout: Layout) -> Mapping[str, Loop]:
-    """What comes out of a matmul -> the move that the layout loops with it; see `layouts.LOOPED`.
-
-    A gather is looped if it is the last step of its ladder, a reduce-scatter if it is the first.
-    """
-    found: dict[str, Loop] = {}
-    for target, names in LOOPED.items() if layout.rings else ():
-        for name in names:
-            steps = moves(getattr(layout, name))
-            rung = 0 if name == target else len(steps) - 1
-            wanted = "reduce-scatter" if name == target else "all-gather"
-            if target not in found and steps and steps[rung].kind == wanted:
-                found[target] = Loop(name=name, rung=rung, move=steps[rung])
-    return found
-
-
 def sends(kind: str, axes: Axes, sizes: Mapping[str, int], n: int, ways: int) -> Iterator[tuple[str, int]]:
     """What one looped collective sends: for each send the mesh axis, and how many of the shard's `n` elements along its
     gathered (scattered) dimension.
 
     Args:
-        kind: `all-gather` or `reduce-scatter`; they differ in what goes round an inner ring: the halves of an outer
-            one arrive apart, but their terms are worked out together.
+        kind: `all-gather` or `reduce-scatter`.
         axes: of the group, major first.
         sizes: of the mesh axes.
         n: extent of one shard along that dimension.
@@ -265,9 +220,78 @@ def sends(kind: str, axes: Axes, sizes: Mapping[str, int], n: int, ways: int) ->
     if not axes:
         return
     axis, k = axes[0], sizes[axes[0]]
-    parts = [n] * (k - 1)
-    if k % 2 == 0 and not _is_one_way(k, ways):
-        parts = parts[:-1] + [part for part in (n // 2, n - n // 2) if part]
+    both, halves = not _is_one_way(k, ways), [part for part in (n // 2, n - n // 2) if part]
+    if kind == "all-gather":
+        parts = [n] * (k - 2) + halves if both and k % 2 == 0 else [n] * (k - 1)
+        inner = [n, *parts]
+    else:
+        parts, inner = halves * (k - 1), halves * k
     yield from ((axis, part) for part in parts)
-    for part in [n, *parts] if kind == "all-gather" else [n] * k:
+    for part in inner:
         yield from sends(kind, axes[1:], sizes, part, ways)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A move that a layout loops with a matmul: step `rung` of ladder `name`."""
+
+    name: str
+    rung: int
+    move: Move
+
+
+@functools.lru_cache(maxsize=4096)
+def loops(layout: Layout) -> Mapping[str, Loop]:
+    """What comes out of a matmul -> the move that the layout loops with it; see `layouts.LOOPED`.
+
+    A gather is looped if it is the last step of its ladder, a reduce-scatter if it is the first.
+    """
+    found: dict[str, Loop] = {}
+    for target, names in LOOPED.items() if layout.rings else ():
+        for name in names:
+            steps = moves(getattr(layout, name))
+            rung, wanted = (0, "reduce-scatter") if name == target else (len(steps) - 1, "all-gather")
+            if target not in found and steps and steps[rung].kind == wanted:
+                found[target] = Loop(name=name, rung=rung, move=steps[rung])
+    return found
+
+
+def before(layout: Layout, name: str) -> Ladder:
+    """What a tensor follows before its matmul: its ladder, without a last step that is looped."""
+    looped = any(loop.name == name for loop in loops(layout).values())
+    return getattr(layout, name)[:-1] if looped else getattr(layout, name)
+
+
+def after(layout: Layout, name: str) -> Ladder:
+    """What follows on the matmul that makes a tensor: its ladder, without a first step that is looped."""
+    loop = loops(layout).get(name)
+    return getattr(layout, name)[1:] if loop and loop.name == name else getattr(layout, name)
+
+
+def multiply(x: jax.Array, w: jax.Array, layout: Layout, names: tuple[str, str, str]) -> jax.Array:
+    """`x @ w`, global arrays, looped with the move that the layout says.
+
+    Args:
+        x: [T, n] where `before(layout, names[0])` ends; w: [n, m] where `before(layout, names[1])` does.
+        names: of the ladders of x, of w and of what comes out, which must be one of `loops(layout)`.
+
+    Returns:
+        [T, m] where `after(layout, names[2])` begins.
+    """
+    loop = loops(layout)[names[2]]
+    gathers = loop.move.kind == "all-gather"
+    ring = Ring(
+        side=("x", "w", "out")[names.index(loop.name)],
+        dim=loop.move.source if gathers else loop.move.target,
+        axes=loop.move.axes,
+        ways=layout.rings,
+        scopes=(loop.name, names[2]),
+    )
+    to = after(layout, names[2])[0]
+
+    def on_shards(x, w):
+        out = ring(x, w)
+        return lax.pcast(out, tuple(to.unreduced), to="unreduced") if to.unreduced else out
+
+    at = (before(layout, names[0])[-1], before(layout, names[1])[-1])
+    return jax.shard_map(on_shards, in_specs=at, out_specs=to)(x, w)

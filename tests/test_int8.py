@@ -49,7 +49,13 @@ def test_equals_its_dequantised_reference(name, attention, block):
 
 def test_other_meshes():
     config = model("parallel", 4)
-    for shape, name in (((1, 2, 4), "wgxy"), ((4, 2, 1), "ws2d"), ((8, 1, 1), "wgx")):
+    for shape, name in (
+        ((1, 2, 4), "wgxy"),
+        ((4, 2, 1), "ws2d"),
+        ((8, 1, 1), "wgx"),
+        ((4, 2, 1), "wgx+biring"),
+        ((1, 2, 4), "ws2d+ring"),
+    ):
         bench = Int8Bench(config, name, "batch", shape)
         logits, _ = bench.run(case(config)[1], np.zeros(BATCH), np.full(BATCH, TOTAL), bench.cache())
         assert_close(logits, expected(config))

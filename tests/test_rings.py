@@ -20,9 +20,9 @@ MESHES = {
     (1, 3, 1): [("y",)],
     (4, 1, 1): [("x",)],
     (1, 1, 8): [("z",)],
-    (2, 2, 2): [("z",), ("z", "y"), ("y", "z"), ("x", "y", "z"), ("z", "y", "x")],
-    (4, 2, 1): [("x", "y"), ("y", "x"), ("x",)],
-    (1, 2, 3): [("z", "y"), ("y", "z")],
+    (2, 2, 2): [("z", "y"), ("z", "y", "x")],
+    (4, 2, 1): [("x",), ("y", "x")],
+    (1, 2, 3): [("y", "z")],
 }
 GROUPS = [(shape, axes) for shape, groups in MESHES.items() for axes in groups]
 SIDES = list(itertools.product(("x", "w", "out"), (0, 1)))
@@ -59,7 +59,8 @@ def looped(shape, ring, x, w, *, over=()):
             out = out[None] if ring.side != "out" else out
             return jax.lax.pcast(out, over, to="unreduced") if over else out
 
-        out_spec = at_out if ring.side == "out" else P(ring.axes, None, None, unreduced=frozenset(over))
+        spread = P(ring.axes, None, None, unreduced=frozenset(over))
+        out_spec = at_out if ring.side == "out" else spread
         out = jax.shard_map(on_shards, in_specs=(at_x, at_w), out_specs=out_spec)(x, w)
         return jax.sharding.reshard(out, P(*[None] * out.ndim)) if over else out
 
@@ -69,7 +70,7 @@ def looped(shape, ring, x, w, *, over=()):
         return compiled, np.asarray(compiled(*args), np.float64)
 
 
-def problem(shape, ring, *, of=1, dtype=np.float32):
+def problem(shape, ring, *, of=1, dtype: type = np.float32):
     """Random integers, so that sums are exact; sizes with every split dimension a multiple of the group."""
     k = int(np.prod([shape[AXES.index(a)] for a in ring.axes]))
     rng = np.random.default_rng(0)
@@ -94,7 +95,7 @@ def test_equals_the_matmul_of_the_whole(shape, axes, side, dim, ways):
     assert_equal(out, ring, x.astype(np.float64) @ w)
 
     sizes = dict(zip(AXES, shape, strict=True))
-    found = [c for c in read(compiled.as_text(), sizes) if c.axes]
+    found = [c for c in read(compiled.as_text() or "", sizes) if c.axes]
     shard = {"x": x, "w": w, "out": out}[side]
     n = shard.shape[dim] // int(np.prod([sizes[a] for a in axes]))
     whole = 4 * shard.size // shard.shape[dim]  # of one element along dim
@@ -134,7 +135,7 @@ def test_int8_weights_travel_as_such(dim, ways):
     x, w = problem((4, 2, 1), ring, dtype=np.int8)
     compiled, out = looped((4, 2, 1), ring, x, w)
     assert_equal(out, ring, x.astype(np.float64) @ w.astype(np.float64))
-    found = [c for c in read(compiled.as_text(), {"x": 4, "y": 2, "z": 1}) if c.axes]
+    found = [c for c in read(compiled.as_text() or "", {"x": 4, "y": 2, "z": 1}) if c.axes]
     assert {c.dtype for c in found} == {"s8"}
     assert sum(c.bytes for c in found) == w.size * 3 // 4
 
