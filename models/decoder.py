@@ -7,7 +7,7 @@ out: the cache is an argument and a result.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -76,21 +76,42 @@ class Block(nnx.Module):
             self.w_kv, self.w_kv_scale = matrix(n, e, 2 * config.n_kv_heads * q)
         self.w_out, self.w_out_scale = matrix(n, g, e)
 
+    def gathered(self, layout: Layout) -> dict[str, jax.Array]:
+        """The layer's weights, as the matmuls take them."""
+        return {name: self._weight(name, layout) for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)}
+
+    def _weight(self, name: str, layout: Layout) -> jax.Array:
+        with scope(name):
+            return follow(getattr(self, name)[...], before(layout, name))
+
     def __call__(
-        self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout
+        self,
+        x: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        rows: Rows,
+        layout: Layout,
+        held: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins."""
+        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins.
+
+        `held`: its weights, where they were `gathered` before.
+        """
         config = self.config
+
+        def weight(name: str) -> jax.Array:
+            return held[name] if held else self._weight(name, layout)
+
         with scope("x"):
             y = follow(x, layout.x)
         y = rms_norm(y, self.norm[...], layout.x, config.norm_eps)
-        h = project(y, self.w_in[...], _value(self.w_in_scale), layout, ("x", "w_in", "h"))
+        h = project(y, weight("w_in"), _value(self.w_in_scale), layout, ("x", "w_in", "h"))
 
         parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
         if self.has_attention:
             with scope("kv"):
                 y_kv = follow(y, layout.x_kv)
-            kv = project(y_kv, self.w_kv[...], _value(self.w_kv_scale), layout, ("x_kv", "w_kv", "kv"))
+            kv = project(y_kv, weight("w_kv"), _value(self.w_kv_scale), layout, ("x_kv", "w_kv", "kv"))
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
@@ -102,7 +123,7 @@ class Block(nnx.Module):
 
         with scope("g"):
             g = follow(g, before(layout, "g"))
-        out = project(g, self.w_out[...], _value(self.w_out_scale), layout, ("g", "w_out", "out"))
+        out = project(g, weight("w_out"), _value(self.w_out_scale), layout, ("g", "w_out", "out"))
         return x + out, cache
 
     def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
@@ -184,16 +205,29 @@ class Decoder(nnx.Module):
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
 
-        def body(carry, at_layer):
-            x, cache = carry
-            layer, params = at_layer
-            modules = nnx.merge(graphs, params)
+        def gathered(layer) -> dict[str, dict[str, jax.Array]]:
+            """The weights of a layer by block, of a layout that gathers them ahead."""
+            if not layout.prefetch:
+                return {}
+            of_layer = jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), params)
+            modules, found = nnx.merge(graphs, of_layer), {}
             for name in blocks:
                 with scope(name):
-                    x, cache = modules[name](x, cache, layer, rows, layout)
-            return (x, cache), None
+                    found[name] = modules[name].gathered(layout)
+            return found
 
-        (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(config.n_layers), params))
+        def body(carry, at_layer):
+            x, cache, held = carry
+            layer, of_layer = at_layer
+            modules = nnx.merge(graphs, of_layer)
+            coming = gathered((layer + 1) % config.n_layers)  # the last layer's are not needed
+            for name in blocks:
+                with scope(name):
+                    x, cache = modules[name](x, cache, layer, rows, layout, held.get(name))
+            return (x, cache, coming), None
+
+        start = (x, cache, gathered(jnp.int32(0)))
+        (x, cache, _), _ = lax.scan(body, start, (jnp.arange(config.n_layers), params))
 
         with scope("rows"):
             if not all_logits:
@@ -213,15 +247,13 @@ class Decoder(nnx.Module):
 def project(
     x: jax.Array, w: jax.Array, scale: jax.Array | None, layout: Layout, names: tuple[str, str, str]
 ) -> jax.Array:
-    """`x @ w`: the weight down its ladder, the matmul, what comes out down its own; looped where the layout says so.
+    """`x @ w`, and what comes out down its ladder; looped where the layout says so.
 
     Args:
         x: [T, n], where its ladder ends, but for a looped gather.
-        w: [n, m] at rest; `scale` [m], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+        w: [n, m], the same; `scale` [m], whole on every chip, belongs to a `w` of int8: it scales what comes out.
         names: of the ladders of x, of w and of what comes out.
     """
-    with scope(names[1]):
-        w = follow(w, before(layout, names[1]))
     to = after(layout, names[2])
     if names[2] in loops(layout):
         out = multiply(x, w, layout, names)

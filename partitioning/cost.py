@@ -13,6 +13,7 @@ specs. What is beyond the data sheet is here and nowhere else:
   [assumed]. The pieces of its matmul read their rows, or write and read float32 sums, each anew. The constants are
   those of plain layouts, fitted as if the authors had looped no activations, which they did: only the difference to
   the plain layout says something;
+- of a layout that prefetches, weights that are gathered a layer ahead hide like the authors', on rings both ways;
 - all other collectives are exposed;
 - an all-to-all sends K messages, 0.1 us each [assumed].
 
@@ -304,7 +305,7 @@ def price(
         memory_s=memory,
         collective_s=total,
         mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile, together=layout.prefetch),
         hbm_bytes=chip_.hbm_bytes,
         collectives=_listed(plan, c, size, element) if detail else (),
         n_layers=n.n_layers,
@@ -330,7 +331,7 @@ def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers,
         memory_s=seconds["weights_s"],
         collective_s=seconds["collective_s"],
         mfu=2 * n.n_params * n.size["T"] / (latency * math.prod(mesh) * peak),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_)),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_), together=layout.prefetch),
         hbm_bytes=chip_.hbm_bytes,
         collectives=found.collectives,
         n_layers=n.n_layers,

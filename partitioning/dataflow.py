@@ -5,6 +5,7 @@ the two together by comparing this plan with the collectives of the compiled pro
 Reads a model's sizes; runs nothing.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from models.config import ModelConfig
 from partitioning.collectives import Kind, Move, moves
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape
-from partitioning.rings import Loop, loops, sends
+from partitioning.rings import Loop, before, loops, sends
 
 PlannedKind = Kind | Literal["collective-permute"]
 
@@ -28,7 +29,8 @@ class Stage:
     """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
 
     `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`; `loop`
-    the move of the ladder that is looped with a matmul, in so many `ways` round.
+    the move of the ladder that is looped with a matmul, in so many `ways` round; `in_layer`:
+    in every layer.
     """
 
     scope: str
@@ -38,6 +40,7 @@ class Stage:
     dtype: str = "act"
     loop: Loop | None = None
     ways: int = 0
+    in_layer: bool = False
 
     def collectives(
         self, sizes: Mapping[str, int], size: Mapping[str, int] | None = None
@@ -144,6 +147,17 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
         Stage(scope="embed", dims=("T", "E"), ladder=layout.embed),
     ]
     parts = {"layer": ("", True)} if block == "parallel" else {"attention": ("", True), "mlp": ("_mlp", False)}
+    if layout.prefetch:  # the first layer's weights, which no layer before it gathers
+        first = [
+            s
+            for scope, (suffix, attends) in parts.items()
+            for s in _block(layout, scope, "C" + suffix, "G" + suffix, attends, 1)
+        ]
+        found += [
+            dataclasses.replace(s, ladder=before(layout, s.scope.split("/")[1]), loop=None, in_layer=False)
+            for s in first
+            if s.dtype == "weight"
+        ]
     for scope, (suffix, attends) in parts.items():
         found += _block(layout, scope, "C" + suffix, "G" + suffix, attends, n_layers)
     found += [
@@ -160,6 +174,11 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
 
 
 def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
+    for stage in _stages_of(layout, scope, c, g, attends, n):
+        yield dataclasses.replace(stage, in_layer=True)
+
+
+def _stages_of(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
     looped: dict[str, Any] = {m.name: {"loop": m, "ways": layout.rings} for m in loops(layout).values()}
 
     def weight(name: str, dims: tuple[str, str]) -> Stage:

@@ -68,6 +68,8 @@ class Layout:
     rings: Literal[0, 1, 2] = 0
     """Collectives looped with the matmuls that they feed or drain (`partitioning.rings`): not at all, one way round, or
     both ways."""
+    prefetch: bool = False
+    """A layer's weights gathered while the layer before it runs."""
 
     def __hash__(self) -> int:
         """Of all fields, worked out once: layouts are keys of many look-ups."""
@@ -353,10 +355,16 @@ def biring(made: Layout) -> Layout:
 
 def _looped(made: Layout, ways: Literal[1, 2]) -> Layout:
     moving = any(len(getattr(made, name)) > 1 for names in LOOPED.values() for name in names)
-    return dataclasses.replace(made, rings=ways) if moving else made
+    return dataclasses.replace(made, rings=ways) if moving and not made.prefetch else made
 
 
-VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring}
+def prefetch(made: Layout) -> Layout:
+    """Weights gathered one layer ahead, but for a last step that is looped: `+ring` comes before, if at all."""
+    ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in ("w_in", "w_kv", "w_out"))
+    return dataclasses.replace(made, prefetch=True) if ahead else made
+
+
+VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring, "prefetch": prefetch}
 """What may follow a layout's name after a `+`: each makes another layout of it."""
 
 

@@ -93,7 +93,7 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
                     dims=tuple(d for d in stage.dims if d != "n"),
                     dtype=stage.dtype,
                     factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
-                    in_layer="/" in stage.scope,
+                    in_layer=stage.in_layer,
                     is_weight=stage.dtype == "weight",
                 )
             )

@@ -85,7 +85,9 @@ def _entries_of(
             if sent:
                 per_byte, hops = ring_step(axes[0], mesh, chip_, dims, ways=stage.ways)
             else:
-                per_byte, hops = rate(move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap)
+                per_byte, hops = rate(
+                    move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap and not layout.prefetch
+                )
             found.append(
                 Entry(
                     scope=stage.scope,
@@ -99,7 +101,7 @@ def _entries_of(
                     / split
                     * (parts if "n" in stage.dims else 1)
                     * float(share),
-                    in_layer="/" in stage.scope,
+                    in_layer=stage.in_layer,
                     is_weight=is_weight,
                     s_per_byte=per_byte,
                     hops=hops,
@@ -149,13 +151,15 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
     chip_ = chip(slice_.chip)
     chip_.check_slice(slice_.dims)
     sizes = dict(zip(AXES, mesh, strict=True))
-    overlap = overlap and not layout.rings
+    overlap = layout.prefetch or (overlap and not layout.rings)
     gathered = {}
     loop_of = {loop.name: loop for loop in loops(layout).values()}
     for name in ("w_in", "w_kv", "w_out"):
         ladder = before(layout, name)
         shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in ladder]
         gathered[name] = max((held + made for held, made in pairwise(shares)), default=0.0)
+        if layout.prefetch:
+            gathered[name] = 2 * shares[-1] if len(shares) > 1 else 0.0
         if name in loop_of:  # what it has, and of every ring what is in use and what is coming
             gathered[name] = max(gathered[name], shares[-1] * (2 + len(loop_of[name].move.axes)))
     found = _entries_of(layout, block, slice_, mesh, chip_, overlap)
