@@ -30,7 +30,7 @@ class Stage:
 
     `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`; `loop`
     the move of the ladder that is looped with a matmul, in so many `ways` round; `in_layer`:
-    in every layer.
+    whether it is in every layer.
     """
 
     scope: str

@@ -79,9 +79,10 @@ def gather_matmul(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
 
     def step(acc, shard, index, offset):
         at, width = index * n + offset, shard.shape[ring.dim]
+        part_of = functools.partial(_part, index=index, offset=offset, n=n, width=width)
         with jax.named_scope(ring.scopes[1]):
             if contracts:
-                other = _cut(w, at, width, 0) if ring.side == "x" else _cut(x, at, width, 1)
+                other = part_of(w, dim=0) if ring.side == "x" else part_of(x, dim=1)
                 part = _product(shard, other) if ring.side == "x" else _product(other, shard)
                 return part if acc is None else acc + part
             part = (_product(shard, w) if ring.side == "x" else _product(x, shard)).astype(x.dtype)
@@ -105,8 +106,8 @@ def matmul_scatter(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
 
     def product(x, index, offset, width):
         with jax.named_scope(ring.scopes[1]):
-            at = index * (whole // k) + offset
-            return _product(_cut(x, at, width, 0), w) if ring.dim == 0 else _product(x, _cut(w, at, width, 1))
+            cut = functools.partial(_part, index=index, offset=offset, n=whole // k, width=width, dim=ring.dim)
+            return _product(cut(x), w) if ring.dim == 0 else _product(x, cut(w))
 
     return _sum(x, product, ring, ring.axes, (0, whole // k)).astype(x.dtype)
 
@@ -116,8 +117,17 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _cut(array: jax.Array, at: jax.Array | int, width: int, dim: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(array, at, width, axis=dim)
+def _part(array: jax.Array, *, index: jax.Array | int, offset: int, n: int, width: int, dim: int) -> jax.Array:
+    """Of part `index` of `n` elements along `dim`, the `width` elements from `offset` on.
+
+    Rows of int8 are cut as whole parts first: to cut them from anywhere, XLA:TPU lays the weights of all layers out
+    anew in every layer; so it copies those of one. Other rows it reads in place, as long as they are cut in one step.
+    """
+    if dim or array.dtype != jnp.int8:
+        return lax.dynamic_slice_in_dim(array, index * n + offset, width, axis=dim)
+    parts = array.reshape(-1, n, *array.shape[1:])
+    part = lax.dynamic_index_in_dim(parts, index, 0, keepdims=False)
+    return lax.slice_in_dim(part, offset, offset + width, axis=0)
 
 
 def _send(array: jax.Array, axis: str, by: int, ring: Ring) -> jax.Array:
