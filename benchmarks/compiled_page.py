@@ -52,14 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
     options = p.parse_args(argv)
-    kept = [compact(row) for path in options.rows for row in _rows(path)]
+    kept = [compact(row) for path in options.rows for row in read_rows(path)]
     DATA.parent.mkdir(exist_ok=True)
     DATA.write_text("".join(json.dumps(row) + "\n" for row in kept))
     print(f"{DATA}: {len(kept)} rows")
     return 0
 
 
-def _rows(path: str) -> Iterable[Row]:
+def read_rows(path: str) -> Iterable[Row]:
+    """The rows of a file of `toruslab compile`."""
     for number, line in read_lines("rows", path):
         try:
             if isinstance(line, ValueError):

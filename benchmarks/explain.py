@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks import point_options
 from benchmarks.cli import InputError, Parser, guarded
 from partitioning.chips import PLATFORMS
-from partitioning.collectives import classify
+from partitioning.collectives import moves
 from partitioning.cost import estimate
 from partitioning.dataflow import Stage, bytes_of, letters, stages
 from partitioning.layouts import axes_of, entries
@@ -68,6 +68,8 @@ def steps(point: Point) -> list[dict]:
     """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count; `rides`
     says that it shares the collective of another tensor of its scope.
 
+    A step that is looped with its matmul also has its number of `sends`.
+
     Seconds are analytic, and None for chips without a data sheet.
 
     A tensor that does not move is one row without a kind.
@@ -94,19 +96,22 @@ def steps(point: Point) -> list[dict]:
                     "count": stage.count,
                 }
             )
-        for src, dst in zip(stage.ladder, stage.ladder[1:], strict=False):
-            move = classify(src, dst)
+        runs = list(stage.collectives(sizes, size))
+        for move in moves(stage.ladder):
+            parts = [kind for kind, _, _, of in runs if of == move]
+            seconds = [c.seconds for _, c in zip(parts, priced, strict=False)]
             found.append(
                 {
                     **common,
-                    "from": notation(stage.dims, src),
+                    "from": notation(stage.dims, move.src),
                     "kind": move.kind,
                     "axes": [a for a in AXES if a in move.axes],
-                    "to": notation(stage.dims, dst),
+                    "to": notation(stage.dims, move.dst),
                     "bytes": bytes_of(move, stage, size, point.pass_, sizes),
-                    "seconds": None if move.kind == "slice" else next((c.seconds for c in priced), None),
+                    "seconds": sum(seconds) if seconds else None,
                     "count": stage.count,
                 }
+                | ({"sends": len(parts)} if "collective-permute" in parts else {})
             )
     return found
 
@@ -153,6 +158,7 @@ def _show(point: Point, rows: list[dict]) -> None:
     table.add_column("times", justify="right")
     for row in rows:
         move = f"{'+ ' if row['rides'] else ''}{row['kind']}({''.join(row['axes'])})" if row["kind"] else ""
+        move += f" in {row['sends']} sends" if "sends" in row else ""
         volume = f"{row['bytes'] / 1e3:,.2f}" if row["bytes"] else ""
         taken = "" if row["seconds"] is None else f"{row['seconds'] * 1e6:,.1f}"
         table.add_row(

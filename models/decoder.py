@@ -7,7 +7,7 @@ out: the cache is an argument and a result.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from models.config import ModelConfig
 from partitioning.collectives import follow, follow_together, local
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
+from partitioning.rings import after, before, loops, multiply
 
 Initializer = Callable[..., jax.Array]
 scope = jax.named_scope
@@ -75,26 +76,46 @@ class Block(nnx.Module):
             self.w_kv, self.w_kv_scale = matrix(n, e, 2 * config.n_kv_heads * q)
         self.w_out, self.w_out_scale = matrix(n, g, e)
 
+    def gathered(self, layout: Layout) -> dict[str, jax.Array]:
+        """The layer's weights, as the matmuls take them."""
+        return {name: self._weight(name, layout) for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)}
+
+    def _weight(self, name: str, layout: Layout) -> jax.Array:
+        with scope(name):
+            return follow(getattr(self, name)[...], before(layout, name))
+
+    def _scale(self, name: str) -> jax.Array | None:
+        """Of a matrix of int8."""
+        found = getattr(self, name + "_scale")
+        return None if found is None else found[...]
+
     def __call__(
-        self, x: jax.Array, cache: Cache, layer: jax.Array, rows: Rows, layout: Layout
+        self,
+        x: jax.Array,
+        cache: Cache,
+        layer: jax.Array,
+        rows: Rows,
+        layout: Layout,
+        held: Mapping[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins."""
+        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins.
+
+        `held`: its weights, where they were `gathered` before.
+        """
         config = self.config
+
+        def weight(name: str) -> jax.Array:
+            return held[name] if held else self._weight(name, layout)
+
         with scope("x"):
             y = follow(x, layout.x)
         y, squares = normalise(y, self.norm[...], layout, config.norm_eps)
-        with scope("w_in"):
-            w_in = follow(self.w_in[...], layout.w_in)
-        with scope("h"):
-            made = [matmul("te,ec->tc", y, w_in, layout.h, _value(self.w_in_scale))]
+        inputs = [(y, "w_in", ("x", "w_in", "h"))]
         if self.has_attention:
             with scope("kv"):
-                y_kv = follow(y, layout.x_kv)
-            with scope("w_kv"):
-                w_kv = follow(self.w_kv[...], layout.w_kv)
-            with scope("kv"):
-                made.append(matmul("te,ed->td", y_kv, w_kv, layout.kv, _value(self.w_kv_scale)))
-        h, *kvs = gather_sums(made, squares, layout, config.norm_eps)
+                inputs.append((follow(y, layout.x_kv), "w_kv", ("x_kv", "w_kv", "kv")))
+        made = [product(y, weight(w), self._scale(w), layout, names) for y, w, names in inputs]
+        h, *kvs = sums(made, squares, layout, config.norm_eps)
 
         parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
         if self.has_attention:
@@ -109,12 +130,10 @@ class Block(nnx.Module):
         (g,) = local(self._join, ins, [layout.g])(*parts)
 
         with scope("g"):
-            g = follow(g, layout.g)
-        with scope("w_out"):
-            w_out = follow(self.w_out[...], layout.w_out)
+            g = follow(g, before(layout, "g"))
+        out = product(g, weight("w_out"), self._scale("w_out"), layout, ("g", "w_out", "out"))
         with scope("out"):
-            out = follow(matmul("tg,ge->te", g, w_out, layout.out, _value(self.w_out_scale)), layout.out)
-        return x + out, cache
+            return x + follow(out, after(layout, "out")), cache
 
     def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
         """[t, groups * width] -> Q [t, heads, Q] and the MLP's hidden units [t, groups, F/groups], as there are."""
@@ -195,16 +214,29 @@ class Decoder(nnx.Module):
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
 
-        def body(carry, at_layer):
-            x, cache = carry
-            layer, params = at_layer
-            modules = nnx.merge(graphs, params)
+        def gathered(layer) -> dict[str, dict[str, jax.Array]]:
+            """The weights of a layer by block, of a layout that gathers them ahead."""
+            if not layout.prefetch:
+                return {}
+            of_layer = jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), params)
+            modules, found = nnx.merge(graphs, of_layer), {}
             for name in blocks:
                 with scope(name):
-                    x, cache = modules[name](x, cache, layer, rows, layout)
-            return (x, cache), None
+                    found[name] = modules[name].gathered(layout)
+            return found
 
-        (x, cache), _ = lax.scan(body, (x, cache), (jnp.arange(config.n_layers), params))
+        def body(carry, at_layer):
+            x, cache, held = carry
+            layer, of_layer = at_layer
+            modules = nnx.merge(graphs, of_layer)
+            coming = gathered((layer + 1) % config.n_layers)  # the last layer's are not needed
+            for name in blocks:
+                with scope(name):
+                    x, cache = modules[name](x, cache, layer, rows, layout, held.get(name))
+            return (x, cache, coming), None
+
+        start = (x, cache, gathered(jnp.int32(0)))
+        (x, cache, _), _ = lax.scan(body, start, (jnp.arange(config.n_layers), params))
 
         with scope("rows"):
             if not all_logits:
@@ -221,12 +253,33 @@ class Decoder(nnx.Module):
             return local(mask, [at], [at])(logits)[0], cache
 
 
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder, scale: jax.Array | None = None) -> jax.Array:
-    """`x @ w`, left as the ladder begins: partial sums stay where they are.
+def product(
+    x: jax.Array, w: jax.Array, scale: jax.Array | None, layout: Layout, names: tuple[str, str, str]
+) -> jax.Array:
+    """`x @ w`, as the ladder of what comes out begins, or past the step of it that is looped with the matmul.
 
-    `scale` [columns of w], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+    Args:
+        x: [T, n], where its ladder ends, but for a looped gather.
+        w: [n, m], the same; `scale` [m], whole on every chip, belongs to a `w` of int8: it scales what comes out.
+        names: of the ladders of x, of w and of what comes out.
     """
-    out: jax.Array = jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+    to = after(layout, names[2])
+    if names[2] in loops(layout):
+        out = multiply(x, w, layout, names)
+    else:
+        with scope(names[2]):
+            out = matmul("tn,nm->tm", x, w, to)
+    with scope(names[2]):
+        return scaled(out, scale, to)
+
+
+def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
+    """`x @ w`, left as the ladder begins: partial sums stay where they are."""
+    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+
+
+def scaled(out: jax.Array, scale: jax.Array | None, ladder: Ladder) -> jax.Array:
+    """`out` [T, m], as the ladder begins, times `scale` [m], if there is one."""
     if scale is None:
         return out
     if not ladder:
@@ -271,21 +324,21 @@ def normalise(x: jax.Array, scale: jax.Array, layout: Layout, eps: float) -> tup
         return local(scaled, [at, across], [at, norm_ladder(at)])(x, follow(scale, across))
 
 
-def gather_sums(made: list[jax.Array], squares: jax.Array | None, layout: Layout, eps: float) -> list[jax.Array]:
+def sums(made: Sequence[jax.Array], squares: jax.Array | None, layout: Layout, eps: float) -> list[jax.Array]:
     """What the matmuls made of a block's input, hidden units and (where there are any) K and V, down their ladders.
 
     With `squares` of `normalise`, in one all-reduce, and each row times its factor.
     """
-    scopes, ladders = ("h", "kv"), (layout.h, layout.kv)
+    scopes = ("h", "kv")[: len(made)]
+    ladders = [after(layout, name) for name in scopes]
     if squares is not None:
         stat = norm_ladder(layout.x[-1])
         with scope("h"):
-            sums = [*(ladder[:2] for ladder in ladders[: len(made)]), stat]
-            *made, squares = follow_together([*made, squares], sums)
-            made = [_by_row(a, squares, ladder[1], eps) for a, ladder in zip(made, ladders, strict=False)]
-            ladders = tuple(ladder[1:] for ladder in ladders)
+            *made, squares = follow_together([*made, squares], [*(ladder[:2] for ladder in ladders), stat])
+            made = [_by_row(a, squares, ladder[1], eps) for a, ladder in zip(made, ladders, strict=True)]
+            ladders = [ladder[1:] for ladder in ladders]
     found = []
-    for name, array, ladder in zip(scopes, made, ladders, strict=False):
+    for name, array, ladder in zip(scopes, made, ladders, strict=True):
         with scope(name):
             found.append(follow(array, ladder))
     return found
@@ -354,10 +407,6 @@ def attention(
 def _arrays(cache: Cache) -> list[jax.Array]:
     """Those that are there: K and V, and their scales where these are int8."""
     return [a for a in cache if a is not None]
-
-
-def _value(param: nnx.Param | None) -> jax.Array | None:
-    return None if param is None else param[...]
 
 
 def split_axes(ladder: Ladder, dim: int) -> Axes:

@@ -126,13 +126,29 @@ class Evidence:
         """The share of the collectives' (analytic) seconds that has computation beside it; None without any."""
         if self.exposed is None:
             return None
-        price = {(c.scope, c.kind, c.bytes): c.seconds for c in self.exposed.collectives}
-        total = hidden = 0.0
+        total = math.fsum(seconds * m.count for m, seconds, _ in self._priced)
+        return math.fsum(hidden * m.count for m, _, hidden in self._priced) / total if total else None
+
+    @property
+    def exposed_s(self) -> float | None:
+        """The collectives' (analytic) seconds in the pass that have no computation beside them."""
+        if self.exposed is None:
+            return None
+        return math.fsum((seconds - hidden) * m.count for m, seconds, hidden in self._priced)
+
+    @property
+    def _priced(self) -> list[tuple[Matched, float, float]]:
+        """Every collective with its (analytic) seconds, and those of them that have computation beside them.
+
+        Sends that go both ways at once have half their time each, and half of what is computed meanwhile.
+        """
+        price = {(c.scope, c.kind, c.bytes): c.seconds for c in self.exposed.collectives} if self.exposed else {}
+        found = []
         for m in self.collectives:
-            seconds = price.get((m.scope, m.planned_kind or "", m.planned_bytes or 0), 0.0) * m.count
-            total += seconds
-            hidden += min(seconds, self.hidden_s.get(m.line or 0, 0.0) * m.count)
-        return hidden / total if total else None
+            seconds = price.get((m.scope, m.planned_kind or "", m.planned_bytes or 0), 0.0)
+            share = 0.5 if m.kind == "collective-permute" and self.point.layout_value.rings == 2 else 1.0
+            found.append((m, seconds, min(seconds, share * self.hidden_s.get(m.line or 0, 0.0))))
+        return found
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -164,14 +180,16 @@ class Evidence:
             **{k: v for k, v in plain.items() if k not in ("point", "collectives", "analytic", "hidden_s")},
             "analytic": self.analytic and {name: getattr(self.analytic, name) for name in names},
             "collectives": [
-                dataclasses.asdict(m) | {"axes": list(m.axes), "hidden_s": self.hidden_s.get(m.line or 0)}
-                for m in self.collectives
+                dataclasses.asdict(m)
+                | {"axes": list(m.axes), "hidden_s": self.hidden_s.get(m.line or 0), "analytic_s": seconds}
+                for m, seconds, _ in self._priced
             ],
             "unexplained": self.unexplained,
             "extra_bytes": self.extra_bytes,
             "latency_s": self.latency_s,
             "stack_latency_s": self.stack_latency_s,
             "overlapped": self.overlapped,
+            "exposed_s": self.exposed_s,
             "findings": list(self.findings),
         }
 

@@ -7,6 +7,13 @@ specs. What is beyond the data sheet is here and nowhere else:
   4-norm of the two, which is their maximum unless they are close;
 - a collective over several axes runs axis after axis on that axis' ring (`interconnect.rate`);
 - weights are gathered while the matmuls run, on rings that send one way, as looped einsums do: the 2-norm of both;
+- of a layout with rings, instead, what runs is priced: a looped collective hides under its own matmul, as much of it
+  as is done while something is on its way (all but the last piece), and the rest is exposed. Its sends have one link
+  each, or two on a closed ring both ways round, and a hop each; all together they have the fixed cost of one collective
+  [assumed]. The pieces of its matmul read their rows, or write and read float32 sums, each anew. The constants are
+  those of plain layouts, fitted as if the authors had looped no activations, which they did: only the difference to
+  the plain layout says something;
+- of a layout that prefetches, weights that are gathered a layer ahead hide like the authors', on rings both ways;
 - all other collectives are exposed;
 - an all-to-all sends K messages, 0.1 us each [assumed].
 
@@ -104,8 +111,9 @@ def estimate(point: Point, constants: Constants | None = None, *, overlap: bool 
     Args:
         point: what to price.
         constants: the fitted ones (`FITTED`); the chip's own by default.
-        overlap: weights are gathered while matmuls run, as the paper's authors did it; otherwise before them, on rings
-            that send both ways, as our decoder does it today.
+        overlap: plain layouts gather weights while matmuls run, as the paper's authors did it; otherwise before them,
+            on rings that send both ways, as our decoder does it. Of no effect on layouts with rings: these are priced
+            as they run.
 
     Raises:
         ValueError: a chip without a data sheet (`cpu`, `gpu`), a slice that it does not have, or `auto`, which has no
@@ -234,13 +242,20 @@ def price(
     # matmuls of one layer: rows here, inner and outer dimension here
     suffixes = [""] if block == "parallel" else ["", "_mlp"]
     compute = memory = matmul = 0.0
+    hides: dict[Any, Any] = {}
     for inner, outer, weight, rows in matmuls(block):
         (a, b), t = split(weight), size["T"] / split(rows)[0]
         here = size[inner] * size[outer] / (a * b)
         taken = 2 * t * here / flops_rate + np.where(n.weight == 1, here * CONVERSION_FLOPS / peak, 0)
         moved = (here * n.weight + t * (size[inner] / a + size[outer] / b) * n.act) / hbm_rate
+        under = (weight, "_mlp" if "_mlp" in inner + outer else "")
+        if pieces := plan.looped.get(under):
+            again = (pieces.inputs - 1) * size[inner] / a * n.act + 2 * pieces.sums * size[outer] / b * 4
+            moved = moved + t * again / hbm_rate
         compute, memory = compute + taken, memory + moved
-        matmul = matmul + (taken**4 + moved**4) ** 0.25
+        both = (taken**4 + moved**4) ** 0.25
+        matmul = matmul + both
+        hides[under] = both * pieces.hides if pieces else 0.0
 
     # the vector unit's passes over the residual stream: a norm reads and writes, a sum reads two and writes one
     streams = 2 * size["T"] * size["E"] / math.prod(split("x")) + 3 * size["T"] * size["E"] / math.prod(split("x", 0))
@@ -264,7 +279,7 @@ def price(
 
     # collectives: those outside the layers, those in a layer that are exposed, and those hidden under its matmuls
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
-    taken_s = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0}
+    taken_s: dict[Any, Any] = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0} | dict.fromkeys(plan.looped, 0.0)
     for (where, dtype, dims), s_per_element in plan.moving.items():
         seconds = s_per_element / c["link_efficiency"] * element[dtype]
         for dim in dims:
@@ -272,9 +287,10 @@ def price(
         taken_s[where] = taken_s[where] + seconds
     for where, (count, hops, messages) in plan.fixed.items():
         taken_s[where] = taken_s[where] + count * c["collective_s"] + hops * c["hop_s"] + messages * MESSAGE_S
-    total = taken_s["outside"] + n.n_layers * (taken_s["exposed"] + taken_s["hidden"])
     outside = taken_s["outside"]
-    stack = n.n_layers * (np.hypot(matmul + vector + attention, taken_s["hidden"]) + taken_s["exposed"])
+    total = outside + n.n_layers * sum(seconds for where, seconds in taken_s.items() if where != "outside")
+    left = sum(np.maximum(taken_s[under] - hides[under], 0.0) for under in plan.looped)
+    stack = n.n_layers * (np.hypot(matmul + vector + attention, taken_s["hidden"]) + taken_s["exposed"] + left)
     # embedding and unembedding: look-ups read T rows, logits read the table once
     v, e_ = split("table")
     table = size["V"] * size["E"] / (v * e_)
@@ -293,7 +309,7 @@ def price(
         memory_s=memory,
         collective_s=total,
         mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile, together=layout.prefetch),
         hbm_bytes=chip_.hbm_bytes,
         collectives=_listed(plan, c, size, element) if detail else (),
         n_layers=n.n_layers,
@@ -319,7 +335,7 @@ def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers,
         memory_s=seconds["weights_s"],
         collective_s=seconds["collective_s"],
         mfu=2 * n.n_params * n.size["T"] / (latency * math.prod(mesh) * peak),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_)),
+        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_), together=layout.prefetch),
         hbm_bytes=chip_.hbm_bytes,
         collectives=found.collectives,
         n_layers=n.n_layers,
@@ -335,6 +351,6 @@ def _listed(plan: Recipe, c: Constants, size: Mapping[str, Any], element: Mappin
         for dim in e.dims:
             n_bytes = n_bytes * size[dim]
         messages = e.n_group if e.kind == "all-to-all" else 0
-        start = (0 if e.rides else c["collective_s"]) + e.hops * c["hop_s"] + messages * MESSAGE_S
+        start = e.starts * c["collective_s"] + e.hops * c["hop_s"] + messages * MESSAGE_S
         found.append((e, n_bytes, n_bytes * e.s_per_byte / c["link_efficiency"] + start))
     return tuple(found)

@@ -5,10 +5,13 @@ the two together by comparing this plan with the collectives of the compiled pro
 Reads a model's sizes; runs nothing.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
@@ -16,6 +19,9 @@ from models.config import ModelConfig
 from partitioning.collectives import Kind, Move, moves
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape
+from partitioning.rings import Loop, before, loops, sends
+
+PlannedKind = Kind | Literal["collective-permute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,8 @@ class Stage:
     """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
 
     `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`;
-    `rides`: its one move shares the collective of another tensor of its scope.
+    `rides`: its one move shares the collective of another tensor of its scope; `loop`: the move of the ladder that is
+    looped with a matmul, in so many `ways` round; `in_layer`: whether it is in every layer.
     """
 
     scope: str
@@ -32,6 +39,29 @@ class Stage:
     count: int = 1
     dtype: str = "act"
     rides: bool = False
+    loop: Loop | None = None
+    ways: int = 0
+    in_layer: bool = False
+
+    def collectives(
+        self, sizes: Mapping[str, int], size: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[PlannedKind, Axes, Fraction, Move]]:
+        """What the stage runs on mesh axes of `sizes`, in order: kind, axes, share of its move's bytes, and the move.
+
+        A looped move is its sends, any other one collective; slices move nothing and are not there. `size`: of the
+        letters; without them halves of a shard are taken for equal.
+        """
+        for rung, move in enumerate(moves(self.ladder)):
+            if self.loop and self.loop.rung == rung:
+                n, k = 2 ** len(AXES), move.group(sizes)
+                if size:
+                    at = move.source if move.kind == "all-gather" else move.target
+                    split = entries(move.src if move.kind == "all-gather" else move.dst)[at]
+                    n = size[self.dims[at]] // math.prod(sizes[a] for a in axes_of(split))
+                for axis, part in sends(move.kind, move.axes, sizes, n, self.ways):
+                    yield "collective-permute", (axis,), Fraction(part, n * (k - 1)), move
+            elif move.kind != "slice":
+                yield move.kind, tuple(a for a in AXES if a in move.axes), Fraction(1), move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +70,7 @@ class Planned:
     element of what moves; `merged`: with others of its scope it is one collective, of which all but one `rides`."""
 
     scope: str
-    kind: Kind
+    kind: PlannedKind
     axes: Axes
     bytes: int
     count: int
@@ -128,6 +158,17 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
         Stage(scope="embed", dims=("T", "E"), ladder=layout.embed),
     ]
     parts = {"layer": ("", True)} if block == "parallel" else {"attention": ("", True), "mlp": ("_mlp", False)}
+    if layout.prefetch:  # the first layer's weights, which no layer before it gathers
+        first = [
+            s
+            for scope, (suffix, attends) in parts.items()
+            for s in _block(layout, scope, "C" + suffix, "G" + suffix, attends, 1)
+        ]
+        found += [
+            dataclasses.replace(s, ladder=before(layout, s.scope.split("/")[1]), loop=None, in_layer=False)
+            for s in first
+            if s.dtype == "weight"
+        ]
     for scope, (suffix, attends) in parts.items():
         found += _block(layout, scope, "C" + suffix, "G" + suffix, attends, n_layers)
     found += [
@@ -144,12 +185,23 @@ def stages(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[S
 
 
 def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
+    for stage in _stages_of(layout, scope, c, g, attends, n):
+        yield dataclasses.replace(stage, in_layer=True)
+
+
+def _stages_of(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Stage]:
     stat, kv, rides = norm_ladder(layout.x[-1]), layout.kv, layout.together
+    looped: dict[str, Any] = {m.name: {"loop": m, "ways": layout.rings} for m in loops(layout).values()}
+
+    def weight(name: str, dims: tuple[str, str]) -> Stage:
+        at = f"{scope}/{name}"
+        return Stage(scope=at, dims=dims, ladder=getattr(layout, name), count=n, dtype="weight", **looped.get(name, {}))
+
     yield Stage(scope=f"{scope}/x", dims=("T", "E"), ladder=layout.x, count=n)
     if not rides:
         yield Stage(scope=f"{scope}/norm", dims=("T",), ladder=stat, count=n, dtype="f32")
-    yield Stage(scope=f"{scope}/w_in", dims=("E", c), ladder=layout.w_in, count=n, dtype="weight")
-    yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n)
+    yield weight("w_in", ("E", c))
+    yield Stage(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n, **looped.get("h", {}))
     if rides:
         yield Stage(scope=f"{scope}/h", dims=("T",), ladder=stat, count=n, dtype="f32", rides=True)
     if attends:
@@ -157,13 +209,13 @@ def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) ->
             yield Stage(scope=f"{scope}/h", dims=("T", "D"), ladder=kv[:2], count=n, rides=True)
             kv = kv[1:]
         yield Stage(scope=f"{scope}/kv", dims=("T", "E"), ladder=layout.x_kv, count=n)
-        yield Stage(scope=f"{scope}/w_kv", dims=("E", "D"), ladder=layout.w_kv, count=n, dtype="weight")
+        yield weight("w_kv", ("E", "D"))
         yield Stage(scope=f"{scope}/kv", dims=("T", "D"), ladder=kv, count=n)
         yield Stage(scope=f"{scope}/q", dims=("T", "H", "Q"), ladder=layout.q, count=n)
         yield Stage(scope=f"{scope}/o", dims=("T", "H", "Q"), ladder=layout.o, count=n)
-    yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n)
-    yield Stage(scope=f"{scope}/w_out", dims=(g, "E"), ladder=layout.w_out, count=n, dtype="weight")
-    yield Stage(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n)
+    yield Stage(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n, **looped.get("g", {}))
+    yield weight("w_out", (g, "E"))
+    yield Stage(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n, **looped.get("out", {}))
 
 
 def norm_ladder(at: P) -> Ladder:
@@ -192,17 +244,16 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     return [
         Planned(
             scope=stage.scope,
-            kind=move.kind,
-            axes=tuple(a for a in AXES if a in move.axes),
-            bytes=bytes_of(move, stage, size, pass_, sizes),
+            kind=kind,
+            axes=axes,
+            bytes=int(bytes_of(move, stage, size, pass_, sizes) * share),
             count=stage.count,
             itemsize=_itemsize(stage, pass_),
             merged=stage.scope in shared,
             rides=stage.rides,
         )
         for stage in found
-        for move in moves(stage.ladder)
-        if move.kind != "slice"
+        for kind, axes, share, move in stage.collectives(sizes, size)
     ]
 
 

@@ -213,6 +213,25 @@ def rate(
     return taken, hops
 
 
+def ring_step(
+    axis: str, mesh: tuple[int, ...], chip: Chip, slice_dims: tuple[int, ...] | None = None, *, ways: int = 1
+) -> tuple[float, float]:
+    """One send of a looped collective along a mesh axis (`partitioning.rings`): seconds per byte, and hops.
+
+    One way, a send has one link, and all chips send at once; the way back from the end of a line is long, but over the
+    links of the other direction. Both ways, two sends run at once on a closed ring, so that each counts half; on a line
+    and between two chips they share the links, and on a switch a send has all of them.
+    """
+    per_byte, hops = rate("collective-permute", (axis,), mesh, chip, slice_dims)
+    if chip.wrap == "switch":
+        return per_byte, hops
+    group = _rings((axis,), mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
+    closed = all(ring.closed for ring in group)
+    step = sum(ring.stride for ring in group) if closed else hops
+    share = 0.5 if ways == 2 and closed and _group_size((axis,), mesh) > 2 else 1.0
+    return per_byte * share, step * share
+
+
 def _group_size(axes: tuple[str, ...], mesh: tuple[int, ...]) -> int:
     if not 1 <= len(mesh) <= len(MESH_AXES) or any(size < 1 for size in mesh):
         raise ValueError(f"mesh={mesh} must be one to three positive sizes")

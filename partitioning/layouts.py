@@ -22,7 +22,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
@@ -69,6 +69,11 @@ class Layout:
     ids: Ladder  # R, sampled tokens
     together: bool = False
     """Whether K, V and the norm's sum are all-reduced in one collective with the hidden units."""
+    rings: Literal[0, 1, 2] = 0
+    """Collectives looped with the matmuls that they feed or drain (`partitioning.rings`): not at all, one way round, or
+    both ways."""
+    prefetch: bool = False
+    """A layer's weights gathered while the layer before it runs."""
 
     def __hash__(self) -> int:
         """Of all fields, worked out once: layouts are keys of many look-ups."""
@@ -90,7 +95,7 @@ class Layout:
             value = getattr(self, field.name)
             if isinstance(value, P):
                 changed[field.name] = trim(value, sizes)
-            elif isinstance(value, tuple):
+            elif isinstance(value, tuple) and value:
                 rungs = [trim(spec, sizes) for spec in value]
                 changed[field.name] = tuple(s for i, s in enumerate(rungs) if i == 0 or s != rungs[i - 1])
         changed["together"] = self.together and len(changed["h"]) > 1
@@ -357,36 +362,39 @@ def auto(attention: Attention, kv: Axes) -> Layout:
     return dataclasses.replace(placed, name="auto", **dict.fromkeys(activations, ()))
 
 
-def lean(make: Maker) -> Maker:
-    """As few collectives as a weight-stationary layout can do with: what is scattered and then gathered again over the
-    same axes is all-reduced, and stays whole in between; K, V and the norm's sum ride along with the hidden units.
+def ws1d_lean(attention: Attention, kv: Axes) -> Layout:
+    """`ws1d` with as few collectives as it can do with: the output's sums are all-reduced, the residual stream stays
+    whole. One collective in a parallel layer, and two more where attention goes to the batch.
 
-    A matmul whose inner dimension is split must be summed once: one all-reduce in a parallel layer in 1D, two in 2D;
-    attention over the batch moves Q there and its output back. The same bytes, and elementwise work that chips repeat:
-    for decode steps, where the number of collectives decides.
-
-    Raises:
-        ValueError: a layout that gathers weights, or has nothing to save.
+    The lower bound: a matmul whose inner dimension is split must be summed once. The same bytes as `ws1d`, and
+    elementwise work that all chips repeat: for decode steps, where the number of collectives decides.
     """
+    base = ws1d(attention, kv)
+    return dataclasses.replace(base, **_whole(base))
 
-    def made(attention: Attention, kv: Axes) -> Layout:
-        if make not in (ws1d, ws2d):
-            raise ValueError(f"layout='{make.__name__}+lean' does not exist: lean is for ws1d and ws2d")
-        base = make("heads", kv)
-        e = base.x[-1]
-        whole = {"embed": (base.embed[0], e), "x": (e,), "out": (base.out[0], e), "rows": (e,)}
-        if make is ws1d:
-            return dataclasses.replace(ws1d(attention, kv), **whole)
-        hidden = P(None, ZY)
-        kv_zy = tuple(a for a in kv if a != "x")
-        around = _attend(attention, batch=(), heads=ZY, partial=("x",), w_kv=kv_zy, kv=kv_zy, e=("x",))
-        summed, *rest = around["kv"]  # first, in one collective with h
-        around["kv"] = (summed, *(P(*entries(spec)) for spec in (summed, *rest)))
-        changed = whole | around | {"h": (base.h[0], hidden), "g": (hidden,), "together": True}
-        return dataclasses.replace(base, attention=attention, **changed)
 
-    return made
+def ws2d_lean(attention: Attention, kv: Axes) -> Layout:
+    """`ws2d` with as few collectives as it can do with: both matmuls' sums are all-reduced and stay whole along that
+    axis; K, V and the norm's sum ride along with the hidden units. Two collectives in a parallel layer, and two more
+    where attention goes to the batch. See `ws1d_lean`.
+    """
+    base = ws2d("heads", kv)
+    hidden, kv_zy = P(None, ZY), tuple(a for a in kv if a != "x")
+    around = _attend(attention, batch=(), heads=ZY, partial=("x",), w_kv=kv_zy, kv=kv_zy, e=("x",))
+    summed, *rest = around["kv"]  # first, in one collective with h
+    around["kv"] = (summed, *(P(*entries(spec)) for spec in (summed, *rest)))
+    changed = _whole(base) | around | {"h": (base.h[0], hidden), "g": (hidden,), "together": True}
+    return dataclasses.replace(base, attention=attention, **changed)
 
+
+def _whole(made: Layout) -> dict:
+    """The residual stream kept as the matmuls take it, so that it is not gathered."""
+    e = made.x[-1]
+    return {"embed": (made.embed[0], e), "x": (e,), "out": (made.out[0], e), "rows": (e,)}
+
+
+LEAN: dict[str, Maker] = {"ws1d": ws1d_lean, "ws2d": ws2d_lean}
+"""What `+lean` makes of a layout, as another way to make it: attention has other axes there."""
 
 LAYOUTS: dict[str, Maker] = {
     "ws1d": ws1d,
@@ -399,15 +407,53 @@ LAYOUTS: dict[str, Maker] = {
 }
 
 
-VARIANTS: dict[str, Callable[[Maker], Maker]] = {"lean": lean}
-"""What a layout's name may end in, after a `+`: a function of what makes the record."""
+LOOPED = {"h": ("w_in", "h"), "kv": ("w_kv",), "out": ("w_out", "g", "out")}
+"""What comes out of a matmul -> the ladders that may be looped with it, the best first. A gathered weight outweighs
+any activation. Inside the block, h and g are wider than the residual stream (x, out) and move over one axis, so that
+their rings are short; the paper looped these two. x is not looped: its norm needs whole rows first."""
+
+
+def ring(made: Layout) -> Layout:
+    """Collectives looped with their matmuls, one way round."""
+    return _looped(made, 1)
+
+
+def biring(made: Layout) -> Layout:
+    """Collectives looped with their matmuls, both ways round."""
+    return _looped(made, 2)
+
+
+def _looped(made: Layout, ways: Literal[1, 2]) -> Layout:
+    moving = any(_is_looped(getattr(made, name)) for names in LOOPED.values() for name in names)
+    return dataclasses.replace(made, rings=ways) if moving and not made.prefetch else made
+
+
+def _is_looped(ladder: Ladder) -> bool:
+    """Whether it has a step that can be: sums that stay whole, as with `lean`, are none."""
+    if len(ladder) < 2:
+        return False
+    before, after = (sum(len(axes_of(e)) for e in entries(spec)) for spec in ladder[:2])
+    return before != after
+
+
+def prefetch(made: Layout) -> Layout:
+    """Weights gathered one layer ahead, but for a last step that is looped: `+ring` comes before, if at all."""
+    ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in ("w_in", "w_kv", "w_out"))
+    return dataclasses.replace(made, prefetch=True) if ahead else made
+
+
+VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring, "prefetch": prefetch}
+"""What may follow a layout's name after a `+`, beside `lean`: each makes another layout of it."""
 
 
 def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
     """The layout `name`, with variants (`ws2d+lean`) and its attention, for a mesh and a number of KV heads.
 
+    Args:
+        name: of `LAYOUTS`, and of `VARIANTS` after a `+` each: `ws2d+ring`.
+
     Raises:
-        ValueError: an unknown name, or attention that the layout does not have.
+        ValueError: an unknown name, attention that the layout does not have, or a variant that changes nothing in it.
     """
     made_by = parts_of(name)
     if not is_attention(attention):
@@ -422,15 +468,19 @@ def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
         ValueError: an unknown name.
     """
     base, *variants = str(name).split("+")
-    for part, known in ((base, LAYOUTS), *((v, VARIANTS) for v in variants)):
+    known_variants = ("lean", *VARIANTS)
+    for part, known in ((base, tuple(LAYOUTS)), *((v, known_variants) for v in variants)):
         if part not in known:
             near = difflib.get_close_matches(part, known, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            what = f"layout={name!r} is unknown" if known is LAYOUTS else f"layout={name!r}: {part!r} is no variant"
-            raise ValueError(f"{what}{hint}; known: {', '.join(known)}")
+            what = f": {part!r} is no variant" if known is known_variants else " is unknown"
+            raise ValueError(f"layout={name!r}{what}{hint}; known: {', '.join(known)}")
     if len(set(variants)) < len(variants):
         raise ValueError(f"layout={name!r} names a variant twice")
-    return (LAYOUTS[base], *(VARIANTS[v] for v in variants))
+    if "lean" in variants and base not in LEAN:
+        raise ValueError(f"layout='{base}+lean' does not exist: lean is for {' and '.join(LEAN)}")
+    make = LEAN[base] if "lean" in variants else LAYOUTS[base]
+    return (make, *(VARIANTS[v] for v in variants if v != "lean"))
 
 
 def is_attention(text: str) -> bool:
@@ -442,9 +492,13 @@ def is_attention(text: str) -> bool:
 def _layout(made_by: tuple[Callable[..., Any], ...], name: str, attention: Attention, mesh: Shape, kv: Axes) -> Layout:
     """`made_by`, what the parts of `name` stand for, is in the key: tests register others under old names."""
     make, *variants = made_by
+    made = make(attention, kv)
     for variant in variants:
-        make = variant(make)
-    made = dataclasses.replace(make(attention, kv), name=name)
+        changed = variant(made)
+        if changed == made:
+            raise ValueError(f"layout={name!r}: {variant.__name__!r} changes nothing in it")
+        made = changed
+    made = dataclasses.replace(made, name=name)
     if attention == "heads" and made.explicit and not any(axes_of(spec[1]) for spec in made.q):
         raise NoAxisLeft(
             f"attention='heads' makes no sense under layout={name!r}: no axis is left to split heads over; "

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from partitioning.collectives import moves
 from partitioning.dataflow import stages
 from partitioning.layouts import Axes, Layout, axes_of, entries
 from partitioning.machine import AT, At, Machine
 from partitioning.memory import matmuls
 from partitioning.mesh import AXES, Shape
+from partitioning.rings import loops
 
 DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
 """Bytes of a weight -> dtype of weights and of activations."""
@@ -76,9 +76,9 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
     sizes = dict(zip(AXES, mesh, strict=True))
     found = []
     for stage in stages(layout, block, 1, True):
-        for move in moves(stage.ladder):
+        for kind, axes, share, move in stage.collectives(sizes):
             k = move.group(sizes)
-            if move.kind == "slice" or k == 1:
+            if k == 1:
                 continue
             held = move.dst if move.kind == "all-gather" else move.src
             split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
@@ -87,20 +87,35 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
             found.append(
                 Moved(
                     scope=stage.scope,
-                    kind=move.kind,
-                    axes=tuple(a for a in AXES if a in move.axes and sizes[a] > 1),
+                    kind=kind,
+                    axes=tuple(a for a in axes if sizes[a] > 1),
                     at=AT[min(max(dim, 0), 1)],
                     n_group=k,
                     other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
                     dims=tuple(d for d in stage.dims if d != "n"),
                     dtype=stage.dtype,
-                    factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts,
-                    in_layer="/" in stage.scope,
+                    factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
+                    in_layer=stage.in_layer,
                     is_weight=stage.dtype == "weight",
                     rides=stage.rides,
                 )
             )
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
+    """Weight -> into how many pieces the rows, the inner and the outer dimension of its looped matmul are cut."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    found = {}
+    for target, loop in loops(layout).items():
+        k = loop.move.group(sizes)
+        if loop.move.kind == "reduce-scatter":
+            at, k = 2 * loop.move.target, 2 * k
+        else:
+            at = loop.move.source + loop.name.startswith("w_")
+        found[{"h": "w_in", "kv": "w_kv", "out": "w_out"}[target]] = tuple(k if i == at else 1 for i in range(3))
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -154,9 +169,12 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     at_rest = [size[a] * size[b] / math.prod(split[w, 0]) * n.weight for a, b, w, _ in matmuls(block)]
     stack = sum(at_rest) * n.n_layers
     flops = read = np.float64(0.0)
+    pieces = cuts(layout, mesh)
     for (inner, outer, name, rows), held in zip(matmuls(block), at_rest, strict=True):
         (a, b), t = split[name, -1], size["T"] / split[rows, -1][0]
-        layer["matmul_s"] = layer["matmul_s"] + machine.matmul_s(t, size[inner] / a, size[outer] / b, weight)
+        cut = pieces.get(name, (1, 1, 1))
+        one = machine.matmul_s(t / cut[0], size[inner] / a / cut[1], size[outer] / b / cut[2], weight)
+        layer["matmul_s"] = layer["matmul_s"] + math.prod(cut) * one
         layer["weights_s"] = layer["weights_s"] + machine.copy_s(held, stack, weight)
         flops = flops + 2 * t * size[inner] * size[outer] / (a * b)
         read = read + size[inner] * size[outer] / (a * b) * n.weight
@@ -190,7 +208,8 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     for m, n_bytes in each:
         columns = size[m.dims[1]] / m.other_split if len(m.dims) == 2 else 0
         whole = n_bytes + sum(b for other, b in each if other.rides and other.scope == m.scope)
-        taken = machine.collective_s(m.kind, m.n_group, m.at, whole, columns, "".join(m.axes)) if not m.rides else 0.0
+        args = (m.kind, m.n_group, m.at, whole, columns, "".join(m.axes))
+        taken = 0.0 if m.rides else _collective_s(machine, *args)
         found.append((m, n_bytes, taken))
         if m.in_layer:
             layer["collective_s"] = layer["collective_s"] + taken
@@ -221,16 +240,21 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     )
 
 
+def _collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+    """Seconds of a collective; a permute without samples of its own is taken for an all-to-all of two."""
+    if kind == "collective-permute" and not any(s.what == kind for s in machine.samples):
+        kind, k, columns, axes = "all-to-all", 2, 0, ""
+    return machine.collective_s(kind, k, at, n_bytes, columns, axes)
+
+
 def with_collectives(found: Terms, collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
     """The seconds of a pass, by `TERMS`, with other collectives: those of a compiled program (`hlo.Collective`).
 
-    The program does not say along which dimension it gathers and scatters; columns are assumed. A permute is taken for
-    an all-to-all of two.
+    The program does not say along which dimension it gathers and scatters; columns are assumed.
     """
     taken = 0.0
     for c in collectives:
-        kind, k = ("all-to-all", 2) if c.kind == "collective-permute" else (c.kind, c.group_size)
-        if k > 1:
-            at = "rows" if kind == "all-reduce" else "columns"
-            taken += c.trips * float(machine.collective_s(kind, k, at, c.bytes)) * machine.scale(n_chips)
+        if c.group_size > 1 or c.kind == "collective-permute":
+            at = "rows" if c.kind == "all-reduce" else "columns"
+            taken += c.trips * float(_collective_s(machine, c.kind, c.group_size, at, c.bytes)) * machine.scale(n_chips)
     return {name: float(np.ravel(s)[0]) for name, s in found.seconds.items()} | {"collective_s": taken}

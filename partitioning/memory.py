@@ -31,6 +31,8 @@ def held_bytes(
     block: str,
     n: "Numbers",
     tile: tuple[int, int],
+    *,
+    together: bool = False,
 ) -> Any:
     """Bytes per chip at the peak of a pass.
 
@@ -39,6 +41,7 @@ def held_bytes(
         gathered: weight -> the share of it that a chip holds while it is gathered.
         block, n: see `working_bytes`.
         tile: positions and numbers of a head's width that the cache is rounded up to.
+        together: whether all of these are held at once, and not one after the other.
     """
     size = n.size
     at_rest = scales = most = 0.0
@@ -46,7 +49,8 @@ def held_bytes(
         elements = size[inner] * size[outer]
         at_rest = at_rest + elements / math.prod(splits[weight, 0]) * n.weight
         scales = scales + np.where(n.weight == 1, size[outer] * n.act, 0)
-        most = np.maximum(most, gathered[weight] * elements * n.weight)
+        held = gathered[weight] * elements * n.weight
+        most = most + held if together else np.maximum(most, held)
     b_split, k_split = splits["cache", -1][:2]
     stored = np.ceil(size["Q"] / tile[1]) * tile[1]
     rows = np.where(n.int8_cache, INT8_SUBLANES, tile[0]) if tile[0] > 1 else 1

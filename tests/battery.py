@@ -33,6 +33,18 @@ TOLERANCE = {"float32": 1e-5}
 """Largest error of a logit, relative to the largest logit. Never raised to make a test pass."""
 
 MESHES: tuple[Shape, ...] = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), (4, 2, 1))
+RINGS = (
+    "ws1d+biring",
+    "ws2d+ring",
+    "ws2d+biring",
+    "wgx+ring",
+    "wgx+biring",
+    "wgxy+ring",
+    "wgxyz+biring",
+    "wgx+prefetch",
+    "wgxyz+ring+prefetch",
+)
+"""Looped and prefetching variants that stand for all; the rings by themselves have `test_rings`."""
 BATCH, TOTAL, CHUNK, CAPACITY = 8, 7, 3, 11  # 11 divides no other size: what is as large as the cache is the cache
 
 

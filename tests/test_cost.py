@@ -218,3 +218,29 @@ def test_estimate_touches_no_device():
         "from jax._src import xla_bridge; sys.exit(code or len(xla_bridge._backends))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+LOOPED = {"slice": "v4:4x4x4", "model": "palm-540b-h64", "phase": "prefill", "batch": 64, "attention": "batch"}
+
+
+@pytest.mark.parametrize("name", ["ws2d", "wgx", "wgxyz"])
+@pytest.mark.parametrize("variant", ["ring", "biring"])
+def test_a_looped_collective_is_hidden_as_far_as_its_matmul_goes(name, variant):
+    """What a looped layout takes beyond its matmuls and plain collectives is less than its sends take."""
+    for length in (1, 16, 512):
+        plain, looped = [
+            estimate(Point(**LOOPED, length=length, layout=layout), overlap=False)
+            for layout in (name, f"{name}+{variant}")
+        ]
+        sent = [c for c in looped.collectives if c.kind == "collective-permute"]
+        whole = [c for c in plain.collectives if c not in looped.collectives]
+        assert sum(c.bytes for c in sent) == pytest.approx(sum(c.bytes for c in whole), rel=1e-6)
+        kept = math.fsum(c.seconds * c.count for c in looped.collectives if c not in sent)
+        left = looped.latency_s - kept - (plain.latency_s - plain.collective_s)
+        assert 0 < left < math.fsum(c.seconds * c.count for c in sent)
+
+
+def test_rings_are_priced_as_they_run_whatever_the_authors_did():
+    point = Point(**LOOPED, length=512, layout="wgxyz+ring")
+    assert estimate(point) == estimate(point, overlap=False)
+    assert estimate(point).hbm_bytes_per_chip < estimate(dataclasses.replace(point, layout="wgxyz")).hbm_bytes_per_chip

@@ -6,6 +6,7 @@ from models.presets import model
 from partitioning.dataflow import Pass, check, plan, stages
 from partitioning.layouts import LAYOUTS, kv_axes, layout
 from partitioning.mesh import Slice, mesh_shape
+from partitioning.rings import loops
 from tests import battery
 
 
@@ -38,6 +39,54 @@ def test_unknown_names_are_refused_with_the_nearest():
         layout("ws2d", "head", (2, 2, 2), 1)
     with pytest.raises(ValueError, match="no axis is left to split heads over"):
         layout("wgxyz", "heads", (2, 2, 2), 1)
+
+
+def test_variants_are_named_after_a_plus():
+    made = layout("ws2d+biring", "batch", (2, 2, 2), 1)
+    assert (made.name, made.rings) == ("ws2d+biring", 2)
+    for name in ("replicated", "auto"):
+        with pytest.raises(ValueError, match=rf"layout='{name}\+ring': 'ring' changes nothing in it"):
+            layout(f"{name}+ring", "batch", (2, 2, 2), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ws1d", {"out": "out"}),
+        ("ws2d", {"h": "h", "out": "g"}),
+        ("wgx", {"h": "w_in", "kv": "w_kv", "out": "w_out"}),
+        ("wgxyz", {"h": "w_in", "kv": "w_kv", "out": "w_out"}),
+    ],
+)
+def test_what_is_looped_with_which_matmul(name, expected):
+    found = loops(layout(f"{name}+ring", "batch", (2, 2, 2), 1))
+    assert {target: loop.name for target, loop in found.items()} == expected
+    assert not loops(layout(name, "batch", (2, 2, 2), 1))
+
+
+def test_loops_move_the_same_bytes():
+    """In more pieces, of which each goes along one axis."""
+    for name in [n for n in battery.RINGS if "prefetch" not in n]:
+        whole, pieces = [
+            plan(layout(n, "batch", (4, 2, 2), 1), model("palm-8b"), Pass(batch=16, length=3, capacity=4), (4, 2, 2))
+            for n in (name.partition("+")[0], name)
+        ]
+        assert len(pieces) > len(whole)
+        for scope in {p.scope for p in pieces if p.kind == "collective-permute"}:
+            sent = [sum(p.bytes for p in found if p.scope == scope) for found in (whole, pieces)]
+            assert sent[0] == sent[1]
+        assert all(len(p.axes) == 1 for p in pieces if p.kind == "collective-permute")
+
+
+def test_prefetching_gathers_the_first_layer_once_more():
+    config, pass_ = model("palm-8b"), Pass(batch=16, length=3, capacity=4)
+    plain, ahead = [plan(layout(n, "batch", (4, 2, 2), 1), config, pass_, (4, 2, 2)) for n in ("wgx", "wgx+prefetch")]
+    first = [p for p in ahead if p not in plain]
+    assert [(p.scope, p.count) for p in first] == [("layer/w_in", 1), ("layer/w_kv", 1), ("layer/w_out", 1)]
+    assert len(ahead) == len(plain) + 3
+    for name in ("ws2d+prefetch", "wgx+ring+prefetch", "wgx+prefetch+ring"):
+        with pytest.raises(ValueError, match="changes nothing"):
+            layout(name, "batch", (2, 2, 2), 1)
 
 
 def test_weights_rest_in_the_same_places():

@@ -33,7 +33,8 @@ def test_equals_its_dequantised_reference(name, attention, block):
 
 
 def test_other_meshes():
-    for shape, name in (((1, 2, 4), "wgxy"), ((4, 2, 1), "ws2d"), ((8, 1, 1), "wgx")):
+    looped = (((4, 2, 1), "wgx+biring"), ((1, 2, 4), "ws2d+ring"))
+    for shape, name in (((1, 2, 4), "wgxy"), ((4, 2, 1), "ws2d"), ((8, 1, 1), "wgx"), *looped):
         check_full_pass(Bench(model("parallel", 4), name, "batch", shape, int8=True))
 
 

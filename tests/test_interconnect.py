@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from models.presets import model
 from partitioning import closed_forms, interconnect
 from partitioning.chips import chip
-from partitioning.interconnect import Kind, Ring, rings, seconds
+from partitioning.interconnect import Kind, Ring, ring_step, rings, seconds
 
 BOOK = json.loads(resources.files("partitioning").joinpath("data", "published", "scaling_book.json").read_text())
 KINDS: tuple[Kind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -216,3 +216,15 @@ def test_planning_needs_no_jax():
     modules = "sys, models.presets, partitioning.closed_forms, partitioning.interconnect"
     code = f"import {modules}; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_step_of_a_ring():
+    """One link one way, two on a closed ring both ways; a line's way back is long, a switch has all links."""
+    v4 = chip("v4")
+    link = v4.link_bytes_per_s
+    assert ring_step("x", (4, 4, 4), v4) == (1 / link, 1)
+    assert ring_step("x", (4, 4, 4), v4, ways=2) == (0.5 / link, 0.5)
+    assert ring_step("z", (2, 2, 3), v4, ways=2) == (1 / link, 2)
+    assert ring_step("x", (2, 2, 2), v4, ways=2) == (1 / link, 1)
+    h100 = chip("h100")
+    assert ring_step("x", (8, 1, 1), h100, ways=2) == (1 / (h100.n_links * h100.link_bytes_per_s), 1)

@@ -34,3 +34,15 @@ def test_short_battery(shape, block, kv, name, attention):
     bench = battery.Bench(battery.model(block, kv), name, attention, shape)
     for check in battery.SHORT_CHECKS:
         check(bench)
+
+
+LOOPED = [((2, 2, 2), "parallel", 1), ((8, 1, 1), "serial", 16), ((1, 2, 4), "parallel", 4), ((4, 2, 1), "serial", 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention"), battery.legal(battery.RINGS))
+@pytest.mark.parametrize(("shape", "block", "kv"), LOOPED)
+def test_looped_collectives(shape, block, kv, name, attention):
+    bench = battery.Bench(battery.model(block, kv), name, attention, shape)
+    for check in battery.SHORT_CHECKS:
+        check(bench)

@@ -87,7 +87,9 @@ def test_lean_costs_no_bytes_and_fewer_starts(attention):
 @pytest.mark.parametrize(
     ("name", "attention", "why"),
     [
-        ("ws2d+leen", "heads", "'leen' is no variant (did you mean 'lean'?); known: lean"),
+        ("ws2d+leen", "heads", "'leen' is no variant (did you mean 'lean'?); known: lean, ring, biring, prefetch"),
+        ("ws2d+rings", "heads", "'rings' is no variant (did you mean 'ring'?); known: lean, ring, biring, prefetch"),
+        ("ws2d+lean+ring", "heads", "'ring' changes nothing in it"),
         ("ws2d+", "heads", "'' is no variant"),
         ("+lean", "heads", "layout='+lean' is unknown"),
         ("wgx+lean", "heads", "lean is for ws1d and ws2d"),
