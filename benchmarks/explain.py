@@ -66,7 +66,7 @@ def notation(dims: Sequence[str], spec: P) -> str:
 
 def steps(point: Point) -> list[dict]:
     """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count; `rides`
-    says that it shares the collective of another tensor of its scope.
+    says that it shares the collective of another tensor of its scope, `in_layer` that it is in every layer.
 
     A step that is looped with its matmul also has its number of `sends`.
 
@@ -81,7 +81,7 @@ def steps(point: Point) -> list[dict]:
     found = []
     for stage in stages(layout, config.block, config.n_layers, True):
         common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
-        common |= {"rides": stage.rides}
+        common |= {"rides": stage.rides, "in_layer": stage.in_layer}
         if len(stage.ladder) == 1:
             at = notation(stage.dims, stage.ladder[0])
             found.append(
@@ -147,7 +147,8 @@ def _show(point: Point, rows: list[dict]) -> None:
     x, y, z = point.mesh_shape
     table = Table(
         title=f"{point.layout}/{point.attention}: {point.model}, {point.phase}, {point.batch} x {point.length} tokens, "
-        f"mesh X={x} Y={y} Z={z} ({point.slice}), weights {point.weights}",
+        f"mesh X={x} Y={y} Z={z} ({point.slice}), weights {point.weights}"
+        f"{f', cache {point.cache}' if point.cache else ''}",
         title_justify="left",
         title_style="bold",
     )
@@ -167,7 +168,7 @@ def _show(point: Point, rows: list[dict]) -> None:
     console = Console(width=max(140, Console().width))
     console.print(table)
     moved = [r for r in rows if r["kind"] and r["kind"] != "slice"]
-    in_layer = [r for r in moved if r["count"] == point.config.n_layers and "/" in r["scope"]]
+    in_layer = [r for r in moved if r["in_layer"]]
     n_layer, n_pass = (math.fsum(r["count"] for r in some if not r["rides"]) for some in (in_layer, moved))
     console.print(
         f"{n_layer / point.config.n_layers:.0f} collectives a layer, "

@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from models.parameters import initial
 
     dtype = jnp.float32 if options.dtype == "f32" else jnp.bfloat16
-    layout, mesh = _alone(config, options.platform)
+    try:
+        layout, mesh = _alone(config, options.platform)
+    except ValueError as error:
+        raise InputError(f"platform={options.platform!r}: {error}") from None
     params = initial(config, layout, mesh, seed=options.seed, dtype=dtype)
     summary = {
         "kind": "summary",
@@ -93,11 +96,13 @@ def held_out(n: int, length: int, corpus: str) -> np.ndarray:
     """[n, length + 1] ids: windows of the held-out end of a text, evenly spaced; each begins where a target ends.
 
     Raises:
-        ValueError: a text whose end is shorter than one window.
+        ValueError: a text whose end is shorter than the windows.
     """
     _, rest = text.split(text.encode(corpus, bos=False))
     if rest.size < length + 1:
         raise ValueError(f"length={length} is more than the {rest.size} held-out bytes of the text; give a longer text")
+    if n * length > rest.size:
+        raise ValueError(f"windows={n} of length={length} are more than the {rest.size} held-out bytes of the text")
     starts = np.linspace(0, rest.size - length - 1, n).astype(int)
     return rest[starts[:, None] + np.arange(length + 1)]
 

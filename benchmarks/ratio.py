@@ -5,7 +5,7 @@
 
 4 layers, E=512, F=2048, H=16, Q=64, vocabulary 1024, multiquery, parallel, batch 16, float32, 8 fake CPU devices as
 2x2x2; a decode step at context 256, or a prefill of 256 tokens a sequence. All are timed in turns; ratios are of times
-of the same turn.
+of the same turn. LAYOUT/ATTENTION/N takes N decode steps in a call; what is shown is one step's.
 """
 
 import argparse
@@ -24,12 +24,13 @@ from models import presets, text
 from partitioning.point import Point
 
 DECODE = (
-    "auto/batch auto/heads ws2d/batch ws2d/heads ws2d/batch-x ws2d+lean/batch ws2d+lean/heads ws2d+lean/batch-y "
-    "ws1d/batch ws1d/heads ws1d+lean/batch ws1d+lean/heads ws1d+lean/batch-x ws1d+lean/batch-xy"
+    "auto/batch auto/heads ws2d/batch ws2d/heads ws2d/batch-x ws2d+ring/batch ws2d+biring/batch ws2d+lean/batch "
+    "ws2d+lean/heads ws2d+lean/batch-y ws1d/batch ws1d/heads ws1d+ring/batch ws1d+lean/batch ws1d+lean/heads "
+    "ws1d+lean/batch-x ws1d+lean/batch-xy auto/batch/4 ws1d+lean/batch/4"
 )
 PREFILL = (
-    "auto/batch auto/heads ws2d/batch ws2d/heads ws1d/heads wgx/batch wgx/heads wgxy/batch wgxyz/batch "
-    "ws1d+lean/heads ws2d+lean/heads"
+    "auto/batch auto/heads ws2d/batch ws2d/heads ws2d+ring/heads ws1d/heads ws1d+lean/heads wgx/batch wgx+ring/batch "
+    "wgx+prefetch/batch wgxy/batch wgxyz/batch wgxyz+ring/batch wgxyz+biring/batch wgxyz+prefetch/batch"
 )
 MODEL = dataclasses.replace(presets.PRESETS["toy"], name="toy-v1024", vocab=1024)
 
@@ -38,7 +39,9 @@ def parser() -> Parser:
     """The options."""
     p = Parser(prog="python -m benchmarks.ratio", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="default: %(default)s")
-    p.add_argument("--layouts", help="LAYOUT/ATTENTION, separated by commas; the first is what others are a share of")
+    p.add_argument(
+        "--layouts", help="LAYOUT/ATTENTION or LAYOUT/ATTENTION/N, with commas between; all are shares of the first"
+    )
     p.add_argument("--repeats", type=int, default=40, help="turns (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="one row a line instead of a table")
     return p
@@ -54,9 +57,12 @@ def points(phase: str, layouts: Sequence[str]) -> list[Point]:
     base = {"model": MODEL.name, "slice": "cpu:2x2x2", "phase": phase, "batch": 16, "weights": "f32"} | sizes
     found = []
     for name in layouts:
-        layout, _, attention = name.partition("/")
+        layout, attention, steps, *more = [*name.split("/"), *["batch", "1"][name.count("/") :]]
         try:
-            found.append(Point.from_json(base | {"layout": layout, "attention": attention or "batch"}))
+            if more or not steps.isdecimal():
+                raise ValueError("must be LAYOUT/ATTENTION or LAYOUT/ATTENTION/N")
+            fields = {"layout": layout, "attention": attention, "steps_per_call": int(steps)}
+            found.append(Point.from_json(base | fields))
         except ValueError as error:
             raise InputError(f"layouts: {name}: {error}") from None
     return found
@@ -77,18 +83,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks.contenders import prepare
     from benchmarks.timing import interleaved
 
-    ready = [prepare(point, 0, text.corpus()) for point in todo]
+    ready, failed = [], []
+    for name, point in zip(names, todo, strict=True):
+        try:
+            contender = prepare(point, 0, text.corpus())
+            contender.step()  # whether there is memory to run it
+            ready.append((name, contender))
+        except Exception as error:  # it is said, and the others are timed
+            failed.append(f"{name}: {str(error).splitlines()[0]}")
+            print(f"failed: {failed[-1]}", file=sys.stderr)
+    if not ready:
+        return 1
+    names, ready = [name for name, _ in ready], [contender for _, contender in ready]
     timings = interleaved([c.step for c in ready], repeats=options.repeats, budget_s=60)
-    base = timings[0].times_s
+    times = [[t / c.point.steps_per_call for t in timing.times_s] for c, timing in zip(ready, timings, strict=True)]
     table = Table()
     for heading in ("", "ms", "half within", "collectives", "kB a chip", f"share of {names[0]}", "half within"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, contender, timing in zip(names, ready, timings, strict=True):
+    for name, contender, taken in zip(names, ready, times, strict=True):
         row = contender.compiled_row
-        shares = statistics.quantiles([a / b for a, b in zip(timing.times_s, base, strict=False)], n=4)
-        low, high = timing.quartiles_s
+        shares = statistics.quantiles([a / b for a, b in zip(taken, times[0], strict=False)], n=4)
+        low, median, high = statistics.quantiles(taken, n=4)
         numbers = {
-            "latency_s": timing.median_s,
+            "latency_s": median,
             "quartiles_s": [low, high],
             "n_collectives": row["n_collectives"],
             "collective_bytes": row["collective_bytes"],
@@ -99,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"point": contender.point.to_json(), "source": "measured", **numbers}))
         table.add_row(
             name,
-            f"{timing.median_s * 1e3:.2f}",
+            f"{median * 1e3:.2f}",
             f"{low * 1e3:.2f}..{high * 1e3:.2f}",
             str(row["n_collectives"]),
             f"{row['collective_bytes'] / 1e3:,.0f}",
@@ -108,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if not options.json:
         Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -166,18 +166,46 @@ def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts
     cache, new = cache.reshape(shape[0], -1, 1, *shape[3:]), new.reshape(-1, 1, *new.shape[2:])
     starts = jnp.repeat(starts, k)
     rows = max(n for n in range(1, UNROLLED + 1) if len(new) % n == 0)
+    in_tiles = WHOLE_TILES and cache.dtype == jnp.int8 and cache.shape[3] % TILE == 0
+    update = _put_in_tiles if in_tiles else _put
 
     def group(i, cache):
         for row in range(rows):
             at = i * rows + row
-            update = lax.dynamic_slice_in_dim(new, at, 1)[None]
-            cache = lax.dynamic_update_slice(cache, update, (layer, at, 0, starts[at], *[0] * (cache.ndim - 4)))
+            cache = update(cache, lax.dynamic_slice_in_dim(new, at, 1)[None], layer, at, starts[at])
         return cache
 
     cache = group(0, cache) if rows == len(new) else lax.fori_loop(0, len(new) // rows, group, cache)
     return cache.reshape(shape)
 
 
+def _put(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array | int, start: jax.Array) -> jax.Array:
+    """`new` [1, 1, 1, L, ...] into [n_layers, rows, 1, S, ...], from position `start` of row `at` on."""
+    return lax.dynamic_update_slice(cache, new, (layer, at, 0, start, *[0] * (cache.ndim - 4)))
+
+
+def _put_in_tiles(cache: jax.Array, new: jax.Array, layer, at, start: jax.Array) -> jax.Array:
+    """The same by whole tiles, S a multiple of them: those with the new positions are read, changed and written."""
+    span, length = cache.shape[3], new.shape[3]
+    size = min(span, (-(-(length - 1) // TILE) + 1) * TILE)
+    first = jnp.minimum(start // TILE, (span - size) // TILE) * TILE  # seen to be a multiple
+    where = (layer, at, 0, first, 0)
+    tiles = lax.dynamic_slice(cache, where, (1, 1, 1, size, cache.shape[4]))
+    into = start - first
+    zero = jnp.zeros_like(start)
+    padded = jnp.pad(new, [(0, 0)] * 3 + [(size, size), (0, 0)])
+    moved = lax.dynamic_slice(padded, (zero, zero, zero, size - into, zero), tiles.shape)
+    positions = jnp.arange(size)[:, None]
+    tiles = jnp.where((positions >= into) & (positions < into + length), moved, tiles)  # a select: XLA folds an update
+    return lax.dynamic_update_slice(cache, tiles, where)
+
+
+TILE = 32
+"""Positions in a tile of int8."""
+WHOLE_TILES = jax.__version_info__ >= (0, 11)
+"""Which updates of an int8 cache XLA:TPU does in place: libtpu 0.0.50, of JAX 0.12, those of whole tiles, and for
+others lays the cache out anew (96 copies of it in a decode step of three layers); libtpu 0.0.42, of JAX 0.10, the
+reverse."""
 UNROLLED = 64
 """Updates of an int8 cache that stand one after the other in a TPU program; more are done in a loop over groups."""
 FEW_ROWS = 8

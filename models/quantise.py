@@ -1,4 +1,5 @@
-"""int8: symmetric; weights with one scale for each output channel of a matrix, keys and values with one for each.
+"""int8: symmetric; weights with one scale for each output channel of a matrix, keys and
+values with one for each position and head.
 
 Decides how floats become integers and scales. The decoder multiplies by the integers, turned into the activations'
 dtype, and scales what comes out; weight-gathered layouts gather the integers. The embedding stays as it is. Pope et

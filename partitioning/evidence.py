@@ -191,6 +191,7 @@ def _same_kind(p: Planned, near: Near) -> Near:
 
 def _exact(p: Planned, near: Near) -> Found:
     same = [(s, c) for s, c in _same_kind(p, near) if c.bytes == p.bytes]
+    same = [(s, c) for s, c in same if p.itemsize == 4 or c.dtype != "f32" or c.logical_dtype == "f32"]  # not widened
     return (same[:1], "merged" if same[0][1].n_merged > 1 and not p.merged else "as planned") if same else None
 
 

@@ -163,7 +163,8 @@ def _narrowed(i: Instruction, frame: Frame) -> set[str]:
 
 
 def _logical_dtype(i: Instruction, operand: Place, parts: list[Place]) -> str:
-    """The dtype before XLA:CPU widened: it marks reductions `_promoted`, and converts around what only moves."""
+    """The dtype before XLA:CPU widened: it marks reductions of one operand `_promoted`, and converts around what only
+    moves."""
     dtype = operand[0].shapes[0].dtype
     if dtype != "f32":
         return dtype
@@ -172,7 +173,7 @@ def _logical_dtype(i: Instruction, operand: Place, parts: list[Place]) -> str:
     after = {d for p, f in parts for d in _narrowed(p, f)}
     if "to_apply" in i.attributes:
         promoted = re.search(r"_promoted(\.|$)", i.attributes["to_apply"])
-        candidates = {before, *after} & _NARROW if promoted else set()
+        candidates = {before, *after} & _NARROW if promoted or len(i.operands) > 1 else set()
         return candidates.pop() if len(candidates) == 1 else dtype
     return before if before in _NARROW and after == {before} else dtype
 

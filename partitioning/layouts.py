@@ -36,6 +36,7 @@ Axes = tuple[str, ...]
 ZYX: Axes = ("z", "y", "x")
 ZY: Axes = ("z", "y")
 XYZ: Axes = ("x", "y", "z")
+WEIGHTS = ("w_in", "w_kv", "w_out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Layout:
                 rungs = [trim(spec, sizes) for spec in value]
                 changed[field.name] = tuple(s for i, s in enumerate(rungs) if i == 0 or s != rungs[i - 1])
         changed["together"] = self.together and len(changed["h"]) > 1
+        changed["prefetch"] = self.prefetch and any(len(changed[w]) > (2 if self.rings else 1) for w in WEIGHTS)
         return dataclasses.replace(self, **changed)
 
 
@@ -438,7 +440,7 @@ def _is_looped(ladder: Ladder) -> bool:
 
 def prefetch(made: Layout) -> Layout:
     """Weights gathered one layer ahead, but for a last step that is looped: `+ring` comes before, if at all."""
-    ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in ("w_in", "w_kv", "w_out"))
+    ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in WEIGHTS)
     return dataclasses.replace(made, prefetch=True) if ahead else made
 
 
@@ -477,6 +479,10 @@ def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
             raise ValueError(f"layout={name!r}{what}{hint}; known: {', '.join(known)}")
     if len(set(variants)) < len(variants):
         raise ValueError(f"layout={name!r} names a variant twice")
+    if {"ring", "biring"} <= set(variants):
+        raise ValueError(f"layout={name!r}: rings send one way (ring) or both (biring), not both of these")
+    if "prefetch" in variants[:-1]:
+        raise ValueError(f"layout={name!r}: prefetch comes last, it gathers ahead what is not looped")
     if "lean" in variants and base not in LEAN:
         raise ValueError(f"layout='{base}+lean' does not exist: lean is for {' and '.join(LEAN)}")
     make = LEAN[base] if "lean" in variants else LAYOUTS[base]
@@ -504,7 +510,11 @@ def _layout(made_by: tuple[Callable[..., Any], ...], name: str, attention: Atten
             f"attention='heads' makes no sense under layout={name!r}: no axis is left to split heads over; "
             "use attention='batch'"
         )
-    return made.on(mesh)
+    made = made.on(mesh)
+    if attention.startswith("batch-") and made.explicit and len(made.q) == 1:
+        extents = "x".join(map(str, mesh))
+        raise NoAxisLeft(f"attention={attention!r}: no axis of the mesh {extents} is left to split the batch over")
+    return made
 
 
 def kv_axes(mesh: Shape, n_kv_heads: int) -> Axes:

@@ -44,7 +44,6 @@ class Moved:
     dtype: str
     factor: float
     in_layer: bool
-    is_weight: bool
     rides: bool
 
 
@@ -96,7 +95,6 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
                     dtype=stage.dtype,
                     factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
                     in_layer=stage.in_layer,
-                    is_weight=stage.dtype == "weight",
                     rides=stage.rides,
                 )
             )

@@ -55,12 +55,10 @@ class Looped:
     """A matmul with a looped collective: what of the latter its pieces can hide, and what the pieces cost.
 
     Args:
-        pieces: matmuls that it is done in.
         hides: share of the matmul that is done while something is on its way.
         inputs, sums: how often the pieces together read the rows' side; write and read again the sums (in float32).
     """
 
-    pieces: int
     hides: float
     inputs: int
     sums: int
@@ -176,6 +174,7 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
         (WEIGHT[loop.name], suffix): _looped(loop, layout.rings, sizes)
         for suffix in (("",) if block == "parallel" else ("", "_mlp"))
         for loop in loop_of.values()
+        if (loop.name, suffix) != ("w_kv", "_mlp")
     }
     return Recipe(
         chip=chip_,
@@ -192,12 +191,10 @@ def _looped(loop: Loop, ways: int, sizes: Mapping[str, int]) -> Looped:
     k = loop.move.group(sizes)
     if loop.move.kind == "reduce-scatter":  # halves, and the weight's columns (or x's rows) cut
         pieces = len(list(sends("reduce-scatter", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 2
-        return Looped(pieces=pieces, hides=1 - 1 / pieces, inputs=pieces if loop.move.target == 1 else 1, sums=0)
+        return Looped(hides=1 - 1 / pieces, inputs=pieces if loop.move.target == 1 else 1, sums=0)
     pieces = len(list(sends("all-gather", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 1
-    contracts = (loop.name in ("g", "x")) == (loop.move.source == 1)
-    return Looped(
-        pieces=pieces, hides=1 - 1 / k, inputs=1 if contracts else pieces, sums=pieces - 1 if contracts else 0
-    )
+    contracts = (loop.name == "g") == (loop.move.source == 1)
+    return Looped(hides=1 - 1 / k, inputs=1 if contracts else pieces, sums=pieces - 1 if contracts else 0)
 
 
 def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:

@@ -4,7 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from battery import CHECKS, MESHES, SHORT_CHECKS, Bench, check_rounding, legal, model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from models.cache import _put, _put_in_tiles
 from models.quantise import quantise_rows
 
 
@@ -46,3 +49,15 @@ def test_integers_are_within_half_a_step_also_where_the_scale_is_coarse(dtype):
     integers, scale = (np.asarray(a, np.float32) for a in quantise_rows(jnp.asarray(x), dtype))
     assert np.abs(integers - x / scale[:, None]).max() <= 0.5 + 1e-4
     assert np.abs(integers).max(-1).min() >= 126
+
+
+@settings(deadline=None)
+@given(st.integers(0, 63), st.integers(1, 40), st.integers(0, 2), st.integers(0, 3))
+def test_whole_tiles_hold_what_single_updates_write(start, length, layer, row):
+    """Over tiles' edges and at the end, where the last tiles slide back."""
+    start = min(start, 64 - length)
+    rng = np.random.default_rng(0)
+    held = jnp.asarray(rng.integers(-127, 128, (3, 4, 1, 64, 8)), jnp.int8)
+    new = jnp.asarray(rng.integers(-127, 128, (1, 1, 1, length, 8)), jnp.int8)
+    at = jnp.int32(layer), jnp.int32(row), jnp.int32(start)
+    np.testing.assert_array_equal(_put_in_tiles(held, new, *at), _put(held, new, *at))

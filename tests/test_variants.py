@@ -6,7 +6,7 @@ from battery import CHECKS, SHORT_CHECKS, Bench, model
 from models.config import ModelConfig
 from partitioning.cost import estimate
 from partitioning.dataflow import Pass, plan
-from partitioning.layouts import layout
+from partitioning.layouts import NoAxisLeft, layout
 from partitioning.mesh import Shape
 from partitioning.point import Point
 
@@ -38,9 +38,16 @@ def test_battery(name, attention, block, kv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "attention"), LEAN + PARTIAL)
-@pytest.mark.parametrize(("shape", "kv"), [((1, 2, 4), 1), ((4, 2, 1), 4), ((8, 1, 1), 1), ((2, 2, 2), 4)])
-def test_other_meshes(name, attention, shape, kv):
+@pytest.mark.parametrize(
+    ("shape", "kv", "name", "attention"),
+    [
+        ((1, 2, 4), 1, *pair)
+        for pair in LEAN + PARTIAL
+        if pair not in (("ws1d", "batch-x"), ("ws2d", "batch-x"))  # no axis there
+    ]
+    + [((4, 2, 1), 4, *pair) for pair in LEAN + PARTIAL],
+)
+def test_other_meshes(shape, kv, name, attention):
     bench = Bench(model("parallel", kv), name, attention, shape)
     for check in SHORT_CHECKS:
         check(bench)
@@ -89,6 +96,8 @@ def test_lean_costs_no_bytes_and_fewer_starts(attention):
     [
         ("ws2d+leen", "heads", "'leen' is no variant (did you mean 'lean'?); known: lean, ring, biring, prefetch"),
         ("ws2d+rings", "heads", "'rings' is no variant (did you mean 'ring'?); known: lean, ring, biring, prefetch"),
+        ("ws2d+ring+biring", "heads", "rings send one way (ring) or both (biring)"),
+        ("wgx+prefetch+ring", "heads", "prefetch comes last"),
         ("ws2d+lean+ring", "heads", "'ring' changes nothing in it"),
         ("ws2d+", "heads", "'' is no variant"),
         ("+lean", "heads", "layout='+lean' is unknown"),
@@ -107,3 +116,16 @@ def test_bad_names_are_one_sentence(name, attention, why):
     with pytest.raises(ValueError, match=r"attention|layout") as found:
         layout(name, attention, (2, 2, 2), 1)
     assert why in str(found.value) and "\n" not in str(found.value)
+
+
+def test_an_axis_that_is_not_there_splits_no_batch():
+    with pytest.raises(NoAxisLeft, match="no axis of the mesh 1x2x4 is left"):
+        layout("ws2d", "batch-x", (1, 2, 4), 1)
+    assert not layout("wgx+prefetch", "batch", (1, 2, 4), 1).prefetch
+
+
+def test_a_serial_model_with_looped_weights_has_a_price():
+    point = Point.from_json(
+        POINT | {"model": "toy-serial", "slice": "v4:2x2x2", "layout": "wgx+ring", "attention": "batch"}
+    )
+    assert estimate(point).latency_s > 0
