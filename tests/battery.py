@@ -319,7 +319,7 @@ def stopped(ids: np.ndarray, stop: int) -> np.ndarray:
     return np.where(np.cumsum(ids == stop, axis=1) > 0, stop, ids)
 
 
-CHECKS = (check_full_pass, check_chunks_then_decode, check_mixed_lengths, check_greedy, check_several_steps)
+CHECKS = (check_full_pass, check_chunks_then_decode, check_mixed_lengths, check_greedy)
 SHORT_CHECKS = (check_chunks_then_decode, check_mixed_lengths)
 """Without the programs of a full pass and of sampling, which `CHECKS` compile as well."""
 

@@ -40,8 +40,10 @@ LOOPED = [((2, 2, 2), "parallel", 1), ((8, 1, 1), "serial", 16), ((1, 2, 4), "pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "attention"), battery.legal(battery.RINGS))
-@pytest.mark.parametrize(("shape", "block", "kv"), LOOPED)
+@pytest.mark.parametrize(
+    ("shape", "block", "kv", "name", "attention"),
+    [(*LOOPED[i % 2 + half], *pair) for i, pair in enumerate(battery.legal(battery.RINGS)) for half in (0, 2)],
+)
 def test_looped_collectives(shape, block, kv, name, attention):
     bench = battery.Bench(battery.model(block, kv), name, attention, shape)
     for check in battery.SHORT_CHECKS:

@@ -42,6 +42,14 @@ def bench():
     return battery.Bench(battery.model("parallel", 1), "ws2d", "batch", (2, 2, 2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "attention"), [*battery.legal(), ("ws1d+lean", "batch"), ("ws2d+lean", "heads"), ("wgx+ring", "batch")]
+)
+def test_every_layout_picks_the_same(name, attention):
+    battery.check_several_steps(battery.Bench(battery.model("parallel", 1), name, attention, (2, 2, 2)))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "batch"), ("wgx", "heads"), ("replicated", "batch")])
 def test_seeded_samplers_draw_the_same(name, attention, sampler):
