@@ -90,8 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             contender.step()  # whether there is memory to run it
             ready.append((name, contender))
         except Exception as error:  # it is said, and the others are timed
-            failed.append(f"{name}: {str(error).splitlines()[0]}")
-            print(f"failed: {failed[-1]}", file=sys.stderr)
+            failed.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            print(f"failed: {name}: {failed[-1]}", file=sys.stderr)
+            if options.json:
+                print(json.dumps({"point": point.to_json(), "source": "measured", "error": failed[-1]}))
     if not ready:
         return 1
     names, ready = [name for name, _ in ready], [contender for _, contender in ready]
