@@ -148,9 +148,10 @@ SUFFIXES = {
     "-Nl": "the first N layers",
     "-serial": "attention and MLP one after the other, not in parallel",
     "-mha": "multihead for multiquery: as many KV heads as heads, of half the width",
+    "-vN": "a vocabulary of N tokens",
 }
 """What may follow a preset's name, each once and in any order."""
-_KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l")}
+_KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l"), "-vN": re.compile(r"v(\d+)")}
 _KINDS |= {"-serial": re.compile("(serial)"), "-mha": re.compile("(mha)")}
 
 
@@ -211,6 +212,8 @@ def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
         if not 1 <= n_layers <= config.n_layers:
             raise ValueError(f"n_layers={n_layers} must be in 1..{config.n_layers}")
         config = dataclasses.replace(config, n_layers=n_layers)
+    if "-vN" in asked:
+        config = dataclasses.replace(config, vocab=int(asked["-vN"][1:]))
     return config
 
 
