@@ -302,7 +302,7 @@ def test_command_fails_where_nothing_is_left(capsys):
         (["--layouts", "ws3d"], "layouts='ws3d' must be of"),
         (["--attention", "tails"], "attentions='tails' must be of heads, batch"),
         (["--top", "0"], "top=0 must be at least 1"),
-        (["--out", __file__], "is not a folder"),
+        (["--out", __file__], "is a file, not a folder"),
     ],
 )
 def test_command_refuses_in_one_sentence(capsys, argv, sentence):
