@@ -19,7 +19,7 @@ cache written by wgxyz is where ws2d looks for it.
 import dataclasses
 import difflib
 import functools
-import re
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +29,10 @@ from jax.sharding import PartitionSpec as P
 from partitioning.mesh import AXES, Shape
 
 Attention = str
-"""`heads`, `batch`, or `batch-` and the axes that the batch is split over where that is not all: `batch-x`."""
+"""One of `ATTENTIONS`."""
+ATTENTIONS = ("heads", *("batch-" + "".join(axes) for n in (1, 2) for axes in itertools.combinations(AXES, n)), "batch")
+"""`heads`, `batch`, or `batch-` and the axes that the batch is split over where that is not all. Which of the latter
+there are is each layout's to say (`NoAxisLeft`)."""
 Ladder = tuple[P, ...]
 Axes = tuple[str, ...]
 
@@ -458,8 +461,8 @@ def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
         ValueError: an unknown name, attention that the layout does not have, or a variant that changes nothing in it.
     """
     made_by = parts_of(name)
-    if not is_attention(attention):
-        raise ValueError(f"attention={attention!r} must be 'heads' or 'batch', or 'batch-' with some of the axes xyz")
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention={attention!r} must be one of {', '.join(ATTENTIONS)}")
     return _layout(made_by, name, attention, mesh, kv_axes(mesh, n_kv_heads))
 
 
@@ -487,11 +490,6 @@ def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
         raise ValueError(f"layout='{base}+lean' does not exist: lean is for {' and '.join(LEAN)}")
     make = LEAN[base] if "lean" in variants else LAYOUTS[base]
     return (make, *(VARIANTS[v] for v in variants if v != "lean"))
-
-
-def is_attention(text: str) -> bool:
-    """Whether some layout may have such attention: `heads`, `batch`, `batch-x`, `batch-xy`..."""
-    return bool(re.fullmatch(r"heads|batch(-(?=.)x?y?z?)?", text))
 
 
 @functools.lru_cache(maxsize=4096)

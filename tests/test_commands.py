@@ -32,7 +32,7 @@ def refused(capsys, command, *argv) -> str:
     ("argv", "sentence"),
     [
         (["--layouts", "ws3d"], "layout='ws3d' is unknown (did you mean 'ws2d'?)"),
-        (["--attention", "tails"], "attention='tails' must be 'heads' or 'batch'"),
+        (["--attention", "tails"], "attention='tails' must be one of heads, batch-x, "),
         (["--phases", "training"], "phase='training' must be one of prefill, decode"),
         (["--batches", "3"], "batch=3 is not divisible by"),
         (["--batches", "eight"], "batches='eight' must be integers"),
