@@ -95,7 +95,8 @@ def show(found: Estimate, console: Console) -> None:
     p = found.point
     console.print(
         f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
-        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights{_cache(p)} (analytic)"
+        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights"
+        f"{point_options.cached(p.to_json())} (analytic)"
     )
     console.print(
         f"latency {_time(found.latency_s)} (layers alone {_time(found.stack_latency_s)}), bound by {found.bound}; "
@@ -141,7 +142,7 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             f"{p.batch} x {p.length}",
             str(p.context),
             f"{p.layout}/{p.attention}",
-            p.weights + _cache(p),
+            p.weights + point_options.cached(p.to_json()),
             _time(e.latency_s),
             _time(e.stack_latency_s),
             e.bound,
@@ -150,10 +151,6 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             "yes" if e.fits else "no",
         )
     console.print(listing)
-
-
-def _cache(point: Point) -> str:
-    return f", {point.cache} cache" if point.cache else ""
 
 
 def _time(seconds: float) -> str:
