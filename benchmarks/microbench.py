@@ -25,10 +25,10 @@ from benchmarks.timing import idle, interleaved, stepper
 from models.parameters import everywhere, initial
 from models.presets import model
 from partitioning.dataflow import Pass
-from partitioning.layouts import layout
 from partitioning.machine import Sample
 from partitioning.mesh import AXES
 from partitioning.program import Program
+from partitioning.variants import layout
 
 Turn = Callable[..., Any]
 SHORTEST_S = 0.006

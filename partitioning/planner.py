@@ -29,11 +29,12 @@ from partitioning.chips import Chip, chip
 from partitioning.cost import Constants, constants_of, price
 from partitioning.dataflow import Pass, check
 from partitioning.interconnect import Kind, rate, rings
-from partitioning.layouts import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries, layout, parts_of
+from partitioning.layouts import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries
 from partitioning.limits import MOST, batch_step
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.numbers import Numbers, model_numbers
 from partitioning.point import CACHES, WEIGHTS, Point
+from partitioning.variants import layout, parts_of
 
 Goal = Literal["latency", "cost", "batch"]
 PHASES = ("request", "prefill", "decode")

@@ -4,9 +4,10 @@ import pytest
 
 from models.presets import model
 from partitioning.dataflow import Pass, check, plan, stages
-from partitioning.layouts import LAYOUTS, kv_axes, layout
+from partitioning.layouts import LAYOUTS, kv_axes
 from partitioning.mesh import Slice, mesh_shape
 from partitioning.rings import loops
+from partitioning.variants import layout
 from tests import battery
 
 

@@ -6,9 +6,10 @@ from battery import CHECKS, SHORT_CHECKS, Bench, model
 from models.config import ModelConfig
 from partitioning.cost import estimate
 from partitioning.dataflow import Pass, plan
-from partitioning.layouts import NoAxisLeft, layout
+from partitioning.layouts import NoAxisLeft
 from partitioning.mesh import Shape
 from partitioning.point import Point
+from partitioning.variants import layout
 
 LEAN = [
     ("ws1d+lean", "heads"),
