@@ -32,7 +32,9 @@ LARGE_ROWS, LARGE_WEIGHTS = (4096, 16384), ((2048, 8192), (4096, 16384), (8192, 
 """And on accelerators."""
 MOST_MACS = {"cpu": 4e8, "gpu": 4e12, "tpu": 4e12}
 """The largest matmul of one device: larger ones go at the rate of the largest."""
-KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
+KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "collective-permute")
+ALIKE = ("all-reduce", "collective-permute")
+"""Those to which rows and columns are the same: every device gets as much as it has."""
 MESSAGES = (256, 16384, 131072, 1048576, 8388608)
 """Bytes of what one device holds before a collective (after it, of an all-gather)."""
 STACK, LAYERS = (256, 640), (2, 8, 24, 96)
@@ -210,7 +212,8 @@ def attentions(dtype: str, platform: str, barrier: Block | None, quick: bool) ->
 
 
 def collectives(mesh: Mesh, platform: str, quick: bool) -> Iterator[Block]:
-    """Every kind over every group of axes that is longer than one, on rows and on columns; `bytes`: received.
+    """Every kind over every group of axes that is longer than one, on rows and on columns; `bytes`: received. Sends go
+    to the next device along one axis, as those of looped collectives do.
 
     Fake devices have no links, so that groups of as many devices differ by nothing but noise: all sizes of messages for
     the first of them, a small and a large one for the others.
@@ -224,7 +227,9 @@ def collectives(mesh: Mesh, platform: str, quick: bool) -> Iterator[Block]:
             continue
         seen.add(k)
         for kind, at, columns in itertools.product(KINDS, (0, 1), (NARROW, WIDE)):
-            if (kind == "all-reduce" and at) or (columns == WIDE and (kind == "all-to-all" or not at)):
+            if (kind in ALIKE and at) or (columns == WIDE and (kind == "all-to-all" or not at)):
+                continue
+            if kind == "collective-permute" and len(axes) > 1:
                 continue
             for message in MESSAGES[1:4:2] if again else MESSAGES[::2] if quick else MESSAGES:
                 held = message // 4
@@ -239,7 +244,7 @@ def _collective(kind: str, axes: tuple[str, ...], at: int, k: int, rows: int, co
     """`rows` x `columns` is the larger of what goes in and what comes out."""
     other = 1 - at
     shape = [rows, columns]
-    if (kind != "all-reduce" and shape[at] % k) or (kind == "all-to-all" and shape[other] % k):
+    if (kind not in ALIKE and shape[at] % k) or (kind == "all-to-all" and shape[other] % k):
         return None
 
     def move(x):
@@ -249,17 +254,20 @@ def _collective(kind: str, axes: tuple[str, ...], at: int, k: int, rows: int, co
             return lax.psum_scatter(x, axes, scatter_dimension=at, tiled=True)
         if kind == "all-reduce":
             return lax.psum(x, axes)
+        if kind == "collective-permute":
+            return lax.ppermute(x, axes[0], [(i, (i + 1) % k) for i in range(k)])
         return lax.all_to_all(x, axes, split_axis=at, concat_axis=other, tiled=True)
 
     def turn(x, result, i):
         result = move(x)
         return _keep(x, result), result
 
-    n_bytes = rows * columns * 4 * (k - 1) // k * (2 if kind == "all-reduce" else 1)
+    shares = {"all-reduce": 2 * (k - 1), "collective-permute": k}
+    n_bytes = rows * columns * 4 * shares.get(kind, k - 1) // k
     result = list(shape)
     if kind == "all-gather":
         shape[at] //= k
-    elif kind != "all-reduce":
+    elif kind not in ALIKE:
         result[at] //= k
     if kind == "all-to-all":
         result[other] *= k

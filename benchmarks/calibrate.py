@@ -6,8 +6,8 @@
     toruslab estimate --slice results/calibrate/cpu-fake-8.toml:2x2x2 --model toy --weights f32 --batch 8 --context 256
 
 Matmuls over sizes and dtypes, copies of weights out of a stack, attention, norms, activations, every collective over
-every group of axes, dispatch: medians and quartiles, all blocks in turn, round after round. Nothing is measured of the
-decoder as a whole: what a step takes is predicted from these numbers, never fitted.
+every group of axes, sends along every axis, dispatch: medians and quartiles, all blocks in turn, round after round.
+Nothing is measured of the decoder as a whole: what a step takes is predicted from these numbers, never fitted.
 """
 
 import argparse

@@ -87,7 +87,8 @@ def calibrated(path: Path, dtypes: Sequence[str] = ()) -> Chip:
 
 
 def fits_here(path: Path, dtypes: Sequence[str]) -> bool:
-    """Whether a chip file was written by this JAX on a machine like this one, and has these dtypes of weights.
+    """Whether a chip file was written by this JAX on a machine like this one, and has these dtypes of weights; and
+    sends, if it has collectives (older files have none).
 
     Initialises the JAX backend.
     """
@@ -96,7 +97,10 @@ def fits_here(path: Path, dtypes: Sequence[str]) -> bool:
         written = tomllib.loads(path.read_text())["machine"]
         there = written["environment"]
         known = {s["dtype"] for s in written["samples"] if s["what"] == "matmul"}
+        moves = {s["what"] for s in written["samples"] if s.get("axes")}
     except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if moves and "collective-permute" not in moves:
         return False
     return known.issuperset(dtypes) and all(
         there.get(k) == here[k] for k in ("jax", "jaxlib", "python", "platform", "device_kind", "cores")

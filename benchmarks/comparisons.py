@@ -14,7 +14,6 @@ With --measure the bench's own model on 8 fake CPU devices as well, kinds in tur
 import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +21,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import out_folder
 from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.rows import Row
+from models.presets import model, suffixed
 from partitioning import closed_forms
 from partitioning.chips import chip
 from partitioning.cost import estimate
@@ -31,13 +32,16 @@ from partitioning.limits import longest_context
 from partitioning.point import Point
 from partitioning.published import data
 
-BLOCKS = {"parallel": "", "serial": "-serial"}
-KINDS = {
-    "multihead over heads": ("-mha", "heads"),
-    "multiquery over heads": ("", "heads"),
-    "multiquery over batch": ("", "batch"),
+BLOCKS: dict[str, tuple[str, ...]] = {"parallel": (), "serial": ("-serial",)}
+"""Suffixes of the model."""
+KINDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "multihead over heads": (("-mha",), "heads"),
+    "multiquery over heads": ((), "heads"),
+    "multiquery over batch": ((), "batch"),
 }
-"""Suffix of the model, and what attention is split over."""
+"""Suffixes of the model, and what attention is split over."""
+MEASURED = ("measured_model", "measured_batch", "measured_contexts", "repeats", "seed")
+"""Options that say something with --measure only."""
 KV_FRACTION = 0.3
 """Of a chip's memory, for K and V: the rule of the paper's Table 1 and Figure 8."""
 
@@ -45,14 +49,14 @@ KV_FRACTION = 0.3
 def parser() -> argparse.ArgumentParser:
     """The options."""
     p = Parser(prog="toruslab comparisons", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", default="palm-540b-h64", help="multiquery, parallel (default: %(default)s)")
+    p.add_argument("--model", default="palm-540b-h64", help="preset, multiquery and parallel (default: %(default)s)")
     p.add_argument("--slice", default="v4:4x4x4", help="default: %(default)s")
     p.add_argument("--weights", default="bf16", help="default: %(default)s")
     p.add_argument("--layers", type=int, default=8, help="of the attention's comparison (default: %(default)s)")
     p.add_argument("--batch", type=int, default=256, help="of the attention's comparison (default: %(default)s)")
     p.add_argument("--contexts", default="128,256,512,1024,2048,4096,8192,16384,32768", help="default: %(default)s")
     p.add_argument("--measure", action="store_true", help="also on 8 fake CPU devices, with a small model")
-    p.add_argument("--measured-model", default="toy", help="default: %(default)s")
+    p.add_argument("--measured-model", default="toy", help="as --model (default: %(default)s)")
     p.add_argument("--measured-batch", type=int, default=16, help="default: %(default)s")
     p.add_argument("--measured-contexts", default="128,512,2048,4096", help="default: %(default)s")
     p.add_argument("--repeats", type=int, default=20, help="times each step is timed (default: %(default)s)")
@@ -67,23 +71,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a step could not be measured."""
     options = parser().parse_args(argv)
-    for field, least in (("repeats", 1), ("seed", 0)):
-        if getattr(options, field) < least:
-            raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
-    if options.out and options.out.exists() and not options.out.is_dir():
-        raise InputError(f"out={str(options.out)!r} is a file, not a folder")
+    folder = options.out or (None if options.json else Path("results/comparisons"))
     try:
+        _check(options)
         rows = analytic(options)
         measured = _measured_points(options) if options.measure else []
     except ValueError as error:
         raise InputError(str(error)) from None
+    if folder:
+        out_folder.check(folder)
     if measured:
         rows += measure(measured, options)
     if options.json:
         print("\n".join(map(json.dumps, rows)))
     else:
         show(rows, Console(width=None if sys.stdout.isatty() else 120))
-    folder = options.out or (None if options.json else Path("results/comparisons"))
     if folder:
         from benchmarks.comparisons_figures import write
 
@@ -95,9 +97,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _point(model: str, slice_: str, batch: int, context: int, attention: str, weights: str) -> Point:
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that make no sense, before names are made of them.
+
+    Raises:
+        ValueError: field, value and rule.
+    """
+    for field, least in (("repeats", 1), ("seed", 0), ("layers", 1)):
+        if getattr(options, field) < least:
+            raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
+    for field in MEASURED if not options.measure else ():
+        if getattr(options, field) != parser().get_default(field):
+            raise ValueError(f"{field}={getattr(options, field)!r} is of what is measured; give --measure, too")
+    for field in ("model", "measured_model"):
+        name = getattr(options, field)
+        try:
+            config, _ = model(name), suffixed(name)
+        except ValueError as error:
+            said = str(error)
+            raise ValueError(said if field == "model" else said.replace("model=", f"{field}=", 1)) from None
+        if config.block != "parallel" or config.n_kv_heads != 1:
+            raise ValueError(
+                f"{field}={name!r} must be parallel and multiquery, to be compared with its serial and multihead "
+                f"forms; it is {config.block}, with n_kv_heads={config.n_kv_heads}"
+            )
+
+
+def _point(name: str, slice_: str, batch: int, context: int, attention: str, weights: str) -> Point:
     sizes = {"batch": batch, "context": context, "weights": weights}
-    return Point(model=model, slice=slice_, phase="decode", layout="ws2d", attention=attention, **sizes)
+    return Point(model=name, slice=slice_, phase="decode", layout="ws2d", attention=attention, **sizes)
 
 
 def _numbers(field: str, text: str) -> list[int]:
@@ -115,21 +143,20 @@ def analytic(options: argparse.Namespace) -> list[Row]:
     """
     paper = data("serial_parallel")
     found = []
-    for kind, suffix in BLOCKS.items():
-        point = _point(options.model + suffix, options.slice, paper["batch"], 2048, "batch", options.weights)
+    for kind, suffixes in BLOCKS.items():
+        name = suffixed(options.model, *suffixes)
+        point = _point(name, options.slice, paper["batch"], 2048, "batch", options.weights)
         found.append(_row(point, "block", kind))
     found[1]["ratio"] = found[1]["latency_s"] / found[0]["latency_s"]
     published = {"point": found[1]["point"], "source": "published", "comparison": "block", "kind": "serial"}
     if (options.model, options.slice, options.weights) == ("palm-540b-h64", "v4:4x4x4", "bf16"):
         found.append(published | {"ratio": paper["ratio"], "citation": paper["source"]})
-    few = f"{re.sub(r'-[0-9]+l', '', options.model)}-{options.layers}l"
     contexts = _numbers("contexts", options.contexts)
-    for kind, (suffix, attention) in KINDS.items():
-        points = [
-            _point(few + suffix, options.slice, options.batch, n, attention, options.weights) for n in sorted(contexts)
-        ]
+    for kind, (suffixes, attention) in KINDS.items():
+        few, whole = (suffixed(options.model, *more, *suffixes) for more in ((f"-{options.layers}l",), ()))
+        points = [_point(few, options.slice, options.batch, n, attention, options.weights) for n in sorted(contexts)]
         found += [_row(p, "attention", kind) for p in points]
-        found.append(_memory(options, few + suffix, options.model + suffix, attention, kind))
+        found.append(_memory(options, few, whole, attention, kind))
     return found
 
 
@@ -166,17 +193,17 @@ Measured = tuple[Point, str, str]
 
 def _measured_points(options: argparse.Namespace) -> list[list[Measured]]:
     """In groups that are timed in turn."""
-    model, slice_ = options.measured_model, "cpu:2x2x2"
     contexts = _numbers("measured_contexts", options.measured_contexts)
 
-    def point(suffix: str, context: int, attention: str) -> Point:
-        return _point(model + suffix, slice_, options.measured_batch, context, attention, "f32")
+    def point(suffixes: Sequence[str], context: int, attention: str) -> Point:
+        name = suffixed(options.measured_model, *suffixes)
+        return _point(name, "cpu:2x2x2", options.measured_batch, context, attention, "f32")
 
-    blocks = [(point(suffix, 256, "batch"), "block", kind) for kind, suffix in BLOCKS.items()]
+    blocks = [(point(suffixes, 256, "batch"), "block", kind) for kind, suffixes in BLOCKS.items()]
     return [
         blocks,
         *(
-            [(point(suffix, n, attention), "attention", kind) for kind, (suffix, attention) in KINDS.items()]
+            [(point(suffixes, n, attention), "attention", kind) for kind, (suffixes, attention) in KINDS.items()]
             for n in sorted(contexts)
         ),
     ]

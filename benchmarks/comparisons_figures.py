@@ -1,9 +1,9 @@
 """Pictures of `toruslab comparisons`: the ratio of the blocks, and attention over context as the paper's Figure 8."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import out_folder
 from benchmarks.rows import Row
 
 COLOURS = {
@@ -15,14 +15,7 @@ COLOURS = {
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the rows and the pictures (SVG and PNG); returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "rows.jsonl"]
-    paths[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, figure in (("block", draw_block(rows)), ("attention", draw_attention(rows))):
-        for suffix in ("svg", "png"):
-            paths.append(folder / f"{name}.{suffix}")
-            figure.savefig(paths[-1], dpi=150)
-    return paths
+    return out_folder.write(folder, "rows", rows, {"block": draw_block(rows), "attention": draw_attention(rows)})
 
 
 def draw_block(rows: Sequence[Row]):

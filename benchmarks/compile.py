@@ -232,7 +232,8 @@ def show(row: Row, console: Console) -> None:
     p, analytic = row["point"], row["analytic"] or {}
     console.print(
         f"[bold]{p['model']} on {_where(p)}[/], {p['phase']}, {p['batch']} x {p['length']} tokens, context "
-        f"{p['context']}, {point_options.per_call(p)}{p['layout']}/{p['attention']}, {p['weights']} weights{_cache(p)}"
+        f"{p['context']}, {point_options.per_call(p)}{p['layout']}/{p['attention']}, {p['weights']} weights"
+        f"{point_options.cached(p)}"
     )
     made = ", ".join(f"{k} {v}" for k, v in row["versions"].items())
     console.print(f"compiled in {row['compile_s']:.1f} s by {made}")
@@ -298,7 +299,7 @@ def table(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         p = row["point"]
         of_point = [p["model"], _where(p), p["phase"], f"{p['batch']} x {p['length']}", str(p["context"])]
-        of_point += [f"{p['layout']}/{p['attention']}", p["weights"] + _cache(p)]
+        of_point += [f"{p['layout']}/{p['attention']}", p["weights"] + point_options.cached(p)]
         if "error" in row:
             listing.add_row(*of_point, "failed")
             continue
@@ -319,10 +320,6 @@ def _plan(c: Row) -> str:
     if not c["planned_kind"]:
         return ""
     return f"{c['planned_kind']} {c['planned_bytes'] / 1e3:,.2f}" if c["planned_bytes"] else "(part of it)"
-
-
-def _cache(point: Row) -> str:
-    return f", {point['cache']} cache" if point.get("cache") else ""
 
 
 def _where(point: Row) -> str:

@@ -7,18 +7,17 @@
 Reads rows and nothing else, but for the published numbers beside them.
 """
 
-import argparse
 import functools
 import json
 import math
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.lines import read_lines
+from benchmarks.cli import guarded
+from benchmarks.kept_rows import keep
 from benchmarks.rows import Row
 from partitioning.cost import estimate, estimate_many
 from partitioning.point import Point
@@ -47,31 +46,7 @@ KEPT = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Keeps the rows."""
-    p = Parser(
-        prog="python -m benchmarks.compiled_page", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
-    options = p.parse_args(argv)
-    kept = [compact(row) for path in options.rows for row in read_rows(path)]
-    DATA.parent.mkdir(exist_ok=True)
-    DATA.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    print(f"{DATA}: {len(kept)} rows")
-    return 0
-
-
-def read_rows(path: str) -> Iterable[Row]:
-    """The rows of a file of `toruslab compile`."""
-    for number, line in read_lines("rows", path):
-        try:
-            if isinstance(line, ValueError):
-                raise line
-            row = json.loads(line)
-            Point.from_json(row["point"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} is not a row of toruslab compile: {error}") from None
-        if "error" in row:
-            raise InputError(f"{path}, line {number} is of a point that failed: {row['error']}")
-        yield row
+    return keep("compiled_page", __doc__, argv, compact, DATA)
 
 
 def compact(row: Row) -> Row:

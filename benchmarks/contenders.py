@@ -131,7 +131,7 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
         row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
     params = _params(point, program, seed)
     ids = text.prompts(point.batch, point.length, seed, corpus)
-    step = stepper(program, compiled, params, ids, point.start)
+    step = stepper(program, compiled.executable, params, ids, point.start)
     return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
 
 

@@ -9,7 +9,6 @@ for in the same way. Overhead is the time of the empty call as a share of the wh
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -92,13 +91,7 @@ def _points(options: argparse.Namespace) -> list[Point]:
 
 def empty(point: Point):
     """A step that calls a program with the arguments and results of a point's, which does nothing, and waits for it."""
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from benchmarks.timing import stepper
-    from models import text
-    from models.cache import Cache, cache_spec
+    from benchmarks.timing import idle, stepper
     from models.parameters import initial
     from partitioning.mesh import attach
     from partitioning.program import Program
@@ -106,23 +99,8 @@ def empty(point: Point):
     layout = point.layout_value
     mesh = attach(point.mesh_shape, chip=point.chip, explicit=layout.explicit)
     program = Program(config=point.config, layout=layout, mesh=mesh, pass_=point.pass_)
-
-    def nothing(params, tokens, cache, requests):
-        ids = tokens.ids[:, 0] if point.steps_per_call == 1 else jax.numpy.tile(tokens.ids, (1, point.steps_per_call))
-        return ids, cache
-
-    stored = NamedSharding(mesh, cache_spec(layout))
-    with jax.set_mesh(mesh):
-        run = jax.jit(
-            nothing,
-            donate_argnums=2,
-            out_shardings=(NamedSharding(mesh, P()), Cache(stored, stored)),
-            keep_unused=True,
-        )
-        executable = run.lower(*program.arguments()).compile()
-    compiled = dataclasses.replace(program.compile(text=False), executable=executable)
     params = initial(point.config, layout, mesh, dtype=program.dtype, int8=program.int8)
-    return stepper(program, compiled, params, text.prompts(point.batch, 1, 0, text.corpus()), point.start)
+    return stepper(program, idle(program), params, text.prompts(point.batch, 1, 0, text.corpus()), point.start)
 
 
 def show(rows: Sequence[dict]) -> None:

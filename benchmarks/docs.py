@@ -14,8 +14,9 @@ from benchmarks import compiled_page, loops_page
 from benchmarks.cli import COMMANDS, InputError, Parser, guarded
 from benchmarks.explain import steps
 from models.presets import SUFFIXES
-from partitioning.layouts import LAYOUTS, layout
+from partitioning.layouts import LAYOUTS
 from partitioning.point import Point
+from partitioning.variants import layout
 
 
 def commands() -> str:

@@ -4,6 +4,9 @@
     toruslab estimate '{"model":"palm-62b","slice":"v4:2x4x2",...}' --json
     toruslab estimate --points points.jsonl --json        (- reads standard input; one JSON point a line)
 
+--exposed prices plain layouts without what the paper's authors hid; layouts that loop or prefetch (+ring, +biring,
++prefetch) are priced as they run, and refused beside it. On a calibrated chip nothing hides, with it or without.
+
 From a file every line that can be answered is answered, in order; a line that cannot is named on standard error with
 its number, and the exit code is then 1.
 """
@@ -34,9 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = p.parse_args(argv)
     if options.points is not None:
         point_options.refuse_beside("--points", options)
-        return _many(options.points, options.json, not options.exposed)
+        return _many(options.points, options.json, options.exposed)
     point = point_options.read(options)
     try:
+        _check(point, options.exposed)
         found = estimate(point, overlap=not options.exposed)
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -48,7 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _many(path: str, as_json: bool, overlap: bool) -> int:
+def _check(point: Point, exposed: bool) -> None:
+    """Refuses `--exposed` where it would say nothing: a variant that overlaps is priced as it runs."""
+    if exposed and (point.layout_value.rings or point.layout_value.prefetch):
+        raise ValueError(
+            f"exposed is for plain layouts: layout={point.layout!r} says itself what runs under the matmuls, and is "
+            "priced as it runs"
+        )
+
+
+def _many(path: str, as_json: bool, exposed: bool) -> int:
     points: list[Point] = []
     refused = 0
     known: dict[str, Point] = {}
@@ -60,6 +73,7 @@ def _many(path: str, as_json: bool, overlap: bool) -> int:
                 point = Point.from_json(line)
                 if not point.layout_value.explicit:
                     raise ValueError("layout='auto' has no plan to estimate")
+                _check(point, exposed)
                 point.check_chip()
                 known[line] = point
             points.append(known[line])
@@ -68,7 +82,7 @@ def _many(path: str, as_json: bool, overlap: bool) -> int:
             print(f"error: {path}, line {number}: {error}", file=sys.stderr)
     if not points and not refused:
         raise InputError(f"points={path!r} holds no point")
-    found = estimate_many(points, overlap=overlap)
+    found = estimate_many(points, overlap=not exposed)
     if as_json:
         sys.stdout.writelines(json.dumps(e.to_json()) + "\n" for e in found)
     else:
@@ -81,7 +95,8 @@ def show(found: Estimate, console: Console) -> None:
     p = found.point
     console.print(
         f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
-        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights{_cache(p)} (analytic)"
+        f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights"
+        f"{point_options.cached(p.to_json())} (analytic)"
     )
     console.print(
         f"latency {_time(found.latency_s)} (layers alone {_time(found.stack_latency_s)}), bound by {found.bound}; "
@@ -127,7 +142,7 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             f"{p.batch} x {p.length}",
             str(p.context),
             f"{p.layout}/{p.attention}",
-            p.weights + _cache(p),
+            p.weights + point_options.cached(p.to_json()),
             _time(e.latency_s),
             _time(e.stack_latency_s),
             e.bound,
@@ -136,10 +151,6 @@ def table(found: Sequence[Estimate], console: Console) -> None:
             "yes" if e.fits else "no",
         )
     console.print(listing)
-
-
-def _cache(point: Point) -> str:
-    return f", {point.cache} cache" if point.cache else ""
 
 
 def _time(seconds: float) -> str:

@@ -20,9 +20,10 @@ from benchmarks.cli import InputError, Parser, guarded
 from models import text
 from models.presets import model
 from models.sampling import Sampler
-from partitioning.layouts import Layout, layout
+from partitioning.layouts import Layout
 from partitioning.mesh import Slice, mesh_shape
 from partitioning.point import CACHES, WEIGHTS
+from partitioning.variants import layout
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,9 +9,10 @@ import dataclasses
 
 from benchmarks.cli import InputError
 from benchmarks.lines import read_lines
-from partitioning.layouts import NoAxisLeft, layout
+from partitioning.layouts import NoAxisLeft
 from partitioning.mesh import Slice
 from partitioning.point import Point
+from partitioning.variants import layout
 
 DECODE_CONTEXT = 256
 PREFILL_LENGTHS = (16, 256)

@@ -7,15 +7,14 @@
 Reads rows and nothing else; what a collective takes is the cost model's answer of today.
 """
 
-import argparse
 import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.cli import Parser, guarded
-from benchmarks.compiled_page import read_rows
+from benchmarks.cli import guarded
+from benchmarks.kept_rows import keep
 from benchmarks.rows import Row
 from partitioning.cost import estimate
 from partitioning.point import Point
@@ -27,15 +26,7 @@ KEPT_OF_COLLECTIVES = ("scope", "kind", "axes", "bytes", "count", "asynchronous"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Keeps the rows."""
-    p = Parser(
-        prog="python -m benchmarks.loops_page", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
-    options = p.parse_args(argv)
-    kept = [compact(row) for path in options.rows for row in read_rows(path)]
-    DATA.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    print(f"{DATA}: {len(kept)} rows")
-    return 0
+    return keep("loops_page", __doc__, argv, compact, DATA)
 
 
 def compact(row: Row) -> Row:

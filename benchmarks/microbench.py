@@ -21,12 +21,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models.cache import Cache
-from models.decoder import Tokens
-from models.parameters import abstract, everywhere
+from benchmarks.timing import idle, interleaved, stepper
+from models.parameters import everywhere, initial
 from models.presets import model
+from partitioning.dataflow import Pass
 from partitioning.machine import Sample
 from partitioning.mesh import AXES
+from partitioning.program import Program
+from partitioning.variants import layout
 
 Turn = Callable[..., Any]
 SHORTEST_S = 0.006
@@ -164,27 +166,16 @@ def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, each: Callable
 def dispatch(mesh: Mesh, repeats: int) -> Sample:
     """What it takes to call a program with a decoder step's arguments, and to wait for what comes out, when the program
     does nothing: no part of any block's time."""
-    config = model("toy-s")
-    size = mesh.size
-    _, params = abstract(dataclasses.replace(config, n_layers=1))
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct((size, 4), p.dtype), params)
-    leaves, tree = jax.tree.flatten(params)
-    params = jax.tree.unflatten(tree, _fill(mesh, [jax.ShapeDtypeStruct((4,), x.dtype) for x in leaves]))
-    cache = Cache(*_fill(mesh, [jax.ShapeDtypeStruct((4,), jnp.float32)] * 2))
-    tokens = Tokens(*(everywhere(mesh, np.zeros(4, np.int32)) for _ in range(3)))
-    requests = everywhere(mesh, np.zeros(4, np.int32))
-    times = []
-    with jax.set_mesh(mesh):
-        run = jax.jit(lambda p, t, c, r: (r, c), donate_argnums=2).lower(params, tokens, cache, requests).compile()
-    for _ in range(20 * repeats):
-        started = time.perf_counter()
-        with jax.set_mesh(mesh):
-            out, cache = run(params, tokens, cache, requests)
-        jax.block_until_ready((out, cache))
-        times.append(time.perf_counter() - started)
-    low, middle, high = _quartiles(times[2:])
-    numbers = {"seconds": middle, "low_s": low, "high_s": high, "repeats": len(times) - 2}
-    return Sample(what="dispatch", dtype="f32", sizes={"arguments": len(leaves) + 6}, **numbers)
+    config = model("toy-s-1l")
+    x, y, z = (mesh.shape[a] for a in AXES)
+    whole = layout("replicated", "batch", (x, y, z), config.n_kv_heads)
+    program = Program(config=config, layout=whole, mesh=mesh, pass_=Pass(batch=mesh.size, length=1, capacity=1))
+    step = stepper(program, idle(program), initial(config, whole, mesh), np.zeros((mesh.size, 1), np.int32), 0)
+    (timing,) = interleaved([step], repeats=20 * repeats, budget_s=20)
+    low, middle, high = _quartiles(timing.times_s)
+    numbers = {"seconds": middle, "low_s": low, "high_s": high, "repeats": len(timing.times_s)}
+    sizes = {"arguments": len(jax.tree.leaves(program.arguments()))}
+    return Sample(what="dispatch", dtype="f32", sizes=sizes, **numbers)
 
 
 def _tuple(value: Any) -> tuple:

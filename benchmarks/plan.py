@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from benchmarks import out_folder
 from benchmarks.cli import InputError, Parser, guarded
 from partitioning.cost import estimate
 from partitioning.planner import BATCHES, GOALS, PHASES, PLANNED, Plan, Space, Workload, pareto, read_slices, search
@@ -285,8 +286,6 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
         if options.context < 1:
             raise InputError(f"context={options.context} must be at least 1: it counts the step's own token")
         prompt, output = options.context - 1, 1
-    if options.out is not None and options.out.exists() and not options.out.is_dir():
-        raise InputError(f"out={str(options.out)!r} is not a folder")
 
     def listed(text: str) -> tuple[str, ...]:
         return tuple(filter(None, (part.strip() for part in text.split(","))))
@@ -304,6 +303,8 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    if options.out is not None:
+        out_folder.check(options.out)
     return space, workload
 
 
@@ -366,18 +367,8 @@ def write(
     plan: Plan, objects: Sequence[dict], front: Sequence[int], ranking: Sequence[int], folder: Path
 ) -> list[Path]:
     """Writes the rows and, where there is an option at all, the picture; returns their paths."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be made: {error.strerror}") from None
-    paths = [folder / "plan.jsonl"]
-    paths[0].write_text("".join(json.dumps(each) + "\n" for each in objects))
-    if front:
-        figure = draw(plan, front, ranking[0] if ranking else None)
-        for suffix in ("svg", "png"):
-            paths.append(folder / f"plan.{suffix}")
-            figure.savefig(paths[-1], dpi=150)
-    return paths
+    figures = {"plan": draw(plan, front, ranking[0] if ranking else None)} if front else {}
+    return out_folder.write(folder, "plan", objects, figures)
 
 
 if __name__ == "__main__":

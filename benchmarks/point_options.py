@@ -61,6 +61,11 @@ def per_call(point: Mapping[str, Any]) -> str:
     return f"{steps} steps a call (figures are of one), " if steps > 1 else ""
 
 
+def cached(point: Mapping[str, Any]) -> str:
+    """After the weights: what the cache is kept as, where that is not the activations' dtype."""
+    return f", {point['cache']} cache" if point.get("cache") else ""
+
+
 def refuse_beside(what: str, options: argparse.Namespace) -> None:
     """Refuses options of a point beside points that are complete: they would be ignored.
 

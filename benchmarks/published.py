@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import out_folder
 from benchmarks.cli import InputError, Parser, guarded
 from benchmarks.published_figures import write
 from partitioning.chips import chip
@@ -187,15 +188,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--json", action="store_true", help="one JSON object a published number on standard output")
     options = p.parse_args(argv)
     own, refused = read(options.points) if options.points else ([], {})
-    if options.out and options.out.exists() and not options.out.is_dir():
-        raise InputError(f"out={str(options.out)!r} is a file, not a folder")
+    folder = options.out or (None if options.json else Path("results/published"))
+    if folder:
+        out_folder.check(folder)
     constants = fit(calibration()) if options.fit else None
     rows = [answer(published, constants) for published in (*calibration(), *figures(), *own)]
     if constants:
         for row, error in zip(rows, leave_one_out(calibration(), constants), strict=False):
             row["loo_error"] = error
     rows += closed_form_rows()
-    folder = options.out or (None if options.json else Path("results/published"))
     if options.json:
         if constants:
             shipped = constants_of(chip("v4"))

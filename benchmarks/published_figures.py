@@ -1,11 +1,11 @@
 """Pictures of the analytic model beside published numbers; Figures 3, 6 and 7 redrawn."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import out_folder
 from partitioning.cost import Constants, estimate_many
 from partitioning.point import Point
 from partitioning.published import Row, figure_3_bytes, figure_7_point, mfu_of
@@ -15,15 +15,8 @@ PICTURES = ("predicted", "figure_3", "figure_6", "figure_7")
 
 def write(rows: Sequence[Row], folder: Path, constants: Constants | None = None) -> list[Path]:
     """Writes the rows and the pictures (SVG and PNG); returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "rows.jsonl"]
-    paths[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = (draw_predicted(rows), draw_figure_3(rows), draw_figure_6(rows), draw_figure_7(rows, constants))
-    for name, figure in zip(PICTURES, drawn, strict=True):
-        for suffix in ("svg", "png"):
-            paths.append(folder / f"{name}.{suffix}")
-            figure.savefig(paths[-1], dpi=150)
-    return paths
+    return out_folder.write(folder, "rows", rows, dict(zip(PICTURES, drawn, strict=True)))
 
 
 def draw_predicted(rows: Sequence[Row]):

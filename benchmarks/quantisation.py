@@ -275,8 +275,8 @@ def loss(logits: np.ndarray, targets: np.ndarray) -> float:
 
 def _alone(config: ModelConfig, platform: str):
     """A layout and a mesh of one device."""
-    from partitioning.layouts import layout
     from partitioning.mesh import attach
+    from partitioning.variants import layout
 
     return layout("replicated", "batch", (1, 1, 1), config.n_kv_heads), attach((1, 1, 1), chip=platform)
 

@@ -9,7 +9,6 @@ of the same turn. LAYOUT/ATTENTION/N takes N decode steps in a call; what is sho
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import sys
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import processes
 from benchmarks.cli import InputError, Parser, guarded
-from models import presets, text
+from models import text
 from partitioning.point import Point
 
 DECODE = (
@@ -32,7 +31,7 @@ PREFILL = (
     "auto/batch auto/heads ws2d/batch ws2d/heads ws2d+ring/heads ws1d/heads ws1d+lean/heads wgx/batch wgx+ring/batch "
     "wgx+prefetch/batch wgxy/batch wgxyz/batch wgxyz+ring/batch wgxyz+biring/batch wgxyz+prefetch/batch"
 )
-MODEL = dataclasses.replace(presets.PRESETS["toy"], name="toy-v1024", vocab=1024)
+MODEL = "toy-v1024"
 
 
 def parser() -> Parser:
@@ -54,7 +53,7 @@ def points(phase: str, layouts: Sequence[str]) -> list[Point]:
         InputError: what a point refuses.
     """
     sizes = {"context": 256} if phase == "decode" else {"length": 256}
-    base = {"model": MODEL.name, "slice": "cpu:2x2x2", "phase": phase, "batch": 16, "weights": "f32"} | sizes
+    base = {"model": MODEL, "slice": "cpu:2x2x2", "phase": phase, "batch": 16, "weights": "f32"} | sizes
     found = []
     for name in layouts:
         layout, attention, steps, *more = [*name.split("/"), *["batch", "1"][name.count("/") :]]
@@ -71,7 +70,6 @@ def points(phase: str, layouts: Sequence[str]) -> list[Point]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark."""
     options = parser().parse_args(argv)
-    presets.PRESETS[MODEL.name] = MODEL
     names = (
         options.layouts.split(",") if options.layouts else (DECODE if options.phase == "decode" else PREFILL).split()
     )

@@ -12,14 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from models.cache import empty_cache
+from models.cache import cache_shardings, empty_cache
 from models.decoder import Tokens
 from models.parameters import everywhere
-from partitioning.program import Compiled, Program
+from partitioning.program import Program
 
 Step = Callable[[], None]
 
@@ -66,11 +69,11 @@ class Timing:
         }
 
 
-def stepper(program: Program, compiled: Compiled, params: nnx.State, ids: np.ndarray, start: int) -> Step:
+def stepper(program: Program, executable: jax.stages.Compiled, params: nnx.State, ids: np.ndarray, start: int) -> Step:
     """A function that calls the program once and waits for it, its cache handed on from call to call.
 
     Args:
-        program, compiled: what runs.
+        program, executable: what runs: the program as compiled, or `idle`.
         params: placed as the layout wants them.
         ids: [B, L] tokens.
         start: position of the first of them, for every row.
@@ -88,10 +91,24 @@ def stepper(program: Program, compiled: Compiled, params: nnx.State, ids: np.nda
 
     def step() -> None:
         with jax.set_mesh(mesh):
-            out, held[0] = compiled.executable(params, tokens, held[0], requests)
+            out, held[0] = executable(params, tokens, held[0], requests)
         jax.block_until_ready((out, held[0]))
 
     return step
+
+
+def idle(program: Program) -> jax.stages.Compiled:
+    """A program of the same arguments and results that does nothing: what it takes to call one and to wait for it."""
+    steps, layout, mesh = program.pass_.steps, program.layout, program.mesh
+
+    def nothing(params, tokens, cache, requests):
+        return tokens.ids[:, 0] if steps == 1 else jnp.tile(tokens.ids, (1, steps)), cache
+
+    cached = cache_shardings(layout, mesh, program.pass_.int8_cache)
+    results = (NamedSharding(mesh, P()), cached)
+    with jax.set_mesh(mesh):
+        run = jax.jit(nothing, donate_argnums=2, out_shardings=results, keep_unused=True)
+        return run.lower(*program.arguments()).compile()
 
 
 def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: int = 3) -> list[Timing]:

@@ -117,7 +117,7 @@ class ModelConfig:
         return dataclasses.replace(self, block="serial")
 
     def multihead(self) -> "ModelConfig":
-        """Multihead for multiquery: K = H heads of half the width, as Pope et al. 2022, section 4.2, compare the two.
+        """Multihead for multiquery: K = H heads of half the width, as in Pope et al. 2022, Table 1.
 
         K and V for every head are as large as Q and O; with the width halved, all four together are what Q and O
         were: 4 E H Q/2 = 2 E H Q, that is 1/(H + 1) less than multiquery, whose one K and V adds 2 E Q.

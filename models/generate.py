@@ -192,7 +192,7 @@ def batch_multiple(*layouts: Layout, shape: Shape) -> int:
     """The number that batches must be multiples of under all of the layouts.
 
     Example:
-        >>> from partitioning.layouts import layout
+        >>> from partitioning.variants import layout
         >>> batch_multiple(layout("ws2d", "batch", (2, 2, 2), 1), layout("wgx", "heads", (2, 2, 2), 1), shape=(2, 2, 2))
         8
     """

@@ -148,9 +148,10 @@ SUFFIXES = {
     "-Nl": "the first N layers",
     "-serial": "attention and MLP one after the other, not in parallel",
     "-mha": "multihead for multiquery: as many KV heads as heads, of half the width",
+    "-vN": "a vocabulary of N tokens",
 }
 """What may follow a preset's name, each once and in any order."""
-_KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l")}
+_KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l"), "-vN": re.compile(r"v(\d+)")}
 _KINDS |= {"-serial": re.compile("(serial)"), "-mha": re.compile("(mha)")}
 
 
@@ -173,8 +174,7 @@ def model(name_or_path: str | Path) -> ModelConfig:
         (64, 16, 8)
     """
     text = str(name_or_path)
-    base = max((name for name in PRESETS if f"{text}-".startswith(f"{name}-")), key=len, default=None)
-    suffixes = text[len(base) :].split("-")[1:] if base else []
+    base, suffixes = _parts(text)
     path = Path(text)
     is_path = (text and len(text) < 256 and path.exists()) or text.endswith(".json") or "/" in text
     if base and (not is_path or all(any(k.fullmatch(s) for k in _KINDS.values()) for s in suffixes)):
@@ -188,6 +188,30 @@ def model(name_or_path: str | Path) -> ModelConfig:
     near = difflib.get_close_matches(bare, PRESETS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"model={text!r} is not known: {hint}known are {', '.join(PRESETS)}, or a path to a config.json")
+
+
+def suffixed(name: str, *suffixes: str) -> str:
+    """The name of a preset with these suffixes too, each instead of what it has of the same kind.
+
+    Raises:
+        ValueError: no preset's name: a path has no suffixes.
+
+    Example:
+        >>> suffixed("palm-540b-h64-118l", "-8l", "-mha")
+        'palm-540b-h64-8l-mha'
+    """
+    base, had = _parts(name)
+    if base is None:
+        raise ValueError(f"model={name!r} must be a preset's name: it is changed by suffixes, which a path has not")
+    new = [suffix.removeprefix("-") for suffix in suffixes]
+    kept = [s for s in had if not any(k.fullmatch(s) and k.fullmatch(n) for k in _KINDS.values() for n in new)]
+    return "-".join([base, *kept, *new])
+
+
+def _parts(text: str) -> tuple[str | None, list[str]]:
+    """The preset that a name begins with, the longest, and the suffixes after it."""
+    base = max((name for name in PRESETS if f"{text}-".startswith(f"{name}-")), key=len, default=None)
+    return base, text[len(base) :].split("-")[1:] if base else []
 
 
 def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
@@ -211,6 +235,8 @@ def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
         if not 1 <= n_layers <= config.n_layers:
             raise ValueError(f"n_layers={n_layers} must be in 1..{config.n_layers}")
         config = dataclasses.replace(config, n_layers=n_layers)
+    if "-vN" in asked:
+        config = dataclasses.replace(config, vocab=int(asked["-vN"][1:]))
     return config
 
 

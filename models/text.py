@@ -72,7 +72,7 @@ def corpus(path: str | None = None) -> str:
         version to the next, and so do losses on it and prompts drawn from it: state the version with such numbers.
 
     Raises:
-        FileNotFoundError: no file at `path`.
+        OSError: no file at `path`, or none that can be read.
         ValueError: the file is empty, or not UTF-8.
 
     Example:
@@ -84,13 +84,15 @@ def corpus(path: str | None = None) -> str:
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"path={path!r}: there is no such file; give a UTF-8 text file") from None
+        raise FileNotFoundError(f"text={path!r}: there is no such file; give a UTF-8 text file") from None
+    except OSError as error:
+        raise OSError(f"text={path!r} cannot be read: {error.strerror}; give a UTF-8 text file") from None
     if not content:
-        raise ValueError(f"path={path!r}: the file is empty; it must hold UTF-8 text")
+        raise ValueError(f"text={path!r}: the file is empty; it must hold UTF-8 text")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"path={path!r}: byte {error.start} is not UTF-8; convert the file first") from error
+        raise ValueError(f"text={path!r}: byte {error.start} is not UTF-8; convert the file first") from error
 
 
 def split(ids: ArrayLike, held_out: float = 0.1) -> tuple[Ids, Ids]:

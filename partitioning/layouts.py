@@ -5,7 +5,8 @@ ladder is one move, and one move is one collective (`partitioning.collectives` r
 says how the tensor comes out of what made it: `unreduced=frozenset("x")` is the paper's (partialsum-x).
 
 Decides what is sharded over which axis. Leaves to others the sizes (`partitioning.dataflow`), the collective
-(`partitioning.collectives`) and the devices (`partitioning.mesh`). Knows no model but the number of its KV heads.
+(`partitioning.collectives`), the devices (`partitioning.mesh`), and names and variants (`partitioning.variants`). Knows
+no model but the number of its KV heads.
 
 Letters of Pope et al. 2022: T = B*L tokens, batch-major, so that a split of T is a split of the batch; E = d_model;
 C and G = columns of the fused input and rows of the fused output projection (Q heads and MLP); D = columns of K and V;
@@ -17,9 +18,7 @@ cache written by wgxyz is where ws2d looks for it.
 """
 
 import dataclasses
-import difflib
-import functools
-import re
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,7 +28,10 @@ from jax.sharding import PartitionSpec as P
 from partitioning.mesh import AXES, Shape
 
 Attention = str
-"""`heads`, `batch`, or `batch-` and the axes that the batch is split over where that is not all: `batch-x`."""
+"""One of `ATTENTIONS`."""
+ATTENTIONS = ("heads", *("batch-" + "".join(axes) for n in (1, 2) for axes in itertools.combinations(AXES, n)), "batch")
+"""`heads`, `batch`, or `batch-` and the axes that the batch is split over where that is not all. Which of the latter
+there are is each layout's to say (`NoAxisLeft`)."""
 Ladder = tuple[P, ...]
 Axes = tuple[str, ...]
 
@@ -133,7 +135,7 @@ class NoAxisLeft(ValueError):
     """Attention that a layout leaves no axis for."""
 
 
-def _attend(attention: str, *, batch: Axes, heads: Axes, partial: Axes, w_kv: Axes, kv: Axes, e: Axes) -> dict:
+def around_attention(attention: str, *, batch: Axes, heads: Axes, partial: Axes, w_kv: Axes, kv: Axes, e: Axes) -> dict:
     """The ladders around attention.
 
     Args:
@@ -217,7 +219,7 @@ def ws1d(attention: Attention, kv: Axes) -> Layout:
         rows=(P(None, XYZ), P(None, None)),
         logits=(P(None, ZYX),),
         ids=(P(None),),
-        **_attend(attention, batch=(), heads=ZYX, partial=(), w_kv=kv, kv=kv, e=()),
+        **around_attention(attention, batch=(), heads=ZYX, partial=(), w_kv=kv, kv=kv, e=()),
     )
 
 
@@ -240,7 +242,7 @@ def ws2d(attention: Attention, kv: Axes) -> Layout:
         rows=(P(None, XYZ), P(None, "x")),
         logits=(P(None, ZY, unreduced=frozenset("x")), P(None, ZYX)),
         ids=(P(None),),
-        **_attend(attention, batch=(), heads=ZYX, partial=("x",), w_kv=kv_zy, kv=kv, e=("x",)),
+        **around_attention(attention, batch=(), heads=ZYX, partial=("x",), w_kv=kv_zy, kv=kv, e=("x",)),
     )
 
 
@@ -264,7 +266,7 @@ def wgx(attention: Attention, kv: Axes) -> Layout:
         g=(P("x", ZY),),
         out=(P("x", None, unreduced=frozenset("yz")), P("x", ("y", "z"))),
         rows=(P("x", ("y", "z")), P("x", None), P(None, "x")),
-        **_attend(attention, batch=("x",), heads=ZY, partial=(), w_kv=kv_zy, kv=kv_zy, e=()),
+        **around_attention(attention, batch=("x",), heads=ZY, partial=(), w_kv=kv_zy, kv=kv_zy, e=()),
     )
 
 
@@ -291,7 +293,7 @@ def wgxy(attention: Attention, kv: Axes) -> Layout:
         g=(P(yx, "z"),),
         out=(P(yx, None, unreduced=frozenset("z")), P(yx, "z")),
         rows=(P(yx, "z"), P(yx, None), P("y", "x"), P(None, "x")),
-        **_attend(attention, batch=yx, heads=("z",), partial=(), w_kv=kv_z, kv=kv_z, e=()),
+        **around_attention(attention, batch=yx, heads=("z",), partial=(), w_kv=kv_z, kv=kv_z, e=()),
     )
 
 
@@ -315,7 +317,7 @@ def wgxyz(attention: Attention, kv: Axes) -> Layout:
         g=(P(ZYX, None),),
         out=(P(ZYX, None),),
         rows=(P(ZYX, None), P(ZY, "x"), P(None, "x")),
-        **_attend(attention, batch=ZYX, heads=(), partial=(), w_kv=(), kv=(), e=()),
+        **around_attention(attention, batch=ZYX, heads=(), partial=(), w_kv=(), kv=(), e=()),
     )
 
 
@@ -327,7 +329,7 @@ def replicated(attention: Attention, kv: Axes) -> Layout:
         raise NoAxisLeft(f"attention={attention!r}: layout='replicated' has heads and batch only")
     if attention == "batch":
         t = P(ZYX, None)
-        around = _attend("batch", batch=ZYX, heads=(), partial=(), w_kv=(), kv=(), e=())
+        around = around_attention("batch", batch=ZYX, heads=(), partial=(), w_kv=(), kv=(), e=())
     else:
         t = whole
         around = {
@@ -364,40 +366,6 @@ def auto(attention: Attention, kv: Axes) -> Layout:
     return dataclasses.replace(placed, name="auto", **dict.fromkeys(activations, ()))
 
 
-def ws1d_lean(attention: Attention, kv: Axes) -> Layout:
-    """`ws1d` with as few collectives as it can do with: the output's sums are all-reduced, the residual stream stays
-    whole. One collective in a parallel layer, and two more where attention goes to the batch.
-
-    The lower bound: a matmul whose inner dimension is split must be summed once. The same bytes as `ws1d`, and
-    elementwise work that all chips repeat: for decode steps, where the number of collectives decides.
-    """
-    base = ws1d(attention, kv)
-    return dataclasses.replace(base, **_whole(base))
-
-
-def ws2d_lean(attention: Attention, kv: Axes) -> Layout:
-    """`ws2d` with as few collectives as it can do with: both matmuls' sums are all-reduced and stay whole along that
-    axis; K, V and the norm's sum ride along with the hidden units. Two collectives in a parallel layer, and two more
-    where attention goes to the batch. See `ws1d_lean`.
-    """
-    base = ws2d("heads", kv)
-    hidden, kv_zy = P(None, ZY), tuple(a for a in kv if a != "x")
-    around = _attend(attention, batch=(), heads=ZY, partial=("x",), w_kv=kv_zy, kv=kv_zy, e=("x",))
-    summed, *rest = around["kv"]  # first, in one collective with h
-    around["kv"] = (summed, *(P(*entries(spec)) for spec in (summed, *rest)))
-    changed = _whole(base) | around | {"h": (base.h[0], hidden), "g": (hidden,), "together": True}
-    return dataclasses.replace(base, attention=attention, **changed)
-
-
-def _whole(made: Layout) -> dict:
-    """The residual stream kept as the matmuls take it, so that it is not gathered."""
-    e = made.x[-1]
-    return {"embed": (made.embed[0], e), "x": (e,), "out": (made.out[0], e), "rows": (e,)}
-
-
-LEAN: dict[str, Maker] = {"ws1d": ws1d_lean, "ws2d": ws2d_lean}
-"""What `+lean` makes of a layout, as another way to make it: attention has other axes there."""
-
 LAYOUTS: dict[str, Maker] = {
     "ws1d": ws1d,
     "ws2d": ws2d,
@@ -407,114 +375,6 @@ LAYOUTS: dict[str, Maker] = {
     "replicated": replicated,
     "auto": auto,
 }
-
-
-LOOPED = {"h": ("w_in", "h"), "kv": ("w_kv",), "out": ("w_out", "g", "out")}
-"""What comes out of a matmul -> the ladders that may be looped with it, the best first. A gathered weight outweighs
-any activation. Inside the block, h and g are wider than the residual stream (x, out) and move over one axis, so that
-their rings are short; the paper looped these two. x is not looped: its norm needs whole rows first."""
-
-
-def ring(made: Layout) -> Layout:
-    """Collectives looped with their matmuls, one way round."""
-    return _looped(made, 1)
-
-
-def biring(made: Layout) -> Layout:
-    """Collectives looped with their matmuls, both ways round."""
-    return _looped(made, 2)
-
-
-def _looped(made: Layout, ways: Literal[1, 2]) -> Layout:
-    moving = any(_is_looped(getattr(made, name)) for names in LOOPED.values() for name in names)
-    return dataclasses.replace(made, rings=ways) if moving and not made.prefetch else made
-
-
-def _is_looped(ladder: Ladder) -> bool:
-    """Whether it has a step that can be: sums that stay whole, as with `lean`, are none."""
-    if len(ladder) < 2:
-        return False
-    before, after = (sum(len(axes_of(e)) for e in entries(spec)) for spec in ladder[:2])
-    return before != after
-
-
-def prefetch(made: Layout) -> Layout:
-    """Weights gathered one layer ahead, but for a last step that is looped: `+ring` comes before, if at all."""
-    ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in WEIGHTS)
-    return dataclasses.replace(made, prefetch=True) if ahead else made
-
-
-VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring, "prefetch": prefetch}
-"""What may follow a layout's name after a `+`, beside `lean`: each makes another layout of it."""
-
-
-def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
-    """The layout `name`, with variants (`ws2d+lean`) and its attention, for a mesh and a number of KV heads.
-
-    Args:
-        name: of `LAYOUTS`, and of `VARIANTS` after a `+` each: `ws2d+ring`.
-
-    Raises:
-        ValueError: an unknown name, attention that the layout does not have, or a variant that changes nothing in it.
-    """
-    made_by = parts_of(name)
-    if not is_attention(attention):
-        raise ValueError(f"attention={attention!r} must be 'heads' or 'batch', or 'batch-' with some of the axes xyz")
-    return _layout(made_by, name, attention, mesh, kv_axes(mesh, n_kv_heads))
-
-
-def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
-    """What makes the layout `name`, and its variants.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    base, *variants = str(name).split("+")
-    known_variants = ("lean", *VARIANTS)
-    for part, known in ((base, tuple(LAYOUTS)), *((v, known_variants) for v in variants)):
-        if part not in known:
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            what = f": {part!r} is no variant" if known is known_variants else " is unknown"
-            raise ValueError(f"layout={name!r}{what}{hint}; known: {', '.join(known)}")
-    if len(set(variants)) < len(variants):
-        raise ValueError(f"layout={name!r} names a variant twice")
-    if {"ring", "biring"} <= set(variants):
-        raise ValueError(f"layout={name!r}: rings send one way (ring) or both (biring), not both of these")
-    if "prefetch" in variants[:-1]:
-        raise ValueError(f"layout={name!r}: prefetch comes last, it gathers ahead what is not looped")
-    if "lean" in variants and base not in LEAN:
-        raise ValueError(f"layout='{base}+lean' does not exist: lean is for {' and '.join(LEAN)}")
-    make = LEAN[base] if "lean" in variants else LAYOUTS[base]
-    return (make, *(VARIANTS[v] for v in variants if v != "lean"))
-
-
-def is_attention(text: str) -> bool:
-    """Whether some layout may have such attention: `heads`, `batch`, `batch-x`, `batch-xy`..."""
-    return bool(re.fullmatch(r"heads|batch(-(?=.)x?y?z?)?", text))
-
-
-@functools.lru_cache(maxsize=4096)
-def _layout(made_by: tuple[Callable[..., Any], ...], name: str, attention: Attention, mesh: Shape, kv: Axes) -> Layout:
-    """`made_by`, what the parts of `name` stand for, is in the key: tests register others under old names."""
-    make, *variants = made_by
-    made = make(attention, kv)
-    for variant in variants:
-        changed = variant(made)
-        if changed == made:
-            raise ValueError(f"layout={name!r}: {variant.__name__!r} changes nothing in it")
-        made = changed
-    made = dataclasses.replace(made, name=name)
-    if attention == "heads" and made.explicit and not any(axes_of(spec[1]) for spec in made.q):
-        raise NoAxisLeft(
-            f"attention='heads' makes no sense under layout={name!r}: no axis is left to split heads over; "
-            "use attention='batch'"
-        )
-    made = made.on(mesh)
-    if attention.startswith("batch-") and made.explicit and len(made.q) == 1:
-        extents = "x".join(map(str, mesh))
-        raise NoAxisLeft(f"attention={attention!r}: no axis of the mesh {extents} is left to split the batch over")
-    return made
 
 
 def kv_axes(mesh: Shape, n_kv_heads: int) -> Axes:

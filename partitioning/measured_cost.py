@@ -12,6 +12,7 @@ where its do.
 
 import functools
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
                     kind=kind,
                     axes=tuple(a for a in axes if sizes[a] > 1),
                     at=AT[min(max(dim, 0), 1)],
-                    n_group=k,
+                    n_group=sizes[axes[0]] if kind == "collective-permute" else k,
                     other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
                     dims=tuple(d for d in stage.dims if d != "n"),
                     dtype=stage.dtype,
@@ -239,9 +240,19 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
 
 
 def _collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
-    """Seconds of a collective; a permute without samples of its own is taken for an all-to-all of two."""
-    if kind == "collective-permute" and not any(s.what == kind for s in machine.samples):
-        kind, k, columns, axes = "all-to-all", 2, 0, ""
+    """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
+    measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
+    if kind == "collective-permute":
+        rings = {s.sizes["group"] for s in machine.samples if s.what == kind}
+        if rings:
+            k = min(rings, key=lambda n: (abs(n - k), n))
+        else:
+            warnings.warn(
+                "the calibration has no collective-permute: sends are priced as all-to-alls of two; run toruslab "
+                "calibrate again",
+                stacklevel=2,
+            )
+            kind, k, columns, axes = "all-to-all", 2, 0, ""
     return machine.collective_s(kind, k, at, n_bytes, columns, axes)
 
 

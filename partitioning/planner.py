@@ -29,11 +29,12 @@ from partitioning.chips import Chip, chip
 from partitioning.cost import Constants, constants_of, price
 from partitioning.dataflow import Pass, check
 from partitioning.interconnect import Kind, rate, rings
-from partitioning.layouts import LAYOUTS, Layout, NoAxisLeft, axes_of, entries, is_attention, layout, parts_of
+from partitioning.layouts import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries
 from partitioning.limits import MOST, batch_step
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.numbers import Numbers, model_numbers
 from partitioning.point import CACHES, WEIGHTS, Point
+from partitioning.variants import layout, parts_of
 
 Goal = Literal["latency", "cost", "batch"]
 PHASES = ("request", "prefill", "decode")
@@ -103,15 +104,13 @@ class Space:
     cache: str | None = None
 
     def __post_init__(self):
-        known = {"weights": tuple(WEIGHTS), "layouts": PLANNED, "attentions": ("heads", "batch")}
+        known = {"weights": tuple(WEIGHTS), "layouts": PLANNED, "attentions": ATTENTIONS}
         for name in ("slices", "batches", *known):
             values = tuple(dict.fromkeys(getattr(self, name)))
             if not values:
                 raise ValueError(f"{name} is empty: give at least one")
             object.__setattr__(self, name, values)
             for value in values if name in known else ():
-                if name == "attentions" and is_attention(value):
-                    continue
                 base = value.split("+")[0] if name == "layouts" else value
                 if base not in known[name]:
                     rest = " (it has no plan: XLA decides)" if value == "auto" else ""

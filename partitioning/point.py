@@ -15,8 +15,9 @@ from models.presets import model
 from partitioning.chips import PLATFORMS, chip
 from partitioning.dataflow import Pass, check
 from partitioning.interconnect import rate, rings
-from partitioning.layouts import Layout, layout
+from partitioning.layouts import Layout
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
+from partitioning.variants import layout
 
 PHASES = ("prefill", "decode")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from partitioning.collectives import Move, moves
-from partitioning.layouts import LOOPED, Axes, Ladder, Layout
+from partitioning.layouts import Axes, Ladder, Layout
+from partitioning.variants import LOOPED
 
 Side = Literal["x", "w", "out"]
 """What is on its way: the rows' side of a matmul x @ w, the weight, or the sums that come out."""
@@ -252,7 +253,7 @@ class Loop:
 
 @functools.lru_cache(maxsize=4096)
 def loops(layout: Layout) -> Mapping[str, Loop]:
-    """What comes out of a matmul -> the move that the layout loops with it; see `layouts.LOOPED`.
+    """What comes out of a matmul -> the move that the layout loops with it; see `variants.LOOPED`.
 
     A gather is looped if it is the last step of its ladder, a reduce-scatter if it is the first.
     """

@@ -25,9 +25,10 @@ from models.weights import pack, unpack
 from partitioning.dataflow import Pass, plan
 from partitioning.evidence import compare
 from partitioning.hlo import copies, read
-from partitioning.layouts import LAYOUTS, NoAxisLeft, layout
+from partitioning.layouts import LAYOUTS, NoAxisLeft
 from partitioning.mesh import AXES, Shape, attach
 from partitioning.program import GREEDY, Compiled, Program
+from partitioning.variants import layout
 
 TOLERANCE = {"float32": 1e-5}
 """Largest error of a logit, relative to the largest logit. Never raised to make a test pass."""

@@ -25,7 +25,9 @@ def test_every_block_is_there(mesh):
     found = list(blocks(mesh, ["f32"], "cpu"))
     samples = [b.sample for b in found]
     kinds = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce")
-    assert {s.what for s in samples} == {"matmul", "copy", "attention", "norm", "activation", "rope", *kinds}
+    others = {"matmul", "copy", "attention", "norm", "activation", "rope"}
+    assert {s.what for s in samples} == {*others, "collective-permute", *kinds}
+    assert {s.axes: s.sizes["group"] for s in samples if s.what == "collective-permute"} == {"x": 2, "y": 2, "z": 2}
     for kind in kinds:
         groups = {s.axes: s.sizes["group"] for s in samples if s.what == kind}
         assert groups == {"x": 2, "y": 2, "z": 2, "xy": 4, "xz": 4, "yz": 4, "xyz": 8}
@@ -57,6 +59,7 @@ def test_blocks_hold_the_collective_that_they_are_named_after(mesh):
         ("reduce-scatter", "yz", "columns"),
         ("all-to-all", "xy", "rows"),
         ("all-reduce", "xz", "rows"),
+        ("collective-permute", "y", "rows"),
     ):
         block = picked[what, axes, at]
         (found,) = read(Timed(block, mesh).run.as_text() or "", {"x": 2, "y": 2, "z": 2}, unknown_trips=1)

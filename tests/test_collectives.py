@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from partitioning.collectives import classify, follow
-from partitioning.layouts import LAYOUTS, layout
+from partitioning.layouts import LAYOUTS
 from partitioning.mesh import AXES, attach
+from partitioning.variants import layout
 
 SIZES = {"x": 2, "y": 2, "z": 2}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from points import POINT
 
-from benchmarks import cli, explain, generate, step_latency
+from benchmarks import cli, explain, generate, ratio, step_latency
 from benchmarks.grid import grid
 from benchmarks.report import groups, markdown, write
 from benchmarks.rows import DamagedResults, Rows
@@ -32,7 +32,7 @@ def refused(capsys, command, *argv) -> str:
     ("argv", "sentence"),
     [
         (["--layouts", "ws3d"], "layout='ws3d' is unknown (did you mean 'ws2d'?)"),
-        (["--attention", "tails"], "attention='tails' must be 'heads' or 'batch'"),
+        (["--attention", "tails"], "attention='tails' must be one of heads, batch-x, "),
         (["--phases", "training"], "phase='training' must be one of prefill, decode"),
         (["--batches", "3"], "batch=3 is not divisible by"),
         (["--batches", "eight"], "batches='eight' must be integers"),
@@ -100,6 +100,14 @@ def test_explain_refuses_what_is_no_point(capsys):
 )
 def test_generate_refuses_in_one_sentence(capsys, argv, sentence):
     assert sentence in refused(capsys, generate.main, *argv)
+
+
+def test_what_ratio_times_is_a_point_for_any_command():
+    (point,) = ratio.points("decode", ["ws2d/batch"])
+    spelled = json.dumps(point.to_json() | {"slice": "v4:2x2x2"})
+    code = "import sys; from benchmarks import estimate; sys.exit(estimate.main(sys.argv[1:]))"  # presets as they are
+    found = subprocess.run([sys.executable, "-c", code, spelled, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["point"]["model"] == "toy-v1024" and point.config.vocab == 1024
 
 
 def test_unknown_commands_are_refused(capsys):

@@ -67,20 +67,45 @@ def test_measured_rows_stand_beside_the_others(capsys):
     assert [r["point"]["model"] for r in found] == ["toy-s", "toy-s-serial", "toy-s-mha", "toy-s", "toy-s"]
 
 
+def test_a_model_that_is_a_path_is_refused(capsys, tmp_path):
+    llama = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    llama |= {"num_hidden_layers": 2, "vocab_size": 512}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(llama))
+    found = refused(capsys, comparisons.main, "--model", str(path), "--out", str(tmp_path / "out"))
+    assert f"model='{path}' must be a preset's name" in found and not (tmp_path / "out").exists()
+
+
+def test_layers_that_a_model_has_are_replaced(capsys):
+    found = [r["point"]["model"] for r in rows_of(capsys, "--model", "palm-540b-4l-h64", "--contexts", "128")]
+    assert found[2:] == [
+        f"palm-540b-h64-8l{s}" if i % 2 == 0 else f"palm-540b-4l-h64{s}" for s in ("-mha", "", "") for i in range(2)
+    ]
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["--contexts", "many"], "contexts='many' must be integers"),
         (["--contexts", "0"], "context=0 must be at least 1 in decode"),
-        (["--model", "llama-3-70b"], "block='serial' already"),
+        (["--model", "llama-3-70b"], "model='llama-3-70b' must be parallel and multiquery"),
+        (["--model", "palm-540b-h64-mha"], "it is parallel, with n_kv_heads=64"),
+        (["--model", "palm-540c"], "model='palm-540c' is not known: did you mean 'palm-540b'"),
+        (["--measure", "--measured-model", "gemma-2b"], "measured_model='gemma-2b' must be parallel and multiquery"),
+        (["--measure", "--measured-model", "toi"], "measured_model='toi' is not known: did you mean 'toy'"),
+        (["--model", "no/such/config.json"], "there is no file 'no/such/config.json'"),
         (["--model", "palm-540b"], "n_heads=48 is not divisible by X*Y*Z=64"),
-        (["--layers", "0"], "n_layers=0 must be in 1..118"),
+        (["--layers", "0"], "layers=0 must be at least 1"),
+        (["--layers", "-3"], "layers=-3 must be at least 1"),
+        (["--layers", "119"], "n_layers=119 must be in 1..118"),
         (["--batch", "100"], "batch=100 is not divisible by"),
         (["--slice", "cpu:2x2x2"], "cpu"),
         (["--repeats", "0"], "repeats=0 must be at least 1"),
         (["--measure", "--measured-contexts", "x"], "measured_contexts='x' must be integers"),
         (["--measure", "--measured-batch", "3"], "batch=3 is not divisible by"),
+        (["--measured-contexts", "16"], "measured_contexts='16' is of what is measured; give --measure, too"),
         (["--out", __file__], "is a file, not a folder"),
+        (["--measure", "--out", f"{__file__}/below"], "below' cannot be written: Not a directory"),
     ],
 )
 def test_bad_options_are_refused(capsys, argv, sentence):

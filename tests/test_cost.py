@@ -17,6 +17,7 @@ from partitioning.cost import constants_of, estimate, estimate_many
 from partitioning.dataflow import plan
 from partitioning.layouts import LAYOUTS
 from partitioning.point import Point
+from tests.test_commands import refused
 
 MODELS = ("palm-8b", "palm-62b", "palm-540b-h64", "llama-3-70b", "gpt3-175b-h128", "llama-2-7b")
 SLICES = ("v4:4x4x4", "v4:2x2x2", "v4:2x4x2", "v5e:4x4", "v5p:4x4x8", "v6e:8x2", "h100:8")
@@ -244,3 +245,17 @@ def test_rings_are_priced_as_they_run_whatever_the_authors_did():
     point = Point(**LOOPED, length=512, layout="wgxyz+ring")
     assert estimate(point) == estimate(point, overlap=False)
     assert estimate(point).hbm_bytes_per_chip < estimate(dataclasses.replace(point, layout="wgxyz")).hbm_bytes_per_chip
+
+
+def test_exposed_is_refused_where_a_layout_says_itself_what_hides(capsys, tmp_path):
+    for layout in ("ws2d+ring", "wgxyz+biring", "wgx+prefetch"):
+        point = json.dumps(LOOPED | {"length": 512, "layout": layout})
+        assert f"exposed is for plain layouts: layout='{layout}'" in refused(capsys, command.main, point, "--exposed")
+    path = tmp_path / "points.jsonl"
+    path.write_text(json.dumps(LOOPED | {"length": 512, "layout": "wgxyz"}) + "\n" + point + "\n")
+    assert command.main(["--points", str(path), "--exposed", "--json"]) == 1
+    out, err = capsys.readouterr()
+    (exposed,) = map(json.loads, out.splitlines())
+    plain = Point(**LOOPED, length=512, layout="wgxyz")
+    assert exposed["latency_s"] == estimate(plain, overlap=False).latency_s != estimate(plain).latency_s
+    assert "line 2: exposed is for plain layouts" in err

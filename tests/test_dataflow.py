@@ -4,9 +4,10 @@ import pytest
 
 from models.presets import model
 from partitioning.dataflow import Pass, check, plan, stages
-from partitioning.layouts import LAYOUTS, kv_axes, layout
+from partitioning.layouts import LAYOUTS, kv_axes
 from partitioning.mesh import Slice, mesh_shape
 from partitioning.rings import loops
+from partitioning.variants import layout
 from tests import battery
 
 
@@ -35,7 +36,7 @@ def test_sizes_that_do_not_divide_are_refused(name, attention, mesh, preset, bat
 def test_unknown_names_are_refused_with_the_nearest():
     with pytest.raises(ValueError, match=r"layout='ws3d' is unknown \(did you mean 'ws2d'\?\)"):
         layout("ws3d", "heads", (2, 2, 2), 1)
-    with pytest.raises(ValueError, match="attention='head' must be 'heads' or 'batch'"):
+    with pytest.raises(ValueError, match="attention='head' must be one of heads, batch-x"):
         layout("ws2d", "head", (2, 2, 2), 1)
     with pytest.raises(ValueError, match="no axis is left to split heads over"):
         layout("wgxyz", "heads", (2, 2, 2), 1)

@@ -7,8 +7,8 @@ from models.generate import Generator
 from models.parameters import load
 from models.reference import init, logits, pad_heads
 from models.sampling import Sampler
-from partitioning.layouts import layout
 from partitioning.mesh import attach
+from partitioning.variants import layout
 from tests import battery
 
 SHAPE = (2, 2, 2)

@@ -1,5 +1,6 @@
 """A calibrated machine: what is read off between samples, the chip file, and passes priced from it."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -53,6 +54,9 @@ def machine() -> Machine:
             for n in (100, 10_000, 1_000_000):
                 seconds = FIXED[k] + n * S_PER_BYTE
                 samples.append(sample(kind, seconds, axes, at, group=k, bytes=n, columns=512))
+    for axis, n in itertools.product("xyz", (100, 10_000, 1_000_000)):
+        seconds = FIXED[2] + n * S_PER_BYTE
+        samples.append(sample("collective-permute", seconds, axis, "rows", group=2, bytes=n, columns=512))
     return Machine(n_devices=8, shared=True, mesh=(2, 2, 2), samples=tuple(samples))
 
 
@@ -252,3 +256,21 @@ def test_a_bench_predicts_from_a_chip_file_and_profiles_some_steps(path, tmp_pat
     profiles = [r["profile"] for r in measured if "profile" in r]
     assert profiles and all(p["by_kind"]["collective"]["device_s"] > 0 for p in profiles)
     assert (tmp_path / "run" / "chip.toml").read_text() == path.read_text()
+
+
+def test_sends_have_samples_of_their_own_or_it_is_said_that_they_have_not(path, tmp_path):
+    """In an older file a send is an all-to-all of two; a ring of four on a machine of twos sends as these do."""
+    made = machine()
+    more = [sample("collective-permute", n * 1e-6, "x", "rows", group=2, bytes=n, columns=512) for n in (10, 10_000)]
+    others = tuple(s for s in made.samples if s.what != "collective-permute")
+    found = {}
+    for name, samples in (("newer", (*others, *more)), ("older", others)):
+        chip_file.write(tmp_path / f"{name}.toml", name, dataclasses.replace(made, samples=samples), 2**30, ENVIRONMENT)
+        asked = point(tmp_path / f"{name}.toml", layout="ws2d+ring", mesh="1x2x4")
+        said = pytest.warns(UserWarning, match="no collective-permute: sends are priced as all-to-alls of two")
+        with said if name == "older" else contextlib.nullcontext():
+            found[name] = estimate(asked).collectives
+    sends = [c for c in found["newer"] if c.kind == "collective-permute"]
+    assert sends and all(c.seconds == pytest.approx(c.bytes * 1e-6) for c in sends)
+    for new, old in zip(found["newer"], found["older"], strict=True):
+        assert (new == old) == (new not in sends)

@@ -5,7 +5,8 @@ import dataclasses
 from jax.sharding import PartitionSpec as P
 
 from partitioning.dataflow import Pass, plan
-from partitioning.layouts import LAYOUTS, Attention, Axes, Layout, _attend, layout, ws2d
+from partitioning.layouts import LAYOUTS, Attention, Axes, Layout, around_attention, ws2d
+from partitioning.variants import layout
 from tests import battery
 
 
@@ -27,7 +28,7 @@ def wgz(attention: Attention, kv: Axes) -> Layout:
         out=(P("z", "x", unreduced=frozenset("y")), P("z", ("x", "y"))),
         rows=(P("z", ("x", "y")), P("z", "x"), P(None, "x")),
         logits=(P(None, ("y", "z"), unreduced=frozenset("x")), P(None, ("y", "z", "x"))),
-        **_attend(attention, batch=("z",), heads=yzx[1:], partial=("x",), w_kv=(), kv=(), e=("x",)),
+        **around_attention(attention, batch=("z",), heads=yzx[1:], partial=("x",), w_kv=(), kv=(), e=("x",)),
     )
 
 

@@ -300,9 +300,10 @@ def test_command_fails_where_nothing_is_left(capsys):
         (["--weights", "fp4"], "weights='fp4' must be of f32, bf16, int8"),
         (["--layouts", "auto"], "it has no plan"),
         (["--layouts", "ws3d"], "layouts='ws3d' must be of"),
-        (["--attention", "tails"], "attentions='tails' must be of heads, batch"),
+        (["--attention", "tails"], "attentions='tails' must be of heads, batch-x, batch-y, batch-z, batch-xy, "),
+        (["--attention", "batch-yx"], "attentions='batch-yx' must be of heads, batch-x, "),
         (["--top", "0"], "top=0 must be at least 1"),
-        (["--out", __file__], "is not a folder"),
+        (["--out", __file__], "is a file, not a folder"),
     ],
 )
 def test_command_refuses_in_one_sentence(capsys, argv, sentence):

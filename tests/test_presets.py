@@ -101,6 +101,8 @@ def test_suffixes():
     assert model("llama-2-7b-2l").n_layers == 2
     assert model("palm-540b-h64-8l").name == "palm-540b-h64-8l"
     assert model("orca-13b-h48").n_kv_heads == 48
+    assert dataclasses.replace(model("toy-v1024"), name="toy", vocab=258) == model("toy")
+    assert (model("toy-v1024").vocab, model("palm-8b-2l-v512").vocab) == (1024, 512)
 
 
 def test_serial_and_multihead():
@@ -128,7 +130,7 @@ def test_suffixes_stand_in_any_order():
         ("llama3-70b", "did you mean 'llama-3-70b'"),
         ("palm-540b-h64-h80", "model='palm-540b-h64-h80': suffix -hN stands there twice: -h64 and -h80"),
         ("toy-serial-serial", "suffix -serial stands there twice"),
-        ("toy-mqa", "model='toy-mqa': suffix '-mqa' is not known; known are -hN, -Nl, -serial, -mha"),
+        ("toy-mqa", "model='toy-mqa': suffix '-mqa' is not known; known are -hN, -Nl, -serial, -mha, -vN"),
         ("toy-", "suffix '-' is not known"),
         ("llama-2-7b-serial", "block='serial' already in llama-2-7b"),
         ("llama-3-8b-mha", "n_kv_heads=8 of llama-3-8b must be 1 "),
@@ -139,6 +141,8 @@ def test_suffixes_stand_in_any_order():
         ("palm-8b-33l", "n_layers=33 must be in 1..32"),
         ("palm-8b-0l", "n_layers=0 must be in 1..32"),
         ("llama-2-70b-h128", "heads can be padded"),
+        ("toy-v0", "model='toy-v0': vocab=0 must be a positive integer"),
+        ("toy-v512-v256", "suffix -vN stands there twice: -v512 and -v256"),
         ("", "is not known"),
         ("nowhere/config.json", "there is no file"),
     ],

@@ -7,8 +7,8 @@ from jax.sharding import NamedSharding
 
 from models.parameters import everywhere
 from models.sampling import Sampler
-from partitioning.layouts import layout
 from partitioning.mesh import attach
+from partitioning.variants import layout
 from tests import battery
 
 ROWS, VOCAB = 8, 128

@@ -17,11 +17,11 @@ from partitioning.compiled import evidence
 from partitioning.cost import estimate
 from partitioning.dataflow import Pass
 from partitioning.hlo import HloError, read
-from partitioning.layouts import layout
 from partitioning.limits import longest_context
 from partitioning.mesh import AXES
 from partitioning.point import Point
 from partitioning.program import Program
+from partitioning.variants import layout
 from tests import battery
 from tests.test_commands import SMALL, refused
 from tests.test_generate import generator, parameters, prompts

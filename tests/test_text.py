@@ -62,8 +62,10 @@ def test_a_corpus_that_cannot_be_read_says_why(tmp_path: Path):
     missing, empty, latin = (tmp_path / name for name in ("missing", "empty", "latin"))
     empty.write_bytes(b"")
     latin.write_bytes("abcé".encode("latin-1"))
-    with pytest.raises(FileNotFoundError, match="missing': there is no such file"):
+    with pytest.raises(FileNotFoundError, match=r"text=.*missing': there is no such file"):
         text.corpus(str(missing))
+    with pytest.raises(OSError, match=r"text=.* cannot be read: Is a directory"):
+        text.corpus(str(tmp_path))
     with pytest.raises(ValueError, match="empty': the file is empty"):
         text.corpus(str(empty))
     with pytest.raises(ValueError, match="latin': byte 3 is not UTF-8"):

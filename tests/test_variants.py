@@ -6,9 +6,10 @@ from battery import CHECKS, SHORT_CHECKS, Bench, model
 from models.config import ModelConfig
 from partitioning.cost import estimate
 from partitioning.dataflow import Pass, plan
-from partitioning.layouts import NoAxisLeft, layout
+from partitioning.layouts import NoAxisLeft
 from partitioning.mesh import Shape
 from partitioning.point import Point
+from partitioning.variants import layout
 
 LEAN = [
     ("ws1d+lean", "heads"),
@@ -108,8 +109,8 @@ def test_lean_costs_no_bytes_and_fewer_starts(attention):
         ("ws2d+lean", "batch-x", "known: heads, batch-y, batch"),
         ("wgxyz", "batch-x", "attention='batch-x'"),
         ("replicated", "batch-x", "heads and batch only"),
-        ("ws2d", "batch-", "must be 'heads' or 'batch', or 'batch-' with some of the axes xyz"),
-        ("ws2d", "batch-yx", "must be 'heads' or 'batch', or 'batch-' with some of the axes xyz"),
+        ("ws2d", "batch-", "attention='batch-' must be one of heads, batch-x, batch-y, batch-z, batch-xy, "),
+        ("ws2d", "batch-yx", "batch-xy, batch-xz, batch-yz, batch"),
     ],
 )
 def test_bad_names_are_one_sentence(name, attention, why):

@@ -7,8 +7,8 @@ import pytest
 from models.parameters import initial
 from models.reference import init
 from models.weights import pack, unpack
-from partitioning.layouts import layout
 from partitioning.mesh import attach
+from partitioning.variants import layout
 from tests import battery
 
 
