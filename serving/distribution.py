@@ -27,8 +27,8 @@ class Spread:
 class Distribution:
     """Values of at least 0 in no particular order.
 
-    Up to `EXACT` of them quantiles are exact (between two values: linear). Beyond, each is the middle of a bucket, within
-    0.3% of a value of that rank; n, mean and max stay exact.
+    Up to `EXACT` of them quantiles are exact (between two values: linear). Beyond, each is the middle of a bucket,
+    within 0.3% of a value of that rank; n, mean and max stay exact.
 
     Example:
         >>> values = Distribution()

@@ -15,6 +15,7 @@ and stages by the time in it. Memory does not grow with the run.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from serving.batch import Batch
 from serving.distribution import Distribution, Spread
@@ -177,7 +178,7 @@ class Metrics:
         self._ttft.add((ttft_s,))
         if tpot_s is not None:
             self._tpot.add((tpot_s,))
-            self._itl.add([after - before for before, after in zip(token_s, token_s[1:], strict=False)])
+            self._itl.add([after - before for before, after in pairwise(token_s)])
         self._e2e.add((request.returned_s - arrival_s,))
         self._normalised.add(((request.returned_s - arrival_s) / n,))
         self._judged += 1
