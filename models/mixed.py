@@ -60,7 +60,7 @@ class Form:
         """Integers that describe one part."""
         return self.tokens + self.segments * (3 + self.pages)
 
-    def describe(self) -> "Control[np.ndarray]":
+    def describe(self) -> "Control":
         """An empty list, to be filled in: `Control` of views into one array `whole` [parts, width]."""
         whole = np.zeros((self.parts, self.width), np.int32)
         return self.read(whole)
@@ -71,8 +71,9 @@ class Form:
         for n in (self.tokens, self.segments, self.segments, self.segments):
             fields.append(whole[..., at : at + n])
             at += n
+        ids, starts, lengths, requests = fields
         tables = whole[..., at:].reshape(*whole.shape[:-1], self.segments, self.pages)
-        return Control(whole, *fields, tables)
+        return Control(whole, ids, starts, lengths, requests, tables)
 
 
 class Control(NamedTuple):
