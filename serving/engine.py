@@ -89,7 +89,6 @@ class Engine:
         stages: in their order; all must split attention's rows over as many parts.
         packed: the model's parameters, as `models.weights.pack` nests them, quantised where the stages are int8.
         sizes: see `Sizes`.
-        clock: seconds, for the spans of stages.
         compiled: called after each program, with how many are done and how many there are.
 
     Raises:
@@ -102,14 +101,27 @@ class Engine:
         packed: Mapping[str, Any],
         sizes: Sizes,
         *,
-        clock: Callable[[], float] = time.perf_counter,
         compiled: Callable[[int, int], None] = lambda done, of: None,
     ):
         parts = {stage.parts for stage in stages}
         if len(parts) != 1:
             raise ValueError(f"stages split attention over {sorted(parts)} parts; they must agree")
-        self.stages, self.sizes, self.clock = tuple(stages), sizes, clock
+        self.stages, self.sizes = tuple(stages), sizes
         self.parts = parts.pop()
+        self.clear()
+        self._pools = [stage.pool(self.pages.n_pages, sizes.page) for stage in self.stages]
+        firsts = itertools.accumulate((stage.config.n_layers for stage in self.stages[:-1]), initial=0)
+        self._params = [
+            stage.params(layers(packed, first, stage.config.n_layers))
+            for stage, first in zip(self.stages, firsts, strict=True)
+        ]
+        self._programs: dict[Form, list[Any]] = {}
+        self._compile(compiled)
+        self._watchers = [ThreadPoolExecutor(1, f"stage-{i}") for i in range(len(self.stages))]
+
+    def clear(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Forgets all requests; `clock` tells seconds from now on, for the spans of stages."""
+        sizes = self.sizes
         self.pages = Pages(
             parts=self.parts,
             rows=sizes.rows,
@@ -118,17 +130,9 @@ class Engine:
             longest=sizes.longest,
             held=sizes.held,
         )
-        self._pools = [stage.pool(self.pages.n_pages, sizes.page) for stage in self.stages]
-        firsts = itertools.accumulate((stage.config.n_layers for stage in self.stages[:-1]), initial=0)
-        self._params = [
-            stage.params(layers(packed, first, stage.config.n_layers))
-            for stage, first in zip(self.stages, firsts, strict=True)
-        ]
+        self.clock = clock
         self._tokens: dict[int, Ids] = {}
         self._length: dict[int, int] = {}
-        self._programs: dict[Form, list[Any]] = {}
-        self._compile(compiled)
-        self._watchers = [ThreadPoolExecutor(1, f"stage-{i}") for i in range(len(self.stages))]
         self._left_s = [0.0] * len(self.stages)
 
     @property

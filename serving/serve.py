@@ -117,6 +117,7 @@ def serve(
     """
     _check(scheduler, engine)
     clock = clock or Wall()
+    engine.clear(clock.now_s)
     arrivals, leaving = iter(requests), deque(cancelled)
     coming = next(arrivals, None)
     flights: deque[Flight] = deque()
