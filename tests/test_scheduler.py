@@ -403,11 +403,10 @@ class LosesCancelled(Scheduler):
 
 class LatestFirst(WholePrompts):
     def pick(self, admit: Any) -> list[Work]:
-        for one in self._ready:
-            one.order = -one.order
+        ready = sorted(self._ready, key=lambda one: -one.order)
+        self._ready, left = ready[: self._max_bs], ready[self._max_bs :]
         work = super().pick(admit)
-        for one in self._ready:
-            one.order = -one.order
+        self._ready += left
         return work
 
 
