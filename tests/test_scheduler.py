@@ -437,7 +437,7 @@ def test_a_wrong_scheduler_is_caught(wrong: type[Scheduler], policy: Policy):
         for seed in range(20):
             chance = random.Random(seed)
             trace = [(chance.randint(1, 12), chance.randint(1, 10), chance.randint(0, 4)) for _ in range(25)]
-            scheduler = wrong(max_bs=3, n_slots=40, n_workers=2, policy=policy, reservation=OWN)
+            scheduler = wrong(max_bs=2, n_slots=60, n_workers=2, policy=policy, reservation=OWN)
             run(scheduler, requests_of(trace), seed, cancel=0.1)
 
     with pytest.raises((AssertionError, KeyError)):

@@ -1,5 +1,7 @@
 """The simulator's core: schedules worked out by hand, and time that adds up."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -143,3 +145,9 @@ def test_what_makes_no_sense_is_refused():
             simulate([request(0, 1, 1)], Scheduler(max_bs=1, n_slots=99), lambda batch, wrong=wrong: wrong)
     with pytest.raises(ValueError, match="request 0 was submitted before"):
         simulate([request(0, 1, 5), request(0, 1, 5)], Scheduler(max_bs=1, n_slots=99), lambda batch: (1.0,))
+
+
+def test_scheduler_and_simulator_need_no_jax():
+    modules = "serving.simulator, serving.metrics, serving.timeline, serving.workload"
+    code = f"import sys, {modules}; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
