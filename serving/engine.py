@@ -4,7 +4,8 @@ Decides how a batch becomes passes of known sizes, and who gets which token. Lea
 the scheduler, what a pass computes to `models.mixed`, and one stage's program to `serving.stage`. All programs are
 compiled when the engine is made.
 
-Control data takes the host's way: each stage gets its copy at once. Activations go from stage to stage. Only the last
+Each stage has a thread that sends its passes off, so that the scheduler never waits for a device. Control data takes
+the host's way: a stage is told of a pass as soon as it is made. Activations go from stage to stage. Only the last
 stage's tokens are waited for [Orca, section 4.2].
 """
 
@@ -70,16 +71,15 @@ class Flight:
     """A batch on its way: the sampled ids of each pass, and where in them whose token is."""
 
     batch: Batch
-    out: list[Any]
+    ids: list[Future]
     emitting: list[tuple[int, int, int]]  # request, pass, place
     spans: list[list[Future]]
     tokens: int = 0
-    began_s: float = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether all of its tokens are there."""
-        return all(ids.is_ready() for ids in self.out)
+        return all(ids.done() for ids in self.ids)
 
 
 class Engine:
@@ -117,7 +117,9 @@ class Engine:
         ]
         self._programs: dict[Form, list[Any]] = {}
         self._compile(compiled)
-        self._watchers = [ThreadPoolExecutor(1, f"stage-{i}") for i in range(len(self.stages))]
+        self._senders, self._watchers = (
+            [ThreadPoolExecutor(1, f"{what}-{i}") for i in range(len(self.stages))] for what in ("send", "watch")
+        )
 
     def clear(self, clock: Callable[[], float] = time.perf_counter) -> None:
         """Forgets all requests; `clock` tells seconds from now on, for the spans of stages."""
@@ -134,6 +136,7 @@ class Engine:
         self._tokens: dict[int, Ids] = {}
         self._length: dict[int, int] = {}
         self._left_s = [0.0] * len(self.stages)
+        self.sending_s = 0.0
 
     @property
     def forms(self) -> list[Form]:
@@ -193,20 +196,27 @@ class Engine:
             if work.request not in self.pages:
                 self.pages.admit(work.request)
             self.pages.reach(work.request, work.start + work.length)
-        flight = Flight(batch=batch, out=[], emitting=[], spans=[], began_s=self.clock())
+        flight = Flight(batch=batch, ids=[], emitting=[], spans=[])
         for form, control, emitting in self.passes(batch.work):
-            flight.emitting += [(request, len(flight.out), place) for request, place in emitting]
+            flight.emitting += [(request, len(flight.ids), place) for request, place in emitting]
             flight.tokens += form.parts * form.tokens
-            x: Any = None
-            spans = []
-            for i, stage in enumerate(self.stages):
-                x = None if x is None else stage.receive(x)
-                arguments = (self._params[i], x, stage.control(control.whole), self._pools[i])
-                x, self._pools[i] = self._programs[form][i](*arguments)
-                spans.append(self._watchers[i].submit(self._watch, i, x, self.clock()))
-            flight.out.append(x)
+            sent, spans = None, []
+            for i, sender in enumerate(self._senders):
+                sent = sender.submit(self._send, i, self._programs[form][i], control.whole, sent)
+                spans.append(self._watchers[i].submit(self._watch, i, sent))
+            flight.ids.append(spans[-1])
             flight.spans.append(spans)
         return flight
+
+    def _send(self, i: int, program: Any, told: np.ndarray, before: Future | None) -> tuple[jax.Array, float]:
+        """Starts a pass on a stage, when the stage before has started it: what will come out, and the time."""
+        stage = self.stages[i]
+        x = before.result()[0] if before else None
+        began_s, began_cpu_s = self.clock(), time.thread_time()
+        x = None if x is None else stage.receive(x)
+        out, self._pools[i] = program(self._params[i], x, stage.control(told), self._pools[i])
+        self.sending_s += time.thread_time() - began_cpu_s
+        return out, began_s
 
     def finish(self, flight: Flight) -> tuple[dict[int, int], list[Spans]]:
         """Waits for a batch's tokens.
@@ -214,18 +224,20 @@ class Engine:
         Returns:
             The token of each request that got one; and from when to when each stage computed, pass by pass.
         """
-        ids = [np.asarray(out) for out in flight.out]
+        ids = [np.asarray(found.result()[2]) for found in flight.ids]
         found = {request: int(ids[n][place]) for request, n, place in flight.emitting}
         for request, token in found.items():
             if request in self._tokens:  # not forgotten meanwhile
                 self._tokens[request][self._length[request]] = token
                 self._length[request] += 1
-        return found, [[span.result() for span in spans] for spans in flight.spans]
+        return found, [[span.result()[:2] for span in spans] for spans in flight.spans]
 
-    def _watch(self, stage: int, out: jax.Array, sent_s: float) -> tuple[float, float]:
+    def _watch(self, stage: int, sent: Future) -> tuple[float, float, jax.Array]:
+        """From when to when a stage had a pass, and what came out."""
+        out, sent_s = sent.result()
         out.block_until_ready()
         begin_s, self._left_s[stage] = max(sent_s, self._left_s[stage]), self.clock()
-        return begin_s, self._left_s[stage]
+        return begin_s, self._left_s[stage], out
 
     def passes(self, work: Iterable[Work]) -> Iterable[tuple[Form, Control, list[tuple[int, int]]]]:
         """A batch as passes: each one's form, what it is told, and (request, place in the sampled ids) of whoever gets

@@ -75,7 +75,8 @@ class Served:
         end_s: when the last batch returned.
         batches, tokens: iterations, and tokens of requests that they computed.
         computed: tokens that passes computed, with all that fills them up.
-        host_s: seconds of the host's own work: scheduling, filling in and sending off passes, taking tokens back.
+        host_s: seconds of the host's own work: scheduling, filling in passes, taking tokens back.
+        sending_s: of the threads that send passes off, for all stages; seconds of their processor.
         compilations: while it ran; a measurement must have none.
     """
 
@@ -84,6 +85,7 @@ class Served:
     tokens: int
     computed: int
     host_s: float
+    sending_s: float
     compilations: int
 
 
@@ -175,6 +177,7 @@ def serve(
         tokens=tokens,
         computed=computed,
         host_s=host_s,
+        sending_s=engine.sending_s,
         compilations=compilations.n,
     )
 
