@@ -179,10 +179,9 @@ def _layer(config: ModelConfig, platform: str, batch: int) -> Callable[[dict, "j
     import jax.numpy as jnp
     from flax import nnx
 
-    from models.attention import rope_tables
     from models.cache import empty_cache
-    from models.decoder import Rows
     from models.parameters import abstract
+    from models.rows import Aligned
 
     layout, mesh = _alone(config, platform)
     one = dataclasses.replace(config, n_layers=1)
@@ -192,8 +191,7 @@ def _layer(config: ModelConfig, platform: str, batch: int) -> Callable[[dict, "j
     def run(params: dict, x: jax.Array, int8_cache: bool) -> jax.Array:
         length = x.shape[0] // batch
         cache = empty_cache(one, batch, length, layout, mesh, int8=int8_cache)
-        tables = rope_tables(jnp.tile(jnp.arange(length), batch), config.d_head, config.rope_theta)
-        rows = Rows(jnp.zeros(batch, jnp.int32), *tables)
+        rows = Aligned.of(jnp.zeros(batch, jnp.int32), length, config, layout)
         decoder = nnx.merge(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like))
         for name, values in params.items():
             block = getattr(decoder, name)

@@ -16,9 +16,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from models.attention import attend, rope, rope_tables
-from models.cache import Cache, cache_spec, store
+from models.cache import Cache
 from models.config import ModelConfig
+from models.rows import Aligned, Rows, index, place, row_ladder, split_axes
 from partitioning.collectives import follow, follow_together, local
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
@@ -38,14 +38,6 @@ class Tokens(NamedTuple):
     ids: Any
     starts: Any
     lengths: Any
-
-
-class Rows(NamedTuple):
-    """What attention needs to know of its rows, as it holds them: `starts` [b], RoPE's `cos` and `sin` [t, Q/2]."""
-
-    starts: jax.Array
-    cos: jax.Array
-    sin: jax.Array
 
 
 class Block(nnx.Module):
@@ -123,7 +115,7 @@ class Block(nnx.Module):
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
-                o, cache = attention(q, kv, cache, layer, rows, config, layout)
+                o, cache = rows.attend(q, kv, cache, layer, config, layout)
             with scope("o"):
                 parts = (follow(o, layout.o), *parts[1:])
         ins = [layout.o] * self.has_attention + [layout.h[-1:]] * self.has_mlp
@@ -162,20 +154,32 @@ class Decoder(nnx.Module):
         config: the sizes.
         dtype: of parameters and activations.
         int8: keep the matrices of the blocks as int8 with scales (placeholders: `models.parameters` fills them).
+        first, last: whether it has the model's beginning, and its end; a stage of a pipeline may not.
         rngs: for the initial weights; `nnx.eval_shape` around the constructor allocates nothing.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, int8: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype=jnp.float32,
+        int8: bool = False,
+        first: bool = True,
+        last: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         table = nnx.initializers.normal(stddev=config.d_model**-0.5)
-        self.table = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
+        if first or (last and config.tied):
+            self.table = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
         if config.block == "parallel":
             self.layer = Block(config, attention=True, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
         else:
             self.attention = Block(config, attention=True, mlp=False, dtype=dtype, int8=int8, rngs=rngs)
             self.mlp = Block(config, attention=False, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
-        self.final_norm = nnx.Param(jnp.ones((config.d_model,), dtype))
-        if not config.tied:
+        if last:
+            self.final_norm = nnx.Param(jnp.ones((config.d_model,), dtype))
+        if last and not config.tied:
             self.unembed = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
 
     def __call__(
@@ -194,23 +198,30 @@ class Decoder(nnx.Module):
         Returns:
             Logits [R, V'], as `layout.logits` ends, R = B or B*L; -inf past the vocabulary. And the cache.
         """
-        config = self.config
         length = tokens.ids.shape[1]
+        x = self.embed(tokens.ids.reshape(-1), layout)
+        rows = Aligned.of(tokens.starts, length, self.config, layout)
+        x, cache = self.through_layers(x, cache, rows, layout)
+
+        def last(x):
+            at = layout.rows[:1]
+            by_row = row_ladder(layout, layout.rows[0]) if at else ()
+            return local(_last_of_rows, [at, by_row], [at])(x, follow(tokens.lengths, by_row))[0]
+
+        return self.logits(x, layout, None if all_logits else last), cache
+
+    def embed(self, ids: jax.Array, layout: Layout) -> jax.Array:
+        """The residual stream [T, E], as `layout.embed` ends, of `ids` [T], whole on every chip."""
         with scope("embed"):
-            ids = follow(tokens.ids.reshape(-1), layout.tokens)
-            table = _place(layout, layout.table)
+            ids = follow(ids, layout.tokens)
+            table = place(layout, layout.table)
             look_up = functools.partial(_look_up, split_axes(table, 0))
             (x,) = local(look_up, [table, layout.tokens], [layout.embed])(self.table[...], ids)
-            x = follow(x, layout.embed)
-        by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))
-        starts = follow(tokens.starts, by_row)
+            return follow(x, layout.embed)
 
-        def tables(starts):
-            positions = starts[:, None] + jnp.arange(length)
-            return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
-
-        rows = Rows(starts, *local(tables, [by_row], [by_token, by_token])(starts))
-
+    def through_layers(self, x: jax.Array, cache: Cache, rows: Rows, layout: Layout) -> tuple[jax.Array, Cache]:
+        """All layers on the residual stream."""
+        config = self.config
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
 
@@ -237,20 +248,20 @@ class Decoder(nnx.Module):
 
         start = (x, cache, gathered(jnp.int32(0)))
         (x, cache, _), _ = lax.scan(body, start, (jnp.arange(config.n_layers), params))
+        return x, cache
 
+    def logits(self, x: jax.Array, layout: Layout, pick: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """[R, V'], as `layout.logits` ends, of the residual stream [T, E], or of the rows [R, E] that `pick` takes."""
+        config = self.config
         with scope("rows"):
-            if not all_logits:
-                at = layout.rows[:1]
-                by_row = _row_ladder(layout, layout.rows[0]) if at else ()
-                (x,) = local(_last_of_rows, [at, by_row], [at])(x, follow(tokens.lengths, by_row))
-            x = follow(x, layout.rows)
+            x = follow(pick(x) if pick else x, layout.rows)
         x = rms_norm(x, self.final_norm[...], layout.rows, config.norm_eps)
         with scope("logits"):
             table = self.table[...] if config.tied else self.unembed[...]
             logits = follow(matmul("te,ve->tv", x, table, layout.logits), layout.logits)
             at = layout.logits[-1:]
             mask = functools.partial(_mask_vocab, config.vocab, split_axes(at, 1))
-            return local(mask, [at], [at])(logits)[0], cache
+            return local(mask, [at], [at])(logits)[0]
 
 
 def product(
@@ -351,90 +362,11 @@ def _by_row(x: jax.Array, squares: jax.Array, at: P, eps: float) -> jax.Array:
     return local(lambda x, s: (x * lax.rsqrt(s + eps).astype(x.dtype)[:, None],), [at, rows], [at])(x, squares)[0]
 
 
-def attention(
-    q: jax.Array,
-    kv: jax.Array,
-    cache: Cache,
-    layer: jax.Array,
-    rows: Rows,
-    config: ModelConfig,
-    layout: Layout,
-) -> tuple[jax.Array, Cache]:
-    """RoPE, cache update and attention of one layer, all on each chip's own rows and heads.
-
-    Args:
-        q: [T, H, Q] as `layout.q` ends; kv: [T, D] as `layout.kv` ends.
-
-    Returns:
-        [T, H, Q] as `layout.o` begins, and the cache.
-    """
-    heads, kv_heads = split_axes(layout.q[-1:], 1), split_axes(layout.kv[-1:], 1)
-    group = config.n_heads // config.n_kv_heads
-
-    def on_shards(q, kv, layer, starts, cos, sin, *held):
-        t, h, width = q.shape
-        b = starts.shape[0]
-        kv = kv.reshape(t, -1, 2, width)
-        k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
-        k_new, v_new = (n.reshape(b, t // b, -1, width) for n in (k_new, v_new))
-        stored = store(Cache(*held), k_new, v_new, layer, starts)
-        q = rope(q, cos, sin).reshape(b, t // b, h, width)
-        here, first = stored.k.shape[2], _index(heads) * h
-
-        def read(cache, layer, *which):
-            scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-            return attend(q, cache.k, cache.v, layer, starts, *which, **scales)
-
-        if here == 1 or h == here * group:
-            o = read(stored, layer)
-        elif h % group == 0 or group % h == 0:  # more KV heads here than these heads read: a run of them
-            o = read(stored, layer, first // group - _index(kv_heads) * here, max(1, h // group))
-        else:  # a run that begins or ends within a group: one KV head for each
-            reads = (first + jnp.arange(h)) // group - _index(kv_heads) * here
-            o = read(
-                jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, layer, 0)[:, :, reads], stored),
-                jnp.zeros_like(layer),
-            )
-        return o.reshape(t, h, width), *_arrays(stored)
-
-    by_row, by_token = _row_ladder(layout, layout.cache), _place(layout, P(entries(layout.cache)[0], None))
-    held = [_place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in _arrays(cache)]
-    ins = [layout.q, layout.kv, _place(layout, P()), by_row, by_token, by_token, *held]
-    o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *rows, *_arrays(cache))
-    return o, Cache(*stored)
-
-
-def _arrays(cache: Cache) -> list[jax.Array]:
-    """Those that are there: K and V, and their scales where these are int8."""
-    return [a for a in cache if a is not None]
-
-
-def split_axes(ladder: Ladder, dim: int) -> Axes:
-    """The axes that dimension `dim` is split over where the ladder ends; none where nothing is constrained."""
-    return axes_of(entries(ladder[-1])[dim]) if ladder else ()
-
-
-def _place(layout: Layout, spec: P) -> Ladder:
-    """A ladder of one rung, or none for a layout without constraints."""
-    return (spec,) if layout.explicit else ()
-
-
-def _row_ladder(layout: Layout, like: P) -> Ladder:
-    """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
-    rows = entries(like)[0]
-    return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)
-
-
-def _index(axes: Axes) -> jax.Array | int:
-    """Which part of a dimension split over `axes` this chip holds."""
-    return lax.axis_index(axes) if axes else 0
-
-
 def _look_up(axes: Axes, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
     """Rows of the table, zero where this chip's part does not hold them."""
     if not axes:
         return (table[ids],)
-    rows = ids - _index(axes) * table.shape[0]
+    rows = ids - index(axes) * table.shape[0]
     here = (rows >= 0) & (rows < table.shape[0])
     return (jnp.where(here[:, None], table[jnp.clip(rows, 0, table.shape[0] - 1)], 0),)
 
@@ -447,5 +379,5 @@ def _last_of_rows(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
 
 def _mask_vocab(vocab: int, axes: Axes, logits: jax.Array) -> tuple[jax.Array]:
     """-inf in the columns that pad the vocabulary."""
-    columns = _index(axes) * logits.shape[1] + jnp.arange(logits.shape[1])
+    columns = index(axes) * logits.shape[1] + jnp.arange(logits.shape[1])
     return (jnp.where(columns < vocab, logits, -jnp.inf),)

@@ -23,9 +23,13 @@ from partitioning.layouts import Layout, entries
 
 
 @functools.lru_cache(maxsize=64)
-def abstract(config: ModelConfig, dtype=jnp.float32, int8: bool = False) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure and its parameters as shapes; `int8`: matrices as int8, with scales."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype=dtype, int8=int8, rngs=nnx.Rngs(0))))
+def abstract(
+    config: ModelConfig, dtype=jnp.float32, int8: bool = False, *, first: bool = True, last: bool = True
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """The decoder's structure and its parameters as shapes; `int8`: matrices as int8, with scales; `first`, `last`:
+    whether it has the model's beginning and end."""
+    made = {"dtype": dtype, "int8": int8, "first": first, "last": last}
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, **made, rngs=nnx.Rngs(0))))
 
 
 def specs(params: nnx.State, layout: Layout) -> nnx.State:
@@ -72,9 +76,11 @@ def load(
 ) -> nnx.State:
     """Canonical weights (see `models.reference`) as parameters on their devices, over all processes."""
     packed = pack(config, weights)
-    if int8:
-        packed = quantise(packed, dtype)
-    _, params = abstract(config, dtype, int8)
+    return put(quantise(packed, dtype) if int8 else packed, abstract(config, dtype, int8)[1], layout, mesh)
+
+
+def put(packed: Mapping[str, Any], params: nnx.State, layout: Layout, mesh: Mesh) -> nnx.State:
+    """Arrays of `models.weights.pack` on their devices, over all processes: those that `params` has, as shapes."""
 
     def place(path: tuple, leaf, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(_at(packed, path), leaf.dtype)

@@ -52,6 +52,14 @@ def pack(config: ModelConfig, weights: Canonical) -> dict:
     return packed
 
 
+def layers(packed: Mapping, first: int, n: int) -> dict:
+    """Packed parameters with so many layers, from the `first` on; what is in no layer is whole."""
+    return {
+        name: {key: array[first : first + n] for key, array in found.items()} if isinstance(found, Mapping) else found
+        for name, found in packed.items()
+    }
+
+
 def unpack(config: ModelConfig, packed: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `pack`."""
     n, e, h, q = config.n_layers, config.d_model, config.n_heads, config.d_head

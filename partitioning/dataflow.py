@@ -87,6 +87,8 @@ class Pass:
     `itemsize` is the activations' bytes per element; `int8_cache`: K and V are cached as int8, with scales.
     `steps`: decode steps in one call of the program, each over the token that the one before sampled. Sizes, plan and
     bytes are those of one step; the cache has room for the last.
+    `mixed`: of a pass over tokens of many requests, how many tokens and rows of logits it has; `batch` is then that of
+    the cache, its pages, and `length` 1.
     """
 
     batch: int
@@ -97,6 +99,7 @@ class Pass:
     all_logits: bool = False
     steps: int = 1
     int8_cache: bool = False
+    mixed: tuple[int, int] | None = None
 
     def __post_init__(self):
         for field in ("batch", "length", "capacity", "steps"):
@@ -110,6 +113,16 @@ class Pass:
         if self.steps > self.capacity:
             raise ValueError(f"steps={self.steps} do not fit a cache of capacity={self.capacity}")
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.mixed[0] if self.mixed else self.batch * self.length
+
+    @property
+    def logits_rows(self) -> int:
+        """R."""
+        return self.mixed[1] if self.mixed else self.tokens if self.all_logits else self.batch
+
 
 def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> dict[str, int]:
     """The size of every letter that a stage's `dims` may hold.
@@ -118,11 +131,10 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
     """
     sizes = dict(zip(AXES, mesh, strict=True))
     parts = axes_of(entries(layout.logits[-1])[1]) if layout.logits else ()
-    tokens = pass_.batch * pass_.length
     return model_letters(config) | {
         "B": pass_.batch,
-        "T": tokens,
-        "R": tokens if pass_.all_logits else pass_.batch,
+        "T": pass_.tokens,
+        "R": pass_.logits_rows,
         "S": pass_.capacity,
         "n": math.prod(sizes[a] for a in parts),
         "2": 2,

@@ -89,13 +89,14 @@ def fake_cpu_devices(n: int) -> None:
     jax.config.update("jax_num_cpu_devices", n)
 
 
-def attach(shape: Shape, *, chip: str, explicit: bool = True) -> Mesh:
+def attach(shape: Shape, *, chip: str, explicit: bool = True, first: int = 0) -> Mesh:
     """A mesh of the devices that are here, over all processes.
 
     Args:
         shape: extents (X, Y, Z).
         chip: the slice's chip, for the message and to tell CPU and GPU from TPU.
         explicit: axes of Explicit type; Auto otherwise (for the layout `auto`).
+        first: of the devices, the one that it begins with: stages of a pipeline have meshes of their own.
 
     Returns:
         A mesh with axes x, y, z. TPU devices stand in it by their coordinates, so that mesh axes are torus axes.
@@ -111,8 +112,9 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True) -> Mesh:
     if platform != wanted:
         raise ValueError(f"slice chip {chip!r} needs {wanted} devices, but the platform here is {platform!r}")
     n = math.prod(shape)
-    if len(devices) < n:
-        raise ValueError(f"mesh={'x'.join(map(str, shape))} needs {n} devices, but there are {len(devices)}")
+    if len(devices) < first + n:
+        raise ValueError(f"mesh={'x'.join(map(str, shape))} needs {first + n} devices, but there are {len(devices)}")
+    devices = devices[first:] if first else devices
     placed = place_on_torus(devices, shape) if platform == "tpu" else np.array(devices[:n]).reshape(shape)
     return Mesh(placed, AXES, axis_types=(AxisType.Explicit if explicit else AxisType.Auto,) * 3)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models import decoder
+from models import rows
 from partitioning import collectives
 from tests import battery
 
@@ -51,8 +51,8 @@ def test_a_dropped_reduction_is_missing_from_the_program(bench, monkeypatch):
 
 def test_a_position_off_by_one(bench, monkeypatch):
     """RoPE knows distances only, so the mistake is in the decode step alone: one row of one token on each chip."""
-    tables = decoder.rope_tables
-    monkeypatch.setattr(decoder, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
+    tables = rows.rope_tables
+    monkeypatch.setattr(rows, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
     with pytest.raises(AssertionError, match="relative error"):
         battery.check_chunks_then_decode(bench)
 

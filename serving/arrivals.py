@@ -1,0 +1,99 @@
+"""When requests come: Poisson, bursty, or at given times. Open loop: nothing waits for an answer."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 1024
+
+
+class Arrivals(Protocol):
+    """A process of arrivals."""
+
+    def times(self, generator: np.random.Generator) -> Iterator[float]:
+        """Seconds, not falling, from 0 on."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Poisson:
+    """Exponential gaps.
+
+    Args:
+        rate: requests per second.
+
+    Raises:
+        ValueError: a rate that is not positive.
+    """
+
+    rate: float
+
+    def __post_init__(self):
+        _check_rate(self.rate)
+
+    def times(self, generator: np.random.Generator) -> Iterator[float]:
+        return _sums(lambda: generator.exponential(1 / self.rate, _BLOCK))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gamma:
+    """Gaps from a gamma distribution.
+
+    Args:
+        rate: requests per second.
+        cv: standard deviation of the gaps over their mean; 1 is Poisson, more is bursty. Azure 2023: conversation 1.09,
+            code 13.
+
+    Raises:
+        ValueError: a value that is not positive.
+    """
+
+    rate: float
+    cv: float
+
+    def __post_init__(self):
+        _check_rate(self.rate)
+        if not 0 < self.cv < math.inf:
+            raise ValueError(f"cv={self.cv} must be positive")
+
+    def times(self, generator: np.random.Generator) -> Iterator[float]:
+        return _sums(lambda: generator.gamma(self.cv**-2, self.cv**2 / self.rate, _BLOCK))
+
+
+@dataclass(frozen=True, kw_only=True)
+class At:
+    """At these times.
+
+    Args:
+        times_s: seconds, not falling, from 0 on.
+
+    Raises:
+        ValueError: they fall, or begin before 0.
+    """
+
+    times_s: tuple[float, ...]
+
+    def __post_init__(self):
+        for before, after in zip((0.0, *self.times_s), self.times_s, strict=False):
+            if not before <= after < math.inf:
+                raise ValueError(f"times_s has {after} after {before}; times must not fall, and begin at 0 or later")
+
+    def times(self, generator: np.random.Generator) -> Iterator[float]:
+        return iter(self.times_s)
+
+
+def _sums(draw: Callable[[], NDArray[np.float64]]) -> Iterator[float]:
+    now_s = 0.0
+    while True:
+        for gap in draw().tolist():
+            now_s += gap
+            yield now_s
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate={rate} must be positive, in requests per second")

@@ -1,0 +1,355 @@
+"""The engine: every request's tokens are those that the reference picks for it alone, whoever shares its batches."""
+
+import dataclasses
+import functools
+import math
+from concurrent.futures import wait
+
+import jax
+import numpy as np
+import pytest
+
+from models import mixed
+from models.mixed import Form
+from models.quantise import quantise
+from models.reference import init, logits
+from models.sampling import Sampler
+from models.weights import pack
+from partitioning.dataflow import Pass, plan
+from partitioning.evidence import compare
+from partitioning.hlo import copies, read
+from partitioning.layouts import layout
+from partitioning.mesh import AXES, attach
+from serving.batch import Work
+from serving.engine import Engine, Sizes
+from serving.pages import Held, Pages
+from serving.policies import policy
+from serving.request import Request
+from serving.scheduler import Scheduler
+from serving.serve import Virtual, serve
+from serving.stage import Stage
+from tests import battery
+
+LONGEST, MAX_BS, N_SLOTS = 30, 4, 90
+NEAR_TIE = 1e-5  # of the largest logit: what float32 may differ by
+CONFIG = battery.model("parallel", 1)
+
+
+@functools.lru_cache(maxsize=8)
+def weights(config):
+    return init(config, 0)
+
+
+def stages(name, attention, shape, n=1, config=CONFIG, **options):
+    each = dataclasses.replace(config, n_layers=config.n_layers // n)
+    made = layout(name, attention, shape, config.n_kv_heads)
+    return [
+        Stage(
+            config=each,
+            layout=made,
+            mesh=attach(shape, chip="cpu", explicit=made.explicit, first=i * math.prod(shape)),
+            first=i == 0,
+            last=i == n - 1,
+            **options,
+        )
+        for i in range(n)
+    ]
+
+
+def engine(of, config=CONFIG, *, held: Held = "rows", workers=1, int8=False, singles=(2, 4), pieces=(4,)):
+    """Its caches begin as what other requests may have left there."""
+    packed = pack(config, weights(config))
+    sizes = Sizes(
+        rows=MAX_BS * workers,
+        n_slots=N_SLOTS,
+        longest=LONGEST,
+        singles=singles,
+        pieces=pieces,
+        length=4,
+        page=8,
+        held=held,
+    )
+    made = Engine(of, quantise(packed, np.float32) if int8 else packed, sizes)
+    poison(made)
+    return made
+
+
+def poison(made, free_only=False):
+    """Large numbers where no request has written."""
+    for i, pool in enumerate(made._pools):
+        at = slice(None)
+        if free_only:
+            at = [p * made.pages.n_pages + n for p, free in enumerate(made.pages._free) for n in free]
+        changed = [np.array(a) for a in (pool.k, pool.v)]
+        for a in changed:
+            a[:, at] = 1e3
+        made._pools[i] = pool._replace(k=jax.device_put(changed[0], pool.k.sharding))
+        made._pools[i] = made._pools[i]._replace(v=jax.device_put(changed[1], pool.v.sharding))
+
+
+def trace(seed, n=12, config=CONFIG):
+    """Requests and their prompts, several at a time."""
+    rng = np.random.default_rng(seed)
+    arrivals = np.sort(rng.integers(0, 12, n))
+    found = []
+    for i in range(n):
+        prompt = rng.integers(0, config.vocab, rng.integers(1, 20)).astype(np.int32)
+        found.append((float(arrivals[i]), prompt, int(rng.integers(1, 10))))
+    return found
+
+
+def run(made, of, name="orca", workers=1, clock=None, **options):
+    """The new ids of every request, and what `serve` says."""
+    requests = [
+        Request(id=i, arrival_s=at, prompt=len(prompt), max_output=n_new) for i, (at, prompt, n_new) in enumerate(of)
+    ]
+    scheduler = Scheduler(max_bs=MAX_BS, n_slots=N_SLOTS, n_workers=workers, policy=policy(name), model_max=LONGEST)
+    found = {}
+    served = serve(
+        requests,
+        scheduler,
+        made,
+        lambda request: of[request.id][1],
+        clock=clock or Virtual(),
+        returned=lambda request, ids: found.__setitem__(request.id, ids),
+        **options,
+    )
+    assert scheduler.reserved == scheduler.used == 0
+    return found, served
+
+
+def check_alone(found, of, config=CONFIG, seen=None):
+    """Each token is the reference's choice for the request alone, but for near ties, of which there are few."""
+    skipped = total = 0
+    for i, ids in found.items():
+        _, prompt, n_new = of[i]
+        assert len(ids) == n_new
+        expected = logits(config, seen or weights(config), np.concatenate([prompt, ids]))[len(prompt) - 1 : -1]
+        for row, token in zip(expected, ids, strict=True):
+            near = row.max() - row[token] < NEAR_TIE * np.abs(row).max()
+            assert near, f"request {i}: {token} instead of {np.argmax(row)}"
+            skipped += token != np.argmax(row)
+            total += 1
+    assert skipped < 0.01 * total
+
+
+CASES = [
+    ("ws2d", "batch", (2, 2, 2), 1, "orca", 1, "rows"),
+    ("ws2d", "heads", (2, 2, 2), 1, "orca", 2, "pages"),
+    ("wgxyz", "batch", (4, 2, 1), 1, "chunked-8", 1, "pages"),
+    ("ws1d+lean", "heads", (2, 2, 1), 1, "request-level", 2, "rows"),
+    ("ws2d+lean", "batch-y", (1, 2, 4), 1, "request-level-early", 1, "pages"),
+    ("auto", "batch", (2, 2, 2), 1, "orca", 1, "rows"),
+    ("wgxy", "heads", (2, 2, 2), 1, "orca", 1, "rows"),
+    ("ws2d", "batch", (1, 2, 1), 3, "orca", 3, "rows"),
+    ("wgx+ring", "heads", (2, 1, 1), 3, "shortest-prompt", 3, "pages"),
+    ("ws1d", "heads", (1, 2, 1), 3, "chunked-8", 3, "rows"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attention", "shape", "n", "rule", "workers", "held"), CASES)
+def test_same_tokens_as_alone(name, attention, shape, n, rule, workers, held):
+    made = engine(stages(name, attention, shape, n), held=held, workers=workers)
+    for seed in range(3):
+        of = trace(seed)
+        found, served = run(made, of, rule, workers)
+        assert len(found) == len(of)
+        assert served.compilations == 0
+        check_alone(found, of)
+
+
+@pytest.mark.parametrize("block", ["parallel", "serial"])
+def test_grouped_queries_and_two_blocks(block):
+    config = battery.model(block, 4)
+    made = engine(stages("ws2d", "heads", (2, 2, 2), config=config), config)
+    of = trace(7, config=config)
+    check_alone(run(made, of)[0], of, config)
+
+
+def test_int8_weights():
+    config = CONFIG
+    made = engine(stages("ws2d", "heads", (2, 2, 2), int8=True), int8=True)
+    of = trace(5)
+    check_alone(run(made, of)[0], of, seen=battery.rounded(config)[0])
+
+
+@pytest.fixture(scope="module")
+def small():
+    """One on two devices."""
+    return engine(stages("ws1d", "heads", (1, 2, 1)))
+
+
+def test_reused_rows_and_stale_pages(small, monkeypatch):
+    """What is in pages that nobody holds does not matter, in the middle of a run either."""
+    start, of = small.start, trace(1)
+
+    def poisoned(batch):
+        flight = start(batch)
+        wait([span for spans in flight.spans for span in spans])
+        poison(small, free_only=True)
+        return flight
+
+    monkeypatch.setattr(small, "start", poisoned)
+    check_alone(run(small, of)[0], of)
+
+
+def test_sampled_tokens_do_not_depend_on_company():
+    """Random numbers belong to a request and a position."""
+    of = trace(3, n=6)
+    made = engine(stages("ws2d", "batch", (2, 2, 1), sampler=Sampler(temperature=1.0, seed=4)), singles=(4,))
+    together, _ = run(made, of)
+    apart, _ = run(made, [(100.0 * i, *rest) for i, (_, *rest) in enumerate(of)])
+    assert {i: list(ids) for i, ids in together.items()} == {i: list(ids) for i, ids in apart.items()}
+    assert len({tuple(ids) for ids in together.values()}) > 1
+
+
+def test_a_stop_id_ends_a_request(small):
+    of = [(0.0, prompt, 9) for _, prompt, _ in trace(2)]
+    whole, _ = run(small, of)
+    stop = int(whole[0][2])
+    stopped, _ = run(small, of, stop=stop)
+    for i, ids in whole.items():
+        ends = [n + 1 for n, token in enumerate(ids) if token == stop] or [len(ids)]
+        assert list(stopped[i]) == list(ids[: ends[0]])
+
+
+def test_cancelling_leaves_others_alone(small):
+    of = trace(4)
+    whole, _ = run(small, of)
+    left, _ = run(small, of, cancelled=[(2.5, 0), (4.5, 3), (6.5, 5), (6.5, 11)])
+    assert 0 < len(left) < len(whole)
+    assert all(list(left[i]) == list(whole[i]) for i in left)
+
+
+def test_virtual_time_repeats(small):
+    of = trace(8)
+    assert run(small, of)[1].end_s == run(small, of)[1].end_s
+
+
+@pytest.mark.parametrize("clock", ["wall"])
+def test_on_the_real_clock(small, clock):
+    from serving.serve import Wall
+
+    of = [(0.002 * at, *rest) for at, *rest in trace(9)]
+    found, served = run(small, of, clock=Wall())
+    check_alone(found, of)
+    assert served.end_s > of[-1][0]
+    assert served.host_s > 0
+
+
+def wrong_position(monkeypatch):
+    positions = mixed.token_positions
+    # RoPE knows distances only: off by one for single tokens, and not for pieces
+    monkeypatch.setattr(
+        mixed,
+        "token_positions",
+        lambda form, told: positions(form, told) + np.int32(np.arange(form.tokens) < form.singles),
+    )
+
+
+def missing_mask(monkeypatch):
+    tile = mixed.jnp.tile
+    monkeypatch.setattr(mixed.jnp, "tile", lambda a, n: tile(a, n) + 3)
+
+
+def wrong_row(monkeypatch):
+    of = Pages.of
+    monkeypatch.setattr(Pages, "of", lambda self, request: of(self, min(self._at)))
+
+
+@pytest.mark.parametrize("mistake", [wrong_position, missing_mask, wrong_row])
+def test_mistakes_are_caught(monkeypatch, mistake):
+    mistake(monkeypatch)
+    of = trace(0)
+    with pytest.raises(AssertionError, match="instead of"):
+        check_alone(run(engine(stages("ws1d", "heads", (1, 2, 1))), of)[0], of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [1, 16])
+@pytest.mark.parametrize(("name", "attention"), battery.legal())
+def test_planned_is_compiled(name, attention, kv_heads):
+    """The collectives of a pass over tokens of many requests are the layout's plan; the pages are never copied."""
+    config, shape = battery.model("parallel", kv_heads), (2, 2, 2)
+    (stage,) = stages(name, attention, shape, config=config)
+    form = Form(parts=stage.parts, singles=3, pieces=2, length=5, pages=3, page=7)
+    pool = stage.pool(11, form.page)
+    text = stage.compile(form, pool).as_text() or ""
+    if not stage.layout.explicit:  # which XLA partitions as it likes, and which copies the pages
+        return
+    shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]
+    copied = [c for c in copies(text, 4 * math.prod(shard), unknown_trips=1) if [d for d in c.dims if d > 1] == shard]
+    assert not copied
+    sizes = (stage.parts * form.tokens, stage.parts * form.segments)
+    pass_ = Pass(batch=11 * stage.parts, length=1, capacity=form.page, mixed=sizes)
+    found = read(text, dict(zip(AXES, shape, strict=True)), unknown_trips=1)
+    matched = compare(plan(stage.layout, config, pass_, shape), found)
+    assert all(m.verdict == "as planned" for m in matched), matched
+
+
+def works(*lengths, starts=None):
+    starts = starts or [0] * len(lengths)
+    return [Work(i, s, n, n, True, False) for i, (n, s) in enumerate(zip(lengths, starts, strict=True))]
+
+
+def told(made, batch):
+    """Requests of `batch` admitted; the passes."""
+    made.clear()
+    for w in batch:
+        made.admit(w.request, np.arange(w.start + w.length, dtype=np.int32) + 10, 1)
+        made.pages.admit(w.request)
+        made.pages.reach(w.request, w.start + w.length)
+    return list(made.passes(batch))
+
+
+def test_seven_tokens_of_four_requests(small):
+    """Orca's Figure 5: two requests with one token each and prompts of two and three tokens are seven tokens for
+    everything but attention, which is told apart."""
+    ((form, control, emitting),) = told(small, works(1, 1, 2, 3, starts=[4, 7, 0, 0]))
+    assert control.lengths.sum() == 7
+    assert [request for request, _ in emitting] == [0, 1, 2, 3]
+    assert control.ids[0, :2].tolist() == [14, 17]
+    assert control.starts[0, :2].tolist() == [4, 7]
+    assert control.lengths[0].tolist() == [1, 1, 2, 3, 0, 0]
+    assert control.ids[0, form.singles :][:7].tolist() == [10, 11, 0, 0, 10, 11, 12]
+
+
+def test_more_than_a_pass_holds(small):
+    """Five pieces where a pass takes four: two passes, and the request's token comes out of the second."""
+    passes = told(small, works(18, 1, starts=[0, 3]))
+    assert [control.lengths[0].tolist() for _, control, _ in passes] == [[1, 0, 4, 4, 4, 4], [0, 0, 2, 0, 0, 0]]
+    assert [[request for request, _ in emitting] for _, _, emitting in passes] == [[1], [0]]
+
+
+def test_padding_is_computed_and_kept_nowhere(small):
+    """A prompt of 3 padded to 9, and a row that has ended."""
+    batch = [Work(0, 0, 3, 9, True, False), Work(1, 5, 0, 1, False, True)]
+    ((form, control, emitting),) = told(small, batch)
+    assert control.lengths[0].tolist() == [0, 0, 3, 0, 0, 0]
+    assert form.singles == 2
+    assert [request for request, _ in emitting] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"rows": 0}, "rows=0 must be at least 1"),
+        ({"singles": ()}, r"singles=\(\) must be ascending sizes"),
+        ({"pieces": (4, 2)}, r"pieces=\(4, 2\) must be ascending sizes"),
+    ],
+)
+def test_bad_sizes(change, rule):
+    with pytest.raises(ValueError, match=rule):
+        Sizes(**{"rows": 4, "n_slots": 90, "longest": 30} | change)
+
+
+def test_a_scheduler_that_does_not_fit(small):
+    scheduler = Scheduler(max_bs=MAX_BS + 1, n_slots=N_SLOTS)
+    with pytest.raises(ValueError, match="max_bs\\*n_workers=5 exceeds the engine's rows=4"):
+        serve([], scheduler, small, lambda request: np.zeros(1, np.int32))
+
+
+def test_a_layout_that_cannot_divide():
+    with pytest.raises(ValueError, match="n_heads=16 is not divisible by"):
+        stages("ws1d", "heads", (3, 1, 1))
