@@ -18,8 +18,8 @@ from models.weights import pack
 from partitioning.dataflow import Pass, plan
 from partitioning.evidence import compare
 from partitioning.hlo import copies, read
-from partitioning.layouts import layout
 from partitioning.mesh import AXES, attach
+from partitioning.variants import layout
 from serving.batch import Work
 from serving.engine import Engine, Sizes
 from serving.pages import Held, Pages
