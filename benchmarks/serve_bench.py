@@ -8,7 +8,7 @@
 
 Every rung (policy@batches in flight), rate and seed is a row of OUT/rows.jsonl, written when it is done; table and
 pictures come beside them at the end. A run that was interrupted continues where it stopped when it is started again
-with the same options; a finished one starts afresh. The weights are random: outputs have the lengths that the trace says.
+with the same options; a finished one starts afresh. The weights are random: outputs are as long as the trace says.
 """
 
 import argparse

@@ -65,13 +65,14 @@ def sentences(found: Findings) -> list[str]:
     """How the table is to be read, and the ratio."""
     said = [
         f"Same latency: a median normalised latency of {1e3 * found.latency_s:.3g} ms a token, 3.3 times the lowest at "
-        f"low load (the paper's 190 ms over its 58). ITL, TTFT and shares at {found.reference_per_s:g} requests/s; host: "
-        "of the time in which stages compute. Medians over the seeds, lowest to highest in brackets.",
+        f"low load (the paper's 190 ms over its 58). ITL, TTFT and shares at {found.reference_per_s:g} requests/s; "
+        "host: of the time in which stages compute. Medians over the seeds, lowest to highest in brackets.",
     ]
     if found.ratio and found.saturation_ratio:
         said.append(
-            f"Orca over the strongest request-level rung of each seed (mostly {found.strongest}): throughput at the same "
-            f"latency {_number(found.ratio, 1, found.ratio_bound)} times, at saturation {_number(found.saturation_ratio)}."
+            f"Orca over the strongest request-level rung of each seed (mostly {found.strongest}): throughput at the "
+            f"same latency {_number(found.ratio, 1, found.ratio_bound)} times, at saturation "
+            f"{_number(found.saturation_ratio)}."
         )
     return said
 
