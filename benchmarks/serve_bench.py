@@ -63,9 +63,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--trace", default="orca", help=f"{', '.join(TRACES)}, or fixed:P:O (default: %(default)s)")
     p.add_argument(
         "--scale",
-        default="1/4",
+        default="1/8:1/4",
         metavar="FACTOR",
-        help="of the trace's lengths, or PROMPT:OUTPUT, such as 1/8:1/4 (default: %(default)s)",
+        help="of the trace's lengths, or PROMPT:OUTPUT (default: %(default)s, for the small default model:\n"
+        "prompts cost it about as much, beside decoding, as they cost the paper's 175B)",
     )
     p.add_argument("--arrivals", default="poisson", help="poisson or gamma:CV (default: %(default)s)")
     p.add_argument(
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="R,...",
         help="requests per second (default: around the capacity that a closed burst measures first)",
     )
-    p.add_argument("--requests", type=int, default=96, help="of each run (default: %(default)s)")
+    p.add_argument("--requests", type=int, default=64, help="of each run (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=3, help="so many traces, the same for all rungs (default: %(default)s)")
     p.add_argument(
         "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the arrivals, left out (default: %(default)s)"

@@ -58,7 +58,7 @@ def rows(folder):
         (["--held", "tight"], "held='tight' must be rows or pages"),
         (["--max-bs", "0"], "max_bs=0 must be at least 1"),
         (["--max-bs", "x"], "argument --max-bs: invalid int value: 'x'"),
-        (["--slots", "10"], "slots=10 must be at least 160, what the longest request needs"),
+        (["--slots", "10"], "slots=10 must be at least 96, what the longest request needs"),
         (["--trace", "azure"], "trace='azure' must be one of orca, azure-conversation"),
         (["--trace", "fixed:0:3"], "tokens=0 must be at least 1"),
         (["--scale", "0"], "scale='0' must be a positive factor"),
