@@ -92,13 +92,16 @@ class Line:
 class Findings:
     """All that a table says.
 
+    Throughputs and ratios are of seeds with which a rung has run at every rate.
+
     Attributes:
         lines: rungs, in the order of their first runs by name.
         latency_s: the common one.
         reference_per_s: the rate of the tails and shares.
         strongest: the request-level rung with the highest throughput at the common latency.
         ratio: Orca's throughput there over, seed by seed, the best of the request-level rungs.
-        ratio_bound: "≥" where Orca's curve never reached the latency, or a baseline's began beyond it.
+        ratio_bound: "≥" where with a seed Orca's curve never reached the latency, or the baseline's began beyond it; "≤"
+            the other way round; "~" both.
         saturation_ratio: of the highest throughputs.
     """
 
@@ -141,6 +144,8 @@ def findings(rows: Sequence[Row]) -> Findings | None:
     }
     latency_s = MULTIPLE * min((found[0] for found in low.values() if found), default=math.nan)
     reference = rates[len(rates) // 2]
+    # a curve that lacks a rate, of a run that failed or was interrupted, would look as if it ended early
+    of = {name: {s: c for s, c in seeds.items() if len(c.points) == len(rates)} for name, seeds in of.items()}
     reached = {name: {seed: curve.at(latency_s) for seed, curve in seeds.items()} for name, seeds in of.items()}
     is_baseline = {row["rung"]: row["request_level"] for row in rows}
     lines = []
@@ -180,15 +185,14 @@ def findings(rows: Sequence[Row]) -> Findings | None:
 
 
 def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool]) -> tuple[Spread | None, str]:
-    found, bound = [], ""
+    found, bounds = [], set()
     for seed, orca in reached.get("orca", {}).items():
         others = [seeds[seed] for name, seeds in reached.items() if is_baseline[name] and seed in seeds]
         if others:
             best = max(others, key=lambda other: other.per_s)
             found.append(orca.per_s / best.per_s)
-            if orca.bound == "≥" or best.bound == "≤":
-                bound = "≥"
-    return _spread(found), bound
+            bounds |= {side for side, other in (("≥", "≤"), ("≤", "≥")) if orca.bound == side or best.bound == other}
+    return _spread(found), bounds.pop() if len(bounds) == 1 else "~" if bounds else ""
 
 
 def _goodput(rows: Sequence[Row]) -> Spread | None:
