@@ -100,8 +100,8 @@ class Findings:
         reference_per_s: the rate of the tails and shares.
         strongest: the request-level rung with the highest throughput at the common latency.
         ratio: Orca's throughput there over, seed by seed, the best of the request-level rungs.
-        ratio_bound: "≥" where with a seed Orca's curve never reached the latency, or the baseline's began beyond it; "≤"
-            the other way round; "~" both.
+        ratio_bound: "≥" where with a seed Orca's curve never reached the latency, or the baseline's began beyond it;
+            "≤" the other way round; "~" both.
         saturation_ratio: of the highest throughputs.
     """
 
@@ -191,7 +191,8 @@ def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool])
         if others:
             best = max(others, key=lambda other: other.per_s)
             found.append(orca.per_s / best.per_s)
-            bounds |= {side for side, other in (("≥", "≤"), ("≤", "≥")) if orca.bound == side or best.bound == other}
+            opposite = {"≥": "≤", "≤": "≥", "": ""}
+            bounds |= {orca.bound, opposite[best.bound]} - {""}
     return _spread(found), bounds.pop() if len(bounds) == 1 else "~" if bounds else ""
 
 
