@@ -27,6 +27,10 @@ COMMANDS = {
     "comparisons": ("benchmarks.comparisons", "serial against parallel blocks, kinds of attention over context"),
     "quantisation": ("benchmarks.quantisation", "the error of int8 weights and cache, by layer, on logits and on text"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
+    "serve-bench": (
+        "benchmarks.serve_bench",
+        "requests served: request-level batching, Orca and chunked prompts on one engine, the same traces",
+    ),
 }
 
 
