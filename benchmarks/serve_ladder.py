@@ -15,9 +15,10 @@ from models import text
 from models.config import ModelConfig
 from models.presets import model
 from partitioning.dataflow import Pass, check
-from partitioning.layouts import Layout, layout
+from partitioning.layouts import Layout
 from partitioning.mesh import Shape, Slice, mesh_shape
 from partitioning.point import WEIGHTS
+from partitioning.variants import layout
 from serving.metrics import Limits
 from serving.pages import Held
 from serving.policies import Policy, policy
