@@ -42,7 +42,8 @@ def show(rows: Sequence[Row], console: Console) -> None:
     for head in HEADS + (("goodput\nrequests/s",) if found.lines[0].goodput_per_s else ()):
         drawn.add_column(head, justify="left" if head == "rung" else "right", no_wrap=True)
     for line in found.lines:
-        drawn.add_row(*map(escape, _cells(line)), style="bold" if line.name in ("orca", found.strongest) else None)
+        cells = (cell.replace(" (", "\n").replace(" to ", "–").rstrip(")") for cell in _cells(line))
+        drawn.add_row(*map(escape, cells), style="bold" if line.name in ("orca", found.strongest) else None)
     console.print(drawn)
     for sentence in sentences(found):
         console.print(escape(sentence), highlight=False)
@@ -66,7 +67,7 @@ def sentences(found: Findings) -> list[str]:
     said = [
         f"Same latency: a median normalised latency of {1e3 * found.latency_s:.3g} ms a token, 3.3 times the lowest at "
         f"low load (the paper's 190 ms over its 58). ITL, TTFT and shares at {found.reference_per_s:g} requests/s; "
-        "host: of the time in which stages compute. Medians over the seeds, lowest to highest in brackets.",
+        "host: of the time in which stages compute. Medians over the seeds, with them the lowest and the highest.",
     ]
     if found.ratio and found.saturation_ratio:
         said.append(

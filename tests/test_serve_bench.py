@@ -212,7 +212,8 @@ def test_the_ratio_is_of_throughputs_at_the_same_latency():
     of = [row("orca", 1.0, s, 1.0, 0.1) for s in (0, 1)] + [row("orca", 4.0, s, 4.0, limit * (1 + s)) for s in (0, 1)]
     of += [row("request-level", 1.0, s, 1.0, 0.2) for s in (0, 1)]
     of += [row("request-level", 4.0, s, 1.5, 9.9) for s in (0, 1)]
-    of += [row("shortest-prompt", 1.0, s, 0.5, 5.0) for s in (0, 1)]
+    of += [row("shortest-prompt", rate, s, 0.5, 5.0) for s in (0, 1) for rate in (1.0, 4.0)]
+    of += [row("request-level", 1.0, 2, 9.0, 0.2)]  # of a run that was interrupted: it has no rate of 4
     found = findings(of)
     assert found and found.latency_s == pytest.approx(limit) and found.strongest == "request-level"
     orca = Curve(points=((1.0, 1.0, 0.1), (4.0, 4.0, 2 * limit)))
