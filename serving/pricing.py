@@ -72,7 +72,7 @@ class Pipeline:
             raise ValueError("layout='auto' has no plan to price")
         if self.chip.machine:
             raise ValueError(
-                f"slice={self.slice!r}: mixed batches are priced from data sheets; for what was measured give stage times"
+                f"slice={self.slice!r}: mixed batches are priced from data sheets; of a measured chip give stage times"
             )
 
     @property

@@ -88,7 +88,7 @@ class Scenario:
         for server in (self.server, self.prefill):
             if self.prefill and server and not (server.policy is ORCA or server.policy.token_budget):
                 raise ValueError(
-                    f"policy={server.policy.name!r} cannot go on from a prompt that ran elsewhere: orca or chunked-N can"
+                    f"policy={server.policy.name!r} cannot go on from prompts run elsewhere: orca and chunked-N can"
                 )
 
     @property

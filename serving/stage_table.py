@@ -1,8 +1,8 @@
 """Stage times that were measured, as a table: what our own engine took, in place of the analytic model.
 
 A row is one measurement: `{"stage": 0, "tokens": 33, "context": 9000, "seconds": 0.012}`, where `tokens` are all that
-were computed (padding and dead rows included) and `context` is the sum, over the requests of the batch, of the positions
-that their attention read, their own tokens included.
+were computed (padding and dead rows included) and `context` is the sum, over the requests of the batch, of the
+positions that their attention read, their own tokens included.
 """
 
 import json
@@ -32,8 +32,10 @@ class StageTable:
 
     Example:
         >>> from serving.batch import Work
-        >>> rows = [{"stage": 0, "tokens": t, "context": c, "seconds": 1e-3 * t + 1e-6 * c} for t in (1, 9) for c in (0, 5)]
-        >>> table = StageTable(rows)
+        >>> sizes = [(1, 0), (1, 5), (9, 0), (9, 5)]
+        >>> table = StageTable(
+        ...     {"stage": 0, "tokens": t, "context": c, "seconds": 1e-3 * t + 1e-6 * c} for t, c in sizes
+        ... )
         >>> table(Batch(number=0, made_s=0.0, work=(Work(0, 3, 1, 1, True, False), Work(1, 0, 4, 4, True, False))))
         (0.005008,)
     """
