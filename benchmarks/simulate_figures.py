@@ -49,7 +49,7 @@ def draw_front(rows: Sequence[Row]):
     panel.plot(*at, "o", markersize=10, markerfacecolor="none", color="black", label="not beaten in both")
     panel.set(xscale="log", yscale="log")
     if len(lines) <= 20:
-        panel.legend(fontsize="small")
+        figure.legend(loc="outside right center", fontsize="small")
     return figure
 
 

@@ -184,7 +184,7 @@ class Pricing:
         >>> work = [Work(i, 300, 1, 1, True, False) for i in range(32)] + [Work(32, 0, 272, 272, True, False)]
         >>> orca = Pricing(Pipeline(model="orca-175b", slice="a100-40:8", stages=2, layout="ws1d", attention="heads"))
         >>> [round(s * 1e3) for s in orca(Batch(number=0, made_s=0.0, work=tuple(work)))]
-        [31, 31]
+        [37, 37]
     """
 
     def __init__(
