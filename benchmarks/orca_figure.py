@@ -19,9 +19,10 @@ from serving.pricing import Pipeline, Pricing
 from serving.scenario import Scenario, Server, highest_rate
 from serving.workload import Workload
 
-FITTED = {"matmul_efficiency": 0.364, "hbm_efficiency": 0.534, "baseline_slowdown": 1.33}
+FITTED = {"matmul_efficiency": 0.364, "hbm_efficiency": 0.534, "baseline_slowdown": 1.325}
 """All on Figure 10(b). The shares of the A100's peak rates that Orca's engine reaches: on Orca's four peaks and its
-curve of max_bs 32 up to 6 requests/s. How much slower the baseline's engine is: on its two peaks and HEADLINE, for the least worst error."""
+curve of max_bs 32 up to 6 requests/s. How much slower the baseline's engine is: on its two peaks and its rate in
+HEADLINE, so that the worst error is least."""
 ASSUMED = {"link_efficiency": 1.0, "collective_s": 3.84e-6, "hop_s": 1e-6}
 """Not fitted: NVLink's full rate, v4's cost of a collective, one pass through the switch: 2% of an iteration."""
 PANELS = {"orca-13b": (1, 1), "orca-101b": (1, 8), "orca-175b": (2, 8), "orca-341b": (4, 8)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from serving.batch import Batch, Work
 from serving.pricing import Pipeline, Pricing
 from serving.stage_table import StageTable
 
-WHERE = {
+WHERE: dict[str, Any] = {
     "a100": {"model": "orca-175b", "slice": "a100-40:8"},
     "v5e": {"model": "llama-3-70b", "slice": "v5e:8x8", "weights": "int8"},
     "v4": {"model": "palm-540b-h64", "slice": "v4:4x4x4", "cache": "int8"},
@@ -112,7 +113,7 @@ def test_slots_are_what_fits_beside_the_weights():
     ],
 )
 def test_pipelines_that_make_no_sense_are_refused(change: dict, sentence: str):
-    fields = {"model": "orca-175b", "slice": "a100-40:8", "layout": "ws1d", "attention": "heads"}
+    fields: dict[str, Any] = {"model": "orca-175b", "slice": "a100-40:8", "layout": "ws1d", "attention": "heads"}
     with pytest.raises(ValueError, match=sentence):
         Pipeline(**fields | change)
 
