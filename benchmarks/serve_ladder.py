@@ -30,7 +30,7 @@ PIECE, PAGE = 16, 32
 PIECES_TOKENS = 512
 """About so many tokens of prompts go into one pass."""
 MOST_REQUESTS = 1_000_000
-SHARES = (0.25, 0.4, 0.6, 0.85, 1.2)
+SHARES = (0.25, 0.4, 0.6, 0.85, 1.2, 1.8)
 """Of the capacity that a closed burst shows: the rates, where none are given."""
 
 

@@ -88,11 +88,11 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
     Raises:
         Invalid: something was compiled meanwhile, or a request was lost.
     """
-    workload = _workload(setting, arrivals(setting.arrivals, rate), setting.requests, seed)
+    workload = traffic(setting, arrivals(setting.arrivals, rate), setting.requests, seed)
     metrics = Metrics(max_bs=setting.max_bs, window_s=workload.window_s(setting.warm_up), limits=setting.limits)
-    seen = _Seen(made)
+    seen = Seen(made)
     rss = resident_bytes()
-    served = _serve(setting, made, rung, workload, [metrics, seen])
+    served = run_once(setting, made, rung, workload, [metrics, seen])
     summary = dataclasses.asdict(metrics.summary())
     numbers = {
         **summary,
@@ -120,21 +120,21 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
 def warm(setting: Setting, made: Engine) -> None:
     """A short trace for every rung, so that nothing is met for the first time in measured traffic."""
     for rung in setting.rungs:
-        _serve(setting, made, rung, _burst(setting, 8), [])
+        run_once(setting, made, rung, _burst(setting, 8), [])
 
 
 def capacity(setting: Setting, made: Engine) -> float:
     """Requests per second of a closed burst of four full batches: Orca's, or that of the last rung."""
     rung = next((r for r in setting.rungs if r.policy.name == "orca"), setting.rungs[-1])
     n = 4 * setting.max_bs
-    return n / statistics.median(_serve(setting, made, rung, _burst(setting, n), []).end_s for _ in range(2))
+    return n / statistics.median(run_once(setting, made, rung, _burst(setting, n), []).end_s for _ in range(2))
 
 
 def timeline(setting: Setting, made: Engine, rung: Rung, rate: float) -> dict[str, Any]:
     """The first requests of a run, as a trace that Perfetto opens."""
     drawn = Timeline()
     n = min(setting.requests, 3 * setting.max_bs)
-    _serve(setting, made, rung, _workload(setting, arrivals(setting.arrivals, rate), n, 0), [drawn])
+    run_once(setting, made, rung, traffic(setting, arrivals(setting.arrivals, rate), n, 0), [drawn])
     return drawn.to_json()
 
 
@@ -147,15 +147,15 @@ def resident_bytes() -> int | None:
 
 
 def _burst(setting: Setting, n: int) -> Workload:
-    return _workload(setting, At(times_s=(0.0,) * n), n, 0)
+    return traffic(setting, At(times_s=(0.0,) * n), n, 0)
 
 
-def _workload(setting: Setting, when: Arrivals, n: int, seed: int) -> Workload:
+def traffic(setting: Setting, when: Arrivals, n: int, seed: int) -> Workload:
     trace = setting.trace
     return Workload(n=n, arrivals=when, prompt=trace.prompt, output=trace.output, seed=seed)
 
 
-def _serve(setting: Setting, made: Engine, rung: Rung, workload: Workload, observers: Iterable[Observer]) -> Served:
+def run_once(setting: Setting, made: Engine, rung: Rung, workload: Workload, observers: Iterable[Observer]) -> Served:
     scheduler = Scheduler(
         max_bs=setting.max_bs,
         n_slots=setting.n_slots,
@@ -168,7 +168,7 @@ def _serve(setting: Setting, made: Engine, rung: Rung, workload: Workload, obser
     return serve(workload.requests(), scheduler, made, prompt, observers=list(observers))
 
 
-class _Seen:
+class Seen:
     """An `Observer` of what `Metrics` does not look at."""
 
     def __init__(self, made: Engine):
