@@ -26,7 +26,12 @@ COMMANDS = {
     "published": ("benchmarks.published", "the model beside published numbers, with errors and pictures"),
     "comparisons": ("benchmarks.comparisons", "serial against parallel blocks, kinds of attention over context"),
     "quantisation": ("benchmarks.quantisation", "the error of int8 weights and cache, by layer, on logits and on text"),
+    "simulate": ("benchmarks.simulate", "what load a slice carries: Orca's scheduler over analytic iteration times"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
+    "serve-bench": (
+        "benchmarks.serve_bench",
+        "requests served: request-level batching, Orca and chunked prompts on one engine, the same traces",
+    ),
 }
 
 

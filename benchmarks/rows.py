@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,28 @@ class DamagedResults(InputError):
     """A results file that holds something else than rows."""
 
 
+def of_a_point(row: Row) -> None:
+    """Refuses what has no point, or no source."""
+    Point.from_json(row["point"])
+    if not isinstance(row["source"], str):
+        raise TypeError
+
+
 class Rows:
     """A file of rows that grows.
 
     Args:
         path: the `.jsonl` file; made on the first `add`.
+        check: see `read`.
 
     Raises:
         DamagedResults: a line that is no row. A last line without its newline is what an interrupted run leaves; it is
             dropped.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, check: Callable[[Row], object] = of_a_point):
         self.path = path
-        self.rows = list(read(path)) if path.exists() else []
+        self.rows = list(read(path, check)) if path.exists() else []
 
     def add(self, row: Row) -> None:
         """Appends a row, on disk when this returns."""
@@ -57,8 +65,12 @@ class Rows:
         return next((r for r in self.rows if r["point"] == key and r["source"] == source and "error" not in r), None)
 
 
-def read(path: Path) -> Iterator[Row]:
+def read(path: Path, check: Callable[[Row], object] = of_a_point) -> Iterator[Row]:
     """The rows of a file.
+
+    Args:
+        path: of the file.
+        check: raises ValueError, KeyError or TypeError of what is no row.
 
     Raises:
         DamagedResults: names the file and the line.
@@ -67,9 +79,7 @@ def read(path: Path) -> Iterator[Row]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-            Point.from_json(row["point"])
-            if not isinstance(row["source"], str):
-                raise TypeError
+            check(row)
         except (ValueError, KeyError, TypeError):
             raise DamagedResults(
                 f"{path}, line {number} is not a result row; mend or move the file, nothing was changed in it"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.chip_file import calibrated, fits_here, name_of
 from benchmarks.cli import InputError
-from benchmarks.rows import Row, Rows, changes, commit, environment
+from benchmarks.rows import Row, Rows, changes, commit, environment, of_a_point
 from partitioning.chips import Chip
 from partitioning.point import Point
 
@@ -30,20 +30,7 @@ class Run:
         self.folder = folder = options.out.resolve()
         left_out = ("out", "json", "points", "text", "resume")
         settings: dict[str, Any] = {k: str(v) for k, v in vars(options).items() if k not in left_out}
-        settings |= {"points": points, "text": _digest(corpus), "commit": commit(), "changes": _digest(changes())}
-        marker, done = folder / "settings.json", folder / "finished"
-        try:
-            if speaks and folder.exists() and (done.exists() or _load(marker) != settings):
-                Rows(folder / "rows.jsonl")  # damaged results are never moved away unseen
-                _put_aside(folder)
-                (folder / "chip.toml").unlink(missing_ok=True)
-            if speaks:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "argv.json").write_text(json.dumps(_without(argv, "--out", "--json", "--resume")))
-                marker.write_text(json.dumps(settings, indent=1))
-            self.rows = Rows(folder / "rows.jsonl") if speaks else None
-        except OSError as error:
-            raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+        self.rows = begin(folder, settings | {"points": points, "text": _digest(corpus)}, argv) if speaks else None
         self.environment = environment(options.seed)
         if options.json and self.rows:
             for row in self.rows.rows:
@@ -64,6 +51,40 @@ class Run:
     def finish(self) -> None:
         """Marks the run as finished: the next one starts afresh."""
         (self.options.out / "finished").touch()
+
+
+def begin(
+    folder: Path, settings: Row, argv: Sequence[str], check: Callable[[Row], object] = of_a_point, *others: str
+) -> Rows:
+    """Makes a folder ready: a run that was left there with the same settings goes on, another one is put aside.
+
+    Args:
+        folder: of the run.
+        settings: what the rows depend on, besides the code.
+        argv: the options, for `unfinished`.
+        check: of a row, see `benchmarks.rows.read`.
+        others: files that the run keeps beside the rows, to be forgotten with them.
+
+    Returns:
+        The rows that are there already.
+
+    Raises:
+        InputError: damaged rows, or a folder that cannot be written.
+    """
+    settings = settings | {"commit": commit(), "changes": _digest(changes())}
+    marker = folder / "settings.json"
+    try:
+        if folder.exists() and ((folder / "finished").exists() or _load(marker) != settings):
+            Rows(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
+            _put_aside(folder)
+            for name in ("chip.toml", *others):
+                (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
+        marker.write_text(json.dumps(settings, indent=1))
+        return Rows(folder / "rows.jsonl", check)
+    except OSError as error:
+        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def _without(argv: list[str], *names: str) -> list[str]:

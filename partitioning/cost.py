@@ -49,6 +49,16 @@ CONVERSION_FLOPS = 64
 """[derived] what the matrix units could do while the vector unit turns one int8 number into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
 Constants = Mapping[str, float]
+PARTS = {
+    "body_s": "of one layer: matmuls and vector work",
+    "attention_s": "of one layer: attention's multiply-adds",
+    "converted_s": "of one layer: an int8 cache's conversion",
+    "cache_s": "of one layer: reading the cache",
+    "hidden_s": "of one layer: weights gathered under the matmuls",
+    "open_s": "of one layer: collectives that nothing hides",
+    "head_compute_s": "unembedding: multiply-adds",
+    "head_memory_s": "unembedding: its table read, and embedding's rows",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +172,8 @@ class Cost:
     collectives: tuple[tuple[Entry | Moved, Any, Any], ...]
     n_layers: Any
     terms: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Seconds before they are joined, for passes that are not uniform: `PARTS`; not of a calibrated chip."""
 
     def at(self, row: int, point: Point) -> Estimate:
         """One of them."""
@@ -272,7 +284,8 @@ def price(
     cache_bytes = cached * n.cached_bytes(stored)
     # the vector unit turns int8 into bf16 beside the matrix units
     converted_s = np.where(n.int8_cache, cached * stored * (n.first + n.length) * CONVERSION_FLOPS / peak, 0)
-    attention_s = np.maximum(attention_flops / (flops_rate * ATTENTION_SHARE), converted_s)
+    products_s = attention_flops / (flops_rate * ATTENTION_SHARE)
+    attention_s = np.maximum(products_s, converted_s)
     cache_s = cache_bytes * (n.first + n.length) / hbm_rate
     compute, memory = compute + attention_s, memory + cache_s
     attention = np.maximum(attention_s, cache_s)
@@ -313,6 +326,16 @@ def price(
         hbm_bytes=chip_.hbm_bytes,
         collectives=_listed(plan, c, size, element) if detail else (),
         n_layers=n.n_layers,
+        parts={
+            "body_s": matmul + vector,
+            "attention_s": products_s,
+            "converted_s": converted_s,
+            "cache_s": cache_s,
+            "hidden_s": taken_s["hidden"],
+            "open_s": taken_s["exposed"] + left,
+            "head_compute_s": head_compute,
+            "head_memory_s": head_memory,
+        },
     )
 
 

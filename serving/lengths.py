@@ -17,6 +17,11 @@ class Lengths(Protocol):
         """[n] lengths, each at least 1."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """No length is longer."""
+        ...
+
     def scaled(self, factor: float) -> "Lengths":
         """The same shape, `factor` times as long, for a smaller model; no length falls below 1."""
         ...
@@ -44,6 +49,10 @@ class Uniform:
     def draw(self, generator: np.random.Generator, n: int) -> Ints:
         return generator.integers(self.low, self.high + 1, n)
 
+    @property
+    def longest(self) -> int:
+        return self.high
+
     def scaled(self, factor: float) -> "Uniform":
         return Uniform(low=_tokens(self.low, factor), high=_tokens(self.high, factor))
 
@@ -64,6 +73,10 @@ class Fixed:
 
     def draw(self, generator: np.random.Generator, n: int) -> Ints:
         return np.full(n, self.tokens, np.int64)
+
+    @property
+    def longest(self) -> int:
+        return self.tokens
 
     def scaled(self, factor: float) -> "Fixed":
         return Fixed(tokens=_tokens(self.tokens, factor))
@@ -109,8 +122,49 @@ class Quantiles:
     def draw(self, generator: np.random.Generator, n: int) -> Ints:
         return np.maximum(1, np.rint(self.at(generator.random(n)))).astype(np.int64)
 
+    @property
+    def longest(self) -> int:
+        return max(1, round(float(self.at(np.ones(1))[0])))
+
     def scaled(self, factor: float) -> "Quantiles":
         return Quantiles(shares=self.shares, tokens=tuple(value * factor for value in self.tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """Mostly one, now and then the other.
+
+    Args:
+        often, seldom: the two.
+        share: of the requests that take `seldom`.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+
+    Example:
+        >>> mixed = Mixed(often=Fixed(tokens=8), seldom=Fixed(tokens=400), share=0.1)
+        >>> mixed.draw(np.random.default_rng(0), 8).tolist(), mixed.longest
+        ([8, 8, 400, 400, 8, 8, 8, 8], 400)
+    """
+
+    often: Lengths
+    seldom: Lengths
+    share: float
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share={self.share} must be 0 to 1")
+
+    def draw(self, generator: np.random.Generator, n: int) -> Ints:
+        is_seldom = generator.random(n) < self.share
+        return np.where(is_seldom, self.seldom.draw(generator, n), self.often.draw(generator, n))
+
+    @property
+    def longest(self) -> int:
+        return max(self.often.longest, self.seldom.longest)
+
+    def scaled(self, factor: float) -> "Mixed":
+        return Mixed(often=self.often.scaled(factor), seldom=self.seldom.scaled(factor), share=self.share)
 
 
 def _tokens(tokens: int, factor: float) -> int:

@@ -66,7 +66,8 @@ class WholePrompts:
         work = [Work(request.id, request.cached, 1, 1, True, False) for request in ready[:max_bs]]
         del ready[:max_bs]
         while len(work) < max_bs and (new := admit()) is not None:
-            work.append(Work(new.id, 0, new.prompt, new.prompt, True, False))
+            length = new.prompt - new.cached
+            work.append(Work(new.id, new.cached, length, length, True, False))
         return work
 
     def settle(self, members: list[Request]) -> list[Request]:

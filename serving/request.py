@@ -54,7 +54,8 @@ class Request:
     slots: int = field(default=0, init=False)
     """Slots that it reserves from its first iteration until its row is given back."""
     cached: int = field(default=0, init=False)
-    """Tokens whose K and V its cache holds, those of an iteration in flight included."""
+    """Tokens whose K and V its cache holds, those of an iteration in flight included. Not 0 before its first iteration
+    where they came from elsewhere (`serving.handover`)."""
     scheduled_s: float | None = field(default=None, init=False)
     token_s: list[float] = field(default_factory=list, init=False)
     finished_s: float | None = field(default=None, init=False)

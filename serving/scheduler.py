@@ -222,6 +222,7 @@ class Scheduler:
         request = queue.popleft()
         self._n_waiting -= 1
         self._reserved += request.slots
+        self._used += request.cached
         return request
 
     def _release(self, requests: list[Request]) -> None:

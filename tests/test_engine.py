@@ -11,10 +11,10 @@ import pytest
 
 from models import mixed
 from models.mixed import Form
-from models.quantise import quantise
+from models.quantise import dequantise, quantise
 from models.reference import init, logits
 from models.sampling import Sampler
-from models.weights import pack
+from models.weights import pack, unpack
 from partitioning.dataflow import Pass, plan
 from partitioning.evidence import compare
 from partitioning.hlo import copies, read
@@ -32,7 +32,7 @@ from tests import battery
 
 LONGEST, MAX_BS, N_SLOTS = 30, 4, 90
 NEAR_TIE = 1e-5  # of the largest logit: what float32 may differ by
-CONFIG = battery.model("parallel", 1)
+CONFIG = dataclasses.replace(battery.model("parallel", 1), n_layers=6)  # 1, 2 or 3 stages of equal length
 
 
 @functools.lru_cache(maxsize=8)
@@ -141,6 +141,7 @@ CASES = [
     ("ws2d+lean", "batch-y", (1, 2, 4), 1, "request-level-early", 1, "pages"),
     ("auto", "batch", (2, 2, 2), 1, "orca", 1, "rows"),
     ("wgxy", "heads", (2, 2, 2), 1, "orca", 1, "rows"),
+    ("ws2d", "heads", (2, 1, 2), 2, "orca", 2, "pages"),
     ("ws2d", "batch", (1, 2, 1), 3, "orca", 3, "rows"),
     ("wgx+ring", "heads", (2, 1, 1), 3, "shortest-prompt", 3, "pages"),
     ("ws1d", "heads", (1, 2, 1), 3, "chunked-8", 3, "rows"),
@@ -171,7 +172,20 @@ def test_int8_weights():
     config = CONFIG
     made = engine(stages("ws2d", "heads", (2, 2, 2), int8=True), int8=True)
     of = trace(5)
-    check_alone(run(made, of)[0], of, seen=battery.rounded(config)[0])
+    seen = unpack(config, dequantise(quantise(pack(config, weights(config)), np.float64)))
+    check_alone(run(made, of)[0], of, seen=seen)
+
+
+def test_stages_with_layouts_of_their_own():
+    one, two = stages("ws2d", "heads", (2, 1, 2), 2), stages("ws1d+lean", "heads", (2, 1, 2), 2)
+    of = trace(6)
+    check_alone(run(engine([one[0], two[1]], workers=2), of, workers=2)[0], of)
+
+
+def test_stages_that_do_not_fit():
+    one, two = stages("ws2d", "heads", (2, 1, 2), 2), stages("ws2d", "batch", (2, 1, 2), 2)
+    with pytest.raises(ValueError, match=r"stages split attention over \[1, 4\] parts; they must agree"):
+        engine([one[0], two[1]])
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +228,18 @@ def test_a_stop_id_ends_a_request(small):
         assert list(stopped[i]) == list(ids[: ends[0]])
 
 
-def test_cancelling_leaves_others_alone(small):
-    of = trace(4)
-    whole, _ = run(small, of)
-    left, _ = run(small, of, cancelled=[(2.5, 0), (4.5, 3), (6.5, 5), (6.5, 11)])
-    assert 0 < len(left) < len(whole)
-    assert all(list(left[i]) == list(whole[i]) for i in left)
+@pytest.mark.parametrize("rule", ["orca", "request-level", "chunked-8"])
+def test_cancelling_leaves_others_alone(rule):
+    """Two batches in flight: some are cancelled while they run, some while they wait."""
+    made, of = engine(stages("ws1d", "heads", (1, 2, 1)), workers=2, singles=(4,)), trace(4)
+    whole, _ = run(made, of, rule, 2)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        leaving = sorted((float(rng.uniform(0, 15)), int(i)) for i in rng.permutation(len(of))[:5])
+        left, _ = run(made, of, rule, 2, cancelled=leaving)
+        assert len(left) < len(whole)
+        assert all(list(left[i]) == list(whole[i]) for i in left)
+        assert set(range(len(of))) - set(left) <= {i for _, i in leaving}
 
 
 def test_virtual_time_repeats(small):
@@ -286,6 +306,29 @@ def test_planned_is_compiled(name, attention, kv_heads):
     found = read(text, dict(zip(AXES, shape, strict=True)), unknown_trips=1)
     matched = compare(plan(stage.layout, config, pass_, shape), found)
     assert all(m.verdict == "as planned" for m in matched), matched
+
+
+@pytest.mark.parametrize("attention", ["heads", "batch"])
+def test_compiled_for_tpus(attention):
+    """Four layers of 540B on 64 described TPUs: no collective that is not planned, no copy of the pages."""
+    pytest.importorskip("libtpu", reason="needs libtpu to compile for TPUs")
+    from models.cache import abstract_cache
+    from models.presets import model
+    from partitioning.mesh import Slice
+    from partitioning.targets import target
+
+    config, shape = model("palm-540b-h64-4l"), (4, 4, 4)
+    mesh, made = target(Slice.parse("v4:4x4x4"), shape), layout("ws2d", attention, shape, 1)
+    stage = Stage(config=config, layout=made, mesh=mesh, itemsize=2)
+    form = Form(parts=stage.parts, singles=64 // stage.parts, pieces=64 // stage.parts, length=64, pages=16, page=128)
+    pool = abstract_cache(config, 256, form.page, made, mesh, stage.dtype)
+    text = stage.compile(form, pool).as_text() or ""
+    shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]
+    assert not [c for c in copies(text, 2 * math.prod(shard), unknown_trips=1) if [d for d in c.dims if d > 1] == shard]
+    sizes = (stage.parts * form.tokens, stage.parts * form.segments)
+    pass_ = Pass(batch=256, length=1, capacity=form.page, itemsize=2, weight_itemsize=2, mixed=sizes)
+    found = read(text, dict(zip(AXES, shape, strict=True)), unknown_trips=1, partial_axes=True)
+    assert all(m.explained for m in compare(plan(made, config, pass_, shape), found))
 
 
 def works(*lengths, starts=None):

@@ -1,0 +1,281 @@
+"""The ladder from request-level batching to Orca, on one engine with one memory, on the same traces.
+
+    toruslab serve-bench
+    toruslab serve-bench --trace fixed:32:16 --scale 1
+    toruslab serve-bench --trace long-mix --policies orca,chunked-64 --timeline
+    toruslab serve-bench --stages 2 --policies request-level-early,orca@1,orca
+    toruslab serve-bench --requests 10000 --seeds 1 --policies orca --rates 30
+
+Every rung (policy@batches in flight), rate and seed is a row of OUT/rows.jsonl, written when it is done; table and
+pictures come beside them at the end. A run that was interrupted continues where it stopped when it is started again
+with the same options; a finished one starts afresh. The weights are random: outputs are as long as the trace says.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks import processes, serve_ladder
+from benchmarks.cli import InputError, Parser, guarded
+from benchmarks.rows import Row, Rows, environment
+from benchmarks.run_folder import begin, unfinished
+from benchmarks.serve_ladder import Rung, Setting
+from partitioning.point import WEIGHTS
+from serving.policies import POLICIES
+from serving.reservation import RESERVATIONS
+from serving.traces import TRACES
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
+
+QUICK = {"model": "toy-s", "requests": 32, "seeds": 1, "max_bs": 8, "policies": "request-level-early,orca"}
+"""What `--quick` takes for options that were left alone."""
+RATES, TIMELINES = "rates.json", "timeline"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = Parser(prog="toruslab serve-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages (default: %(default)s)")
+    p.add_argument("--stages", type=int, default=1, help="of the pipeline: equal layers, equal chips (default: 1)")
+    p.add_argument("--mesh", help="extents of one stage's mesh (default: the slice's, one extent of it cut)")
+    p.add_argument("--layout", default="ws1d+lean", help="of every stage (default: %(default)s)")
+    p.add_argument("--attention", default="heads", help="default: %(default)s")
+    p.add_argument("--weights", default="f32", help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
+    p.add_argument(
+        "--policies",
+        metavar="RUNG,...",
+        help=f"rungs, POLICY or POLICY@N with N batches in flight (default N: the stages);\n{', '.join(POLICIES)},\n"
+        "chunked-N (default: all but shortest-prompt-early, request-level-early with one more in flight,\n"
+        "and chunked-N with N twice --max-bs)",
+    )
+    p.add_argument("--reservation", default="own", help=f"{', '.join(RESERVATIONS)} (default: %(default)s)")
+    p.add_argument("--held", default="rows", help="rows or pages of the KV cache (default: %(default)s)")
+    p.add_argument("--max-bs", type=int, default=16, help="requests in a batch (default: %(default)s)")
+    p.add_argument("--slots", type=int, help="of the KV cache (default: --max-bs of the longest request)")
+    p.add_argument("--trace", default="orca", help=f"{', '.join(TRACES)}, or fixed:P:O (default: %(default)s)")
+    p.add_argument(
+        "--scale",
+        default="1/8:1/4",
+        metavar="FACTOR",
+        help="of the trace's lengths, or PROMPT:OUTPUT (default: %(default)s, for the small default model:\n"
+        "prompts cost it about as much, beside decoding, as they cost the paper's 175B)",
+    )
+    p.add_argument("--arrivals", default="poisson", help="poisson or gamma:CV (default: %(default)s)")
+    p.add_argument(
+        "--rates",
+        metavar="R,...",
+        help="requests per second (default: around the capacity that a closed burst measures first)",
+    )
+    p.add_argument("--requests", type=int, default=64, help="of each run (default: %(default)s)")
+    p.add_argument("--seeds", type=int, default=3, help="so many traces, the same for all rungs (default: %(default)s)")
+    p.add_argument(
+        "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the arrivals, left out (default: %(default)s)"
+    )
+    p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that 90%% of requests must meet: adds goodput")
+    p.add_argument("--quick", action="store_true", help="two rungs of a smaller model, one seed: under a minute")
+    p.add_argument("--timeline", action="store_true", help="also a trace of each rung that ui.perfetto.dev opens")
+    p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
+    p.add_argument("--out", type=Path, default=Path("results/serve"), help="folder (default: %(default)s)")
+    p.add_argument("--json", action="store_true", help="rows on standard output instead of a table")
+    return p
+
+
+def options_of(argv: Sequence[str]) -> argparse.Namespace:
+    """The options; `--quick` fills in those that were left alone."""
+    options, defaults = parser().parse_args(argv), parser().parse_args([])
+    if options.quick:
+        for name, value in QUICK.items():
+            if getattr(options, name) == getattr(defaults, name):
+                setattr(options, name, value)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1 when a run failed."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    options = options_of(argv)
+    if options.resume:
+        argv = unfinished(options.out)
+        options = options_of([*argv, "--out", str(options.out), *(["--json"] if options.json else [])])
+    try:
+        setting = serve_ladder.read(options)
+        asked = serve_ladder.rates(options.rates) if options.rates else None
+        processes.join(processes.platform_of(setting.slice, None), setting.slice.n_chips, 1)
+        _attached(setting)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+    ladder = Ladder(options, argv, setting, asked)
+    failed = ladder.climb()
+    if not options.json:
+        ladder.report()
+    if not failed:
+        (ladder.folder / "finished").touch()
+    for row in failed:
+        print(
+            f"failed: {row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: {row['error']}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _attached(setting: Setting) -> None:
+    """Refuses a slice that is not here."""
+    from partitioning.mesh import attach
+
+    try:
+        attach((setting.slice.n_chips, 1, 1), chip=setting.slice.chip)
+    except RuntimeError as error:
+        raise ValueError(f"slice={setting.slice}: {str(error).splitlines()[0]}") from None
+
+
+def of_a_run(row: Row) -> None:
+    """Refuses what is no row of this command."""
+    if not isinstance(row["rung"], str) or not isinstance(row["serving"], dict):
+        raise TypeError
+    for field in ("rate_per_s", "seed"):
+        float(row[field])
+
+
+class Ladder:
+    """All runs, those that an interrupted command has left included.
+
+    Args:
+        options, argv: of the command.
+        setting: read from them.
+        asked: the rates, if they were given.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, argv: Sequence[str], setting: Setting, asked: tuple[float, ...] | None
+    ):
+        self.setting, self.folder, self._json = setting, options.out.resolve(), options.json
+        self._asked, self._timeline = asked, options.timeline
+        settings = setting.to_json() | {"rungs": [rung.name for rung in setting.rungs], "rates": asked}
+        # as JSON has it: what is read back from the folder must be equal
+        self.rows: Rows = begin(self.folder, json.loads(json.dumps(settings)), argv, of_a_run, RATES)
+        self.environment = environment(0)
+        if self._json:
+            for row in self.rows.rows:
+                print(json.dumps(row), flush=True)
+
+    def climb(self) -> list[Row]:
+        """Makes the runs that are missing; answers those that failed."""
+        setting = self.setting
+        done = {_key(row) for row in self.rows.rows if "error" not in row}
+        todo = self._rates is None or any(_of(*run) not in done for run in serve_ladder.runs(setting, self._rates))
+        if not todo and not self._missing():
+            return []
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        console = Console(stderr=True)
+        failed: list[Row] = []
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
+            made = self._engine(bar)
+            rates = self._rates_of(made)
+            runs = list(serve_ladder.runs(setting, rates))
+            task = bar.add_task("runs", total=len(runs))
+            for rung, rate, seed in runs:
+                bar.update(task, description=f"{rung.name}, {rate:g}/s, seed {seed}")
+                if _of(rung, rate, seed) not in done:
+                    row = self._run(made, rung, rate, seed)
+                    failed += [row] if "error" in row else []
+                bar.advance(task)
+            for rung in self._missing():
+                from benchmarks.serve_runs import timeline
+
+                bar.update(task, description=f"timeline of {rung.name}")
+                drawn = timeline(setting, made, rung, rates[len(rates) // 2])
+                self._drawn(rung).parent.mkdir(exist_ok=True)
+                self._drawn(rung).write_text(json.dumps(drawn))
+        return failed
+
+    def report(self) -> None:
+        """Prints the table, writes it and the pictures."""
+        from benchmarks.serve_figures import show, write
+
+        traces = {r.name: json.loads(self._drawn(r).read_text()) for r in self.setting.rungs if self._drawn(r).exists()}
+        show(self.rows.rows, Console(width=None if sys.stdout.isatty() else 140))
+        for path in write(self.rows.rows, traces, self.folder):
+            print(path)
+
+    def _engine(self, bar: Progress) -> "Engine":
+        from benchmarks.serve_runs import engine, warm
+
+        task = bar.add_task("compiling", total=None)
+        try:
+            made = engine(self.setting, lambda done, of: bar.update(task, completed=done, total=of))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        bar.update(task, description="warming up")
+        warm(self.setting, made)
+        bar.remove_task(task)
+        return made
+
+    def _rates_of(self, made: "Engine") -> tuple[float, ...]:
+        from benchmarks.serve_runs import capacity
+
+        found = self._rates
+        if found is None:
+            measured = capacity(self.setting, made)
+            found = serve_ladder.rates_around(measured)
+            (self.folder / RATES).write_text(json.dumps({"capacity_per_s": measured, "rates_per_s": found}))
+        return found
+
+    @property
+    def _rates(self) -> tuple[float, ...] | None:
+        """Those that were asked for, or that the run began with."""
+        kept = self.folder / RATES
+        return self._asked or (tuple(json.loads(kept.read_text())["rates_per_s"]) if kept.exists() else None)
+
+    def _run(self, made: "Engine", rung: Rung, rate: float, seed: int) -> Row:
+        from benchmarks.serve_runs import Invalid, measure
+
+        numbers: dict[str, Any]
+        try:
+            numbers = measure(self.setting, made, rung, rate, seed)
+        except Invalid as error:
+            numbers = {"error": str(error), **error.numbers}
+        except Exception as error:  # a run that fails is a row with its error; the others go on
+            said = str(error).splitlines()[0] if str(error) else ""
+            numbers = {"error": f"{type(error).__name__}: {said}"}
+        row = {
+            "serving": self.setting.to_json(),
+            "source": "measured",
+            "rung": rung.name,
+            "request_level": rung.is_request_level,
+            "n_workers": rung.n_workers,
+            "rate_per_s": rate,
+            "seed": seed,
+            **numbers,
+            "environment": self.environment,
+        }
+        self.rows.add(row)
+        if self._json:
+            print(json.dumps(row), flush=True)
+        return row
+
+    def _drawn(self, rung: Rung) -> Path:
+        return self.folder / TIMELINES / f"{rung.name}.json"
+
+    def _missing(self) -> list[Rung]:
+        """Rungs whose timeline is wanted and not there."""
+        return [rung for rung in self.setting.rungs if self._timeline and not self._drawn(rung).exists()]
+
+
+def _key(row: Row) -> tuple[str, float, int]:
+    return row["rung"], row["rate_per_s"], row["seed"]
+
+
+def _of(rung: Rung, rate: float, seed: int) -> tuple[str, float, int]:
+    return rung.name, rate, seed
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,340 @@
+"""What `toruslab simulate` is asked for: its options, and the scenarios and traces that they spell."""
+
+import argparse
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cli import InputError, Parser
+from benchmarks.lines import read_lines
+from partitioning.chips import FITTED, chip
+from partitioning.cost import constants_of
+from partitioning.mesh import Slice
+from partitioning.point import CACHES, WEIGHTS
+from serving import lengths
+from serving.arrivals import Arrivals, Gamma, Poisson
+from serving.metrics import Limits
+from serving.policies import POLICIES, Policy, policy
+from serving.pricing import Pipeline, Pricing
+from serving.reservation import RESERVATIONS, reservation
+from serving.scenario import Scenario, Server
+from serving.simulator import StageTimes
+from serving.stage_table import StageTable
+from serving.workload import Workload
+
+TRACES = {
+    "orca": (lengths.ORCA_PROMPT, lengths.ORCA_OUTPUT),
+    "azure-conversation": (lengths.AZURE_CONVERSATION_PROMPT, lengths.AZURE_CONVERSATION_OUTPUT),
+    "azure-code": (lengths.AZURE_CODE_PROMPT, lengths.AZURE_CODE_OUTPUT),
+}
+FIGURES = ("orca-10b",)
+LOADS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of the peak that are run where no rates are given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One of the scenarios of a sweep; `fields` are those of its rows."""
+
+    fields: Mapping[str, Any]
+    scenario: Scenario
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options."""
+    p = Parser(prog="toruslab simulate", description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", default="llama-3-70b", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--slices", "--slice", default="v5e:4x4", help="of one stage, CHIP:DIMS,... (default: %(default)s)")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--stages", type=int, default=1, help="of the pipeline (default: %(default)s)")
+    p.add_argument("--layouts", "--layout", default="ws2d", help="one or more (default: %(default)s)")
+    p.add_argument("--attention", default="batch", help="heads, batch, batch-x... (default: %(default)s)")
+    p.add_argument("--weights", default="bf16", help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
+    p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
+    names = f"{', '.join(POLICIES)}, chunked-N"
+    p.add_argument("--policies", "--policy", default="orca", help=f"one or more of {names} (default: %(default)s)")
+    p.add_argument("--reservation", default="own", help=f"{', '.join(RESERVATIONS)} (default: %(default)s)")
+    p.add_argument("--max-bs", type=int, default=32, help="requests in a batch (default: %(default)s)")
+    p.add_argument("--slots", type=int, help="tokens of the KV cache (default: what fits beside weights)")
+    p.add_argument("--in-flight", type=int, help="batches in the pipeline (default: one for each stage)")
+    p.add_argument("--host-us", type=float, default=0.0, help="host's microseconds for a batch (default: %(default)s)")
+    p.add_argument("--disaggregate", metavar="SLICE", help="prompts run on a slice of their own; K and V are sent")
+    p.add_argument("--prefill-layout", help="there (default: the other's)")
+    p.add_argument("--prefill-attention", help="there (default: the other's)")
+    p.add_argument("--prefill-max-bs", type=int, default=4, help="there (default: %(default)s)")
+    p.add_argument("--constants", help=f"JSON object; of the chip's {', '.join(FITTED)} those to change")
+    p.add_argument("--stage-times", metavar="FILE", help="measured seconds, one JSON row a line, in place of the model")
+    p.add_argument("--trace", default="orca", help=f"lengths: {', '.join(TRACES)} (default: %(default)s)")
+    p.add_argument("--prompt", help="tokens, N or LOW..HIGH, in place of the trace's")
+    p.add_argument("--output", help="tokens, N or LOW..HIGH, in place of the trace's")
+    p.add_argument("--max-output", type=int, help="what every request declares (default: what it will produce)")
+    p.add_argument("--arrivals", default="poisson", help="poisson, or gamma-CV (default: %(default)s)")
+    p.add_argument("--rates", "--rate", help="requests per second (default: shares of the peak, 0.25 to 0.9)")
+    p.add_argument("--requests", type=int, default=1000, help="of each run (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--warm-up", type=float, default=0.2, help="share of the arrivals left out (default: %(default)s)")
+    p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that a request's first token, and further ones, take")
+    p.add_argument("--capacity", action="store_true", help="the highest rate at which 90%% keep within --limits")
+    p.add_argument("--figure", choices=FIGURES, help="instead: Orca's Figure 10(b), beside the paper's points")
+    p.add_argument("--timeline", type=Path, metavar="FILE", help="of a single run, for ui.perfetto.dev")
+    p.add_argument("--out", type=Path, help="folder for rows and pictures")
+    p.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
+    return p
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuses options that make no sense by themselves.
+
+    Raises:
+        InputError: field, value and rule.
+    """
+    for field, least in (("requests", 1), ("seed", 0), ("max_bs", 1), ("prefill_max_bs", 1), ("slots", 1)):
+        value = getattr(options, field)
+        if value is not None and value < least:
+            raise InputError(f"{field}={value} must be at least {least}")
+    if options.in_flight is not None and options.in_flight < 1:
+        raise InputError(f"in_flight={options.in_flight} must be at least 1")
+    if not 0 <= options.warm_up < 1:
+        raise InputError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
+    if not 0 <= options.host_us < math.inf:
+        raise InputError(f"host_us={options.host_us} must be a number that is not negative")
+    if options.capacity and not options.limits:
+        raise InputError("capacity needs --limits TTFT:TPOT")
+    if options.capacity and options.rates:
+        raise InputError(f"rates={options.rates!r} stands beside --capacity, which looks for the rate; give one")
+    if options.out is not None and options.out.exists() and not options.out.is_dir():
+        raise InputError(f"out={str(options.out)!r} is a file, not a folder")
+    for field in ("prefill_layout", "prefill_attention"):
+        if getattr(options, field) and not options.disaggregate:
+            raise InputError(f"{field}={getattr(options, field)!r} needs --disaggregate SLICE")
+    if options.stage_times and options.disaggregate:
+        raise InputError("stage_times are of one pipeline, and disaggregate asks for two; give one of them")
+    if options.stage_times and options.slots is None:
+        raise InputError("stage_times need --slots: without the model it is not known how many fit")
+
+
+def listed(field: str, text: str) -> list[str]:
+    """The parts of a list with commas."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or len(set(parts)) < len(parts):
+        raise InputError(f"{field}={text!r} must name one or more, each once, with commas between them")
+    return parts
+
+
+def rates(options: argparse.Namespace) -> list[float] | None:
+    """Requests per second; None: to be chosen by the peak."""
+    if options.rates is None:
+        return None
+    try:
+        found = [float(part) for part in listed("rates", options.rates)]
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        found = [math.nan]
+    if any(not 0 < rate < math.inf for rate in found):
+        raise InputError(f"rates={options.rates!r} must be positive numbers, requests per second")
+    return sorted(found)
+
+
+def limits(options: argparse.Namespace) -> Limits | None:
+    """What the clients accept."""
+    if options.limits is None:
+        return None
+    try:
+        ttft_s, tpot_s = map(float, options.limits.split(":"))
+    except ValueError:
+        ttft_s = tpot_s = math.nan
+    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
+        raise InputError(f"limits={options.limits!r} must be TTFT:TPOT, two positive numbers of seconds, such as 2:0.1")
+    return Limits(ttft_s=ttft_s, tpot_s=tpot_s)
+
+
+def workload(options: argparse.Namespace, rate: float) -> Workload:
+    """The trace at a rate."""
+    prompt, output = _lengths(options)
+    arrivals: Arrivals
+    match = re.fullmatch(r"gamma-(\d+(?:\.\d+)?)", options.arrivals)
+    if options.arrivals != "poisson" and not match:
+        raise InputError(f"arrivals={options.arrivals!r} must be poisson, or gamma-CV such as gamma-2.5")
+    try:
+        arrivals = Gamma(rate=rate, cv=float(match[1])) if match else Poisson(rate=rate)
+        return Workload(
+            n=options.requests,
+            arrivals=arrivals,
+            prompt=prompt,
+            output=output,
+            max_output=options.max_output,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _lengths(options: argparse.Namespace) -> tuple[lengths.Lengths, lengths.Lengths]:
+    if options.trace not in TRACES:
+        raise InputError(f"trace={options.trace!r} must be one of {', '.join(TRACES)}")
+    prompt, output = TRACES[options.trace]
+    return _length("prompt", options.prompt) or prompt, _length("output", options.output) or output
+
+
+def _length(field: str, text: str | None) -> lengths.Lengths | None:
+    if text is None:
+        return None
+    low, dots, high = text.partition("..")
+    try:
+        if not dots:
+            return lengths.Fixed(tokens=int(low))
+        return lengths.Uniform(low=int(low), high=int(high))
+    except ValueError:
+        raise InputError(f"{field}={text!r} must be N or LOW..HIGH tokens, 1 <= LOW <= HIGH") from None
+
+
+def longest(lengths_: lengths.Lengths) -> int:
+    """The longest that a distribution gives."""
+    if isinstance(lengths_, lengths.Quantiles):
+        return math.ceil(float(lengths_.at(np.array([1.0]))[0]))
+    return lengths_.high if isinstance(lengths_, lengths.Uniform) else lengths_.tokens  # type: ignore[attr-defined]
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Every combination of slices, layouts and policies.
+
+    Raises:
+        InputError: what any of them refuses.
+    """
+    try:
+        return list(_cases(options))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    table = _table(options.stage_times)
+    chosen = [policy(name) for name in listed("policies", options.policies)]
+    slices, layouts = listed("slices", options.slices), listed("layouts", options.layouts)
+    prompt = longest(_lengths(options)[0])
+    for slice_, layout, chosen_policy in itertools.product(slices, layouts, chosen):
+        fields = {"model": options.model, "slice": slice_, "stages": options.stages, "layout": layout}
+        fields |= {"attention": options.attention, "weights": options.weights, "policy": chosen_policy.name}
+        if table:
+            n_chips = table.n_stages * Slice.parse(slice_).n_chips
+            server = _server(options, table, table.n_stages, n_chips, options.max_bs, options.slots, chosen_policy)
+            fields |= {"stages": table.n_stages, "source": "measured stage times"}
+            yield Case(fields=fields | _sizes(server), scenario=Scenario(server=server))
+            continue
+        pipeline = _pipeline(options, slice_, options.stages, layout, options.attention)
+        server = _priced(options, pipeline, options.max_bs, prompt, chosen_policy, options.slots)
+        fields |= {"source": "analytic stage times", **_sizes(server)}
+        if not options.disaggregate:
+            yield Case(fields=fields, scenario=Scenario(server=server))
+            continue
+        attention = options.prefill_attention or options.attention
+        first = _pipeline(options, options.disaggregate, 1, options.prefill_layout or layout, attention)
+        prefill = _priced(options, first, options.prefill_max_bs, prompt, policy("orca"), None)
+        links = [p.n_chips / p.stages * p.chip.link_bytes_per_s for p in (pipeline, first)]
+        yield Case(
+            fields=fields | {"prefill_slice": first.slice, "prefill_layout": first.layout},
+            scenario=Scenario(
+                server=server,
+                prefill=prefill,
+                kv_bytes=pipeline.kv_bytes,
+                kv_bytes_per_s=min(links),
+                kv_start_s=pipeline.chip.hop_s,
+            ),
+        )
+
+
+def _sizes(server: Server) -> dict[str, int]:
+    return {"chips": server.n_chips, "max_bs": server.max_bs, "slots": server.slots}
+
+
+def _pipeline(options: argparse.Namespace, slice_: str, stages: int, layout: str, attention: str) -> Pipeline:
+    return Pipeline(
+        model=options.model,
+        slice=slice_,
+        stages=stages,
+        layout=layout,
+        attention=attention,
+        weights=options.weights,
+        mesh=options.mesh,
+        cache=options.cache,
+    )
+
+
+def _priced(
+    options: argparse.Namespace, pipeline: Pipeline, max_bs: int, prompt: int, chosen: Policy, slots: int | None
+) -> Server:
+    most = min(max_bs * prompt, chosen.token_budget or max_bs * prompt)
+    fitting = pipeline.slots(most, max_bs)
+    if slots is not None and slots > fitting:
+        raise InputError(f"slots={slots} are more than the {fitting} that fit a chip of slice={pipeline.slice!r}")
+    changed = {**constants_of(chip(Slice.parse(pipeline.slice).chip)), **_constants(options.constants)}
+    times = Pricing(pipeline, changed)
+    return _server(options, times, pipeline.stages, pipeline.n_chips, max_bs, slots or fitting, chosen)
+
+
+def _server(
+    options: argparse.Namespace,
+    times: StageTimes,
+    n_stages: int,
+    n_chips: int,
+    max_bs: int,
+    slots: int,
+    chosen: Policy,
+) -> Server:
+    return Server(
+        times=times,
+        n_stages=n_stages,
+        n_chips=n_chips,
+        max_bs=max_bs,
+        slots=slots,
+        policy=chosen,
+        reservation=reservation(options.reservation),
+        in_flight=options.in_flight,
+        host_s=options.host_us * 1e-6,
+    )
+
+
+def _constants(text: str | None) -> dict[str, float]:
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found or not set(found) <= set(FITTED):
+        raise InputError(f"constants={text!r} must be a JSON object with any of {', '.join(FITTED)}")
+    for name, value in found.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (0 if name.endswith("_s") else 1e-3) <= value < math.inf:
+            raise InputError(f"constants: {name}={value!r} must be a positive number")
+    return found
+
+
+def _table(path: str | None) -> StageTable | None:
+    if path is None:
+        return None
+    lines: list[str] = []
+    for number, line in read_lines("stage_times", path):
+        if isinstance(line, ValueError):
+            raise InputError(f"stage_times={path!r}, line {number}: {line}")
+        lines.append(line)
+    try:
+        return StageTable.parse(lines)
+    except ValueError as error:
+        raise InputError(f"stage_times={path!r}: {error}") from None
+
+
+def columns(found: Sequence[Case]) -> list[str]:
+    """The fields in which the cases differ."""
+    fields = [k for k in found[0].fields if k not in ("chips", "slots")]
+    return [k for k in fields if len({c.fields.get(k) for c in found}) > 1]
