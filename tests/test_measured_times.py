@@ -34,7 +34,8 @@ def test_exact_on_its_own_terms():
 
 
 def test_a_form_that_was_never_met():
-    times = MeasuredTimes(PADDING, [(batch((0, 1)), 0.1), (batch((0, 30)), 0.4)])
+    samples = [(batch((0, 1)), 0.1), (batch((9, 1)), 0.1), (batch((0, 30)), 0.4), (batch((9, 30)), 0.4)]
+    times = MeasuredTimes(PADDING, samples)
     assert times(batch((0, 9)))[0] == pytest.approx(0.4)  # as the next larger
     assert times(batch(*[(0, 1)] * 4))[0] == pytest.approx(0.4)
     assert times(batch(*[(0, 1)] * 4, (0, 30)))[0] > 0.4
@@ -50,7 +51,7 @@ def test_forms_are_the_engines():
     random.seed(1)
     engine = object.__new__(Engine)
     engine.sizes = test_engine.Sizes(rows=40, n_slots=4000, longest=100, singles=(2, 4), pieces=(0, 2, 4), length=8)
-    engine.parts = 1
+    engine.parts, engine.stages = 1, ()
     for _ in range(50):
         of = batch(*((random.randrange(20), random.choice((1, 1, 12, 40))) for _ in range(random.randrange(1, 9))))
         passes = test_engine.told(engine, of.work)
