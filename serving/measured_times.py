@@ -89,8 +89,8 @@ class MeasuredTimes:
         return (passes_s + singles * self._single_s + pieces * self._piece_s,)
 
     def _of(self, form: Form) -> float:
-        """A form that was never met takes as long as the nearest larger one; where none is, in proportion to the one with
-        the most tokens, and not less than a smaller one."""
+        """A form that was never met takes as long as the nearest larger one; where none is, in proportion to the one
+        with the most tokens, and not less than a smaller one."""
         if form not in self._form_s:
             larger = [s for f, s in self._form_s.items() if f[0] >= form[0] and f[1] >= form[1]]
             tokens = {f: f[0] + f[1] * self.padding.length for f in self._form_s}
