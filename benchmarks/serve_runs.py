@@ -156,7 +156,14 @@ def traffic(setting: Setting, when: Arrivals, n: int, seed: int) -> Workload:
 
 
 def run_once(setting: Setting, made: Engine, rung: Rung, workload: Workload, observers: Iterable[Observer]) -> Served:
-    scheduler = Scheduler(
+    """Serves a trace to its end."""
+    prompt = functools.partial(prompt_ids, seed=workload.seed)
+    return serve(workload.requests(), scheduler(setting, rung), made, prompt, observers=list(observers))
+
+
+def scheduler(setting: Setting, rung: Rung) -> Scheduler:
+    """An empty one, of a rung."""
+    return Scheduler(
         max_bs=setting.max_bs,
         n_slots=setting.n_slots,
         n_workers=rung.n_workers,
@@ -164,8 +171,6 @@ def run_once(setting: Setting, made: Engine, rung: Rung, workload: Workload, obs
         reservation=setting.reservation,
         model_max=setting.trace.longest,
     )
-    prompt = functools.partial(prompt_ids, seed=workload.seed)
-    return serve(workload.requests(), scheduler, made, prompt, observers=list(observers))
 
 
 class Seen:

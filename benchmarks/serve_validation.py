@@ -26,7 +26,6 @@ from serving.batch import Batch
 from serving.measured_times import MeasuredTimes, Padding
 from serving.metrics import Metrics
 from serving.request import Request
-from serving.scheduler import Scheduler
 from serving.simulator import simulate
 from serving.traces import arrivals
 
@@ -185,7 +184,7 @@ def _row(
     setting: Setting, made: "Engine", rung: Rung, rate: float, share: float, seed: int, times, host_s: float
 ) -> dict:
     from benchmarks.serve_runs import Seen as Sustained
-    from benchmarks.serve_runs import run_once
+    from benchmarks.serve_runs import run_once, scheduler
 
     workload = _traffic(setting, rate, seed)
     window = workload.window_s(setting.warm_up)
@@ -196,15 +195,7 @@ def _row(
         if kind == "engine":
             run_once(setting, made, rung, workload, observers)
         else:
-            scheduler = Scheduler(
-                max_bs=setting.max_bs,
-                n_slots=setting.n_slots,
-                n_workers=rung.n_workers,
-                policy=rung.policy,
-                reservation=setting.reservation,
-                model_max=setting.trace.longest,
-            )
-            simulate(workload.requests(), scheduler, times, host_s=host_s, observers=observers)
+            simulate(workload.requests(), scheduler(setting, rung), times, host_s=host_s, observers=observers)
         summary = metrics.summary()
         found["throughput_per_s"][kind] = sustained.sustained_per_s(window[0])
         found["normalised_s"][kind] = summary.normalised_s.median if summary.normalised_s else None

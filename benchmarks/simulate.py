@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import out_folder
 from benchmarks import simulate_options as asked
 from benchmarks.cli import InputError, guarded
 from benchmarks.simulate_options import Case
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     options = asked.parser(__doc__).parse_args(argv)
     asked.check(options)
+    if options.out is not None:
+        out_folder.check(options.out)
     console = Console(width=None if sys.stdout.isatty() else 170)
     if options.figure:
         return _figure(options, console)
@@ -61,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in _front(rows):
         row["pareto"] = True
     if options.out is not None:
-        from benchmarks.simulate_figures import draw_front, write
+        from benchmarks.simulate_figures import draw_front
 
-        for path in write(rows, options.out, {} if options.capacity else {"pareto": draw_front(rows)}):
+        drawn = {} if options.capacity else {"pareto": draw_front(rows)}
+        for path in out_folder.write(options.out, "rows", rows, drawn):
             print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(json.dumps, rows)))
@@ -236,10 +240,10 @@ def _figure(options: Any, console: Console) -> int:
         rows += orca.ladder(n, seed, tick)
         rows += orca.predict([m for m in orca.PANELS if m != "orca-175b"], n, seed, tick)
         if options.out is not None:
-            from benchmarks.simulate_figures import draw_ladder, draw_orca, write
+            from benchmarks.simulate_figures import draw_ladder, draw_orca
 
             drawn = {"orca_10b": draw_orca(n, seed), "ladder": draw_ladder(rows)}
-            for path in write(rows, options.out, drawn):
+            for path in out_folder.write(options.out, "rows", rows, drawn):
                 print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(json.dumps, rows)))

@@ -1,34 +1,12 @@
 """Pictures of simulated serving: cost against latency, Orca's Figure 10(b), its ladder."""
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import orca_figure as orca
-from benchmarks.cli import InputError
 from partitioning.published import data
 
 Row = dict[str, Any]
-
-
-def write(rows: Sequence[Row], folder: Path, drawn: Mapping[str, Any]) -> list[Path]:
-    """Writes the rows and the pictures (SVG and PNG); returns their paths.
-
-    Raises:
-        InputError: a folder that cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be made: {error.strerror}") from None
-    paths = [folder / "rows.jsonl"]
-    paths[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, figure in drawn.items():
-        for suffix in ("svg", "png"):
-            paths.append(folder / f"{name}.{suffix}")
-            figure.savefig(paths[-1], dpi=150)
-    return paths
 
 
 def draw_front(rows: Sequence[Row]):
