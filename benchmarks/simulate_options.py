@@ -47,6 +47,10 @@ class Case:
     scenario: Scenario
 
 
+MOST = 10**9
+"""Of whatever is counted."""
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The options."""
     p = Parser(prog="toruslab simulate", description=doc, formatter_class=argparse.RawTextHelpFormatter)
@@ -99,12 +103,16 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, field)
         if value is not None and value < least:
             raise InputError(f"{field}={value} must be at least {least}")
+        if value is not None and value > MOST:
+            raise InputError(f"{field}={value} must be at most {MOST}")
     if options.in_flight is not None and options.in_flight < 1:
         raise InputError(f"in_flight={options.in_flight} must be at least 1")
     if not 0 <= options.warm_up < 1:
         raise InputError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
-    if not 0 <= options.host_us < math.inf:
-        raise InputError(f"host_us={options.host_us} must be a number that is not negative")
+    if not 0 <= options.host_us <= MOST:
+        raise InputError(f"host_us={options.host_us} must be a number that is not negative, and at most {MOST}")
+    if options.timeline and (options.timeline.is_dir() or not options.timeline.parent.is_dir()):
+        raise InputError(f"timeline={str(options.timeline)!r} must be a file in a folder that exists")
     if options.capacity and not options.limits:
         raise InputError("capacity needs --limits TTFT:TPOT")
     if options.capacity and options.rates:
@@ -138,8 +146,8 @@ def rates(options: argparse.Namespace) -> list[float] | None:
         if isinstance(error, InputError):
             raise
         found = [math.nan]
-    if any(not 0 < rate < math.inf for rate in found):
-        raise InputError(f"rates={options.rates!r} must be positive numbers, requests per second")
+    if any(not 1e-6 <= rate <= MOST for rate in found):
+        raise InputError(f"rates={options.rates!r} must be numbers of requests per second, from 1e-6 to {MOST}")
     return sorted(found)
 
 
@@ -189,11 +197,11 @@ def _length(field: str, text: str | None) -> lengths.Lengths | None:
         return None
     low, dots, high = text.partition("..")
     try:
-        if not dots:
-            return lengths.Fixed(tokens=int(low))
-        return lengths.Uniform(low=int(low), high=int(high))
+        if not 1 <= int(low) <= int(high or low) <= MOST:
+            raise ValueError
+        return lengths.Uniform(low=int(low), high=int(high)) if dots else lengths.Fixed(tokens=int(low))
     except ValueError:
-        raise InputError(f"{field}={text!r} must be N or LOW..HIGH tokens, 1 <= LOW <= HIGH") from None
+        raise InputError(f"{field}={text!r} must be N or LOW..HIGH tokens, 1 <= LOW <= HIGH <= {MOST}") from None
 
 
 def longest(lengths_: lengths.Lengths) -> int:
@@ -309,14 +317,15 @@ def _constants(text: str | None) -> dict[str, float]:
         return {}
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not found or not set(found) <= set(FITTED):
         raise InputError(f"constants={text!r} must be a JSON object with any of {', '.join(FITTED)}")
     for name, value in found.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (0 if name.endswith("_s") else 1e-3) <= value < math.inf:
-            raise InputError(f"constants: {name}={value!r} must be a positive number")
+        least, most = (0, 1) if name.endswith("_s") else (1e-3, 1)
+        if not is_number or not least <= value <= most:
+            raise InputError(f"constants: {name}={str(value)[:20]} must be a number from {least} to {most}")
     return found
 
 
