@@ -157,6 +157,8 @@ def family(point: Row) -> str:
 def _rest(point: Row) -> str:
     context = f", context {point['context']}" if point.get("context") else ""
     context += f", {point['steps_per_call']} steps a call" if point.get("steps_per_call", 1) != 1 else ""
+    context += f", {point['accumulate']} parts" if point.get("accumulate", 1) != 1 else ""
+    context += f", remat {point['remat']}" if point.get("remat", "layer") != "layer" else ""
     where = str(point.get("slice", "?")) + (f" as {point['mesh']}" if point.get("mesh") else "")
     cached = f", {point['cache']} cache" if point.get("cache") else ""
     return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')}{cached} on {where}"

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 COMMANDS = {
@@ -27,6 +28,7 @@ COMMANDS = {
     "comparisons": ("benchmarks.comparisons", "serial against parallel blocks, kinds of attention over context"),
     "quantisation": ("benchmarks.quantisation", "the error of int8 weights and cache, by layer, on logits and on text"),
     "simulate": ("benchmarks.simulate", "what load a slice carries: Orca's scheduler over analytic iteration times"),
+    "train": ("benchmarks.train", "a decoder trained on text under any layout, with checkpoints that fit any other"),
     "generate": ("benchmarks.generate", "prefill and decode text, each under a layout of its own"),
     "serve-bench": (
         "benchmarks.serve_bench",
@@ -80,6 +82,22 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuses."""
         raise InputError(f"{message} ({self.prog} --help)")
+
+    def given(self, argv: Sequence[str]) -> dict[str, str]:
+        """The options that stand in a command line, whatever their values: their names in the code, and as they are
+        written. Of a parser that is used for nothing else."""
+        names = {a.dest: a.option_strings[0] for a in self._actions if a.option_strings}
+        nothing = object()
+        self.set_defaults(**dict.fromkeys(names, nothing))
+        found = vars(self.parse_args(argv))
+        return {dest: name for dest, name in names.items() if found.get(dest, nothing) is not nothing}
+
+
+def path(text: str) -> Path:
+    """A path that is not empty: an option's type."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must be a path")
+    return Path(text)
 
 
 if __name__ == "__main__":

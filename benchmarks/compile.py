@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(options, name) and (known := [p for p in points if p.chip in PLATFORMS]):
             option = name.replace("_", "-")
             raise InputError(f"--{option} needs a chip whose memory is known; slice={known[0].slice} has none")
+    if options.max_context and any(p.phase == "train" for p in points):
+        raise InputError("--max-context is for phases prefill and decode: training has no context")
     _prepare(points, options.attached)
     for field, folder in (("out", options.out / "kept"), ("hlo", options.hlo)):
         try:

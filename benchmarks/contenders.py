@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -10,11 +11,12 @@ from jax.sharding import Mesh
 
 from benchmarks.chip_file import data_sheet
 from benchmarks.rows import Row
-from benchmarks.timing import Step, stepper
+from benchmarks.timing import Step, stepper, training_stepper
 from models import text
 from models.parameters import initial
+from models.train import Trainer
 from partitioning.chips import PLATFORMS, Chip
-from partitioning.compiled import planned
+from partitioning.compiled import planned, program
 from partitioning.cost import estimate
 from partitioning.evidence import compare
 from partitioning.hlo import read
@@ -23,6 +25,7 @@ from partitioning.mesh import AXES, Shape, attach
 from partitioning.numbers import Numbers
 from partitioning.point import Point
 from partitioning.program import Program
+from partitioning.training_cost import training_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,10 @@ def shares(row: Row, latency_s: float) -> Row:
     }
 
 
-def _terms(point: Point, chip: Chip) -> Terms:
+def _terms(point: Point, chip: Chip) -> Terms[Any]:
     assert chip.machine
+    if point.phase == "train":
+        return training_terms(point, chip)
     return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
 
 
@@ -109,10 +114,9 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
 
     `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
     """
-    config, layout, pass_ = point.config, point.layout_value, point.pass_
-    mesh = _mesh(point.mesh_shape, point.chip, layout.explicit)
-    program = Program(config=config, layout=layout, mesh=mesh, pass_=pass_)
-    compiled = program.compile()
+    layout = point.layout_value
+    made = program(point, point.config, _mesh(point.mesh_shape, point.chip, layout.explicit))
+    compiled = made.compile()
     collectives = read(compiled.text, dict(zip(AXES, point.mesh_shape, strict=True)))
     steps = point.steps_per_call
     matched = compare(planned(point), collectives, steps=steps)
@@ -129,9 +133,12 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
         work = _terms(dataclasses.replace(point, layout="ws2d"), chip)
         seconds = with_collectives(work, collectives, chip.machine, point.n_chips)
         row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
-    params = _params(point, program, seed)
-    ids = text.prompts(point.batch, point.length, seed, corpus)
-    step = stepper(program, compiled.executable, params, ids, point.start)
+    if isinstance(made, Trainer):
+        ids = text.windows(text.encode(corpus, bos=False), point.batch, point.length, seed, 0)
+        step = training_stepper(made, compiled.executable, made.initial(seed), ids)
+    else:
+        ids = text.prompts(point.batch, point.length, seed, corpus)
+        step = stepper(made, compiled.executable, _params(point, made, seed), ids, point.start)
     return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
 
 

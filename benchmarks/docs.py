@@ -1,7 +1,7 @@
 """The generated parts of README and docs: written from code and data, checked so that they cannot go stale.
 
-python -m benchmarks.docs README.md docs/tpu_compiler.md docs/loops.md  writes them anew
-python -m benchmarks.docs --check README.md docs/tpu_compiler.md docs/loops.md  exits with 1, says which is stale
+python -m benchmarks.docs README.md docs/*.md  writes them anew (variants.md has none)
+python -m benchmarks.docs --check ...  exits with 1, says which is stale
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import compiled_page, loops_page
+from benchmarks import compiled_page, loops_page, training_page
 from benchmarks.cli import COMMANDS, InputError, Parser, guarded
 from benchmarks.explain import steps
 from models.presets import SUFFIXES
@@ -69,6 +69,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands, "layouts": layouts, "suffixes": suffixes},
     "tpu_compiler.md": compiled_page.PARTS,
     "loops.md": loops_page.PARTS,
+    "training.md": training_page.PARTS,
 }
 """The parts that a file of this name must have."""
 

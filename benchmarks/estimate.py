@@ -93,8 +93,9 @@ def _many(path: str, as_json: bool, exposed: bool) -> int:
 def show(found: Estimate, console: Console) -> None:
     """One estimate for a person: the terms, and every collective."""
     p = found.point
+    cached = "" if p.phase == "train" else f"context {p.context}, "
     console.print(
-        f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, context {p.context}, "
+        f"[bold]{p.model} on {p.slice}[/], {p.phase}, {p.batch} x {p.length} tokens, {cached}"
         f"{point_options.per_call(p.to_json())}{p.layout}/{p.attention}, {p.weights} weights"
         f"{point_options.cached(p.to_json())} (analytic)"
     )
@@ -121,9 +122,8 @@ def show(found: Estimate, console: Console) -> None:
         )
     console.print(listing)
     batch, context = largest_batch(p), longest_context(p)
-    console.print(
-        f"the slice holds, all else equal: batch {batch or 'none'}, context {'none' if context is None else context}"
-    )
+    also = "" if p.phase == "train" else f", context {'none' if context is None else context}"
+    console.print(f"the slice holds, all else equal: batch {batch or 'none'}{also}")
 
 
 def table(found: Sequence[Estimate], console: Console) -> None:

@@ -4,14 +4,14 @@
     toruslab explain '{"model":"toy","slice":"cpu:2x2x2",...}' --json
 
 `BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E; `(partialsum-x)` says that the chips along
-x hold terms of a sum. Touches no device.
+x hold terms of a sum. Of a training step the gradients follow, which go the same ladders back. Touches no device.
 """
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -20,9 +20,9 @@ from rich.table import Table
 from benchmarks import point_options
 from benchmarks.cli import InputError, Parser, guarded
 from partitioning.chips import PLATFORMS
-from partitioning.collectives import moves
+from partitioning.collectives import Move, moves
 from partitioning.cost import estimate
-from partitioning.dataflow import Stage, bytes_of, letters, stages
+from partitioning.dataflow import TRANSPOSED, Stage, bytes_of, letters, tensors
 from partitioning.layouts import axes_of, entries
 from partitioning.mesh import AXES
 from partitioning.point import Point
@@ -44,8 +44,10 @@ WHAT = {
     "rows": "into the unembedding",
     "logits": "logits",
     "sample": "best token of every part",
+    "loss": "largest logit, then sums",
+    "clip": "the loss",
 }
-RIDERS = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V"}
+RIDERS = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V", (): "with it: the gradient's square"}
 
 
 def notation(dims: Sequence[str], spec: P) -> str:
@@ -79,34 +81,28 @@ def steps(point: Point) -> list[dict]:
     size = letters(config, point.pass_, layout, point.mesh_shape)
     priced = iter(() if point.chip in PLATFORMS else estimate(point).collectives)
     found = []
-    for stage in stages(layout, config.block, config.n_layers, True):
+    for stage in tensors(layout, config, point.pass_, point.mesh_shape):
         common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
         common |= {"rides": stage.rides, "in_layer": stage.in_layer}
+        common |= {"part": stage.part} if point.phase == "train" else {}
+        back = stage.part == "backward"
         if len(stage.ladder) == 1:
-            at = notation(stage.dims, stage.ladder[0])
-            found.append(
-                {
-                    **common,
-                    "from": at,
-                    "kind": None,
-                    "axes": [],
-                    "to": at,
-                    "bytes": 0,
-                    "seconds": None,
-                    "count": stage.count,
-                }
-            )
+            at = notation(stage.dims, dual(stage.ladder[0], sizes) if back else stage.ladder[0])
+            nothing = {"kind": None, "axes": [], "to": at, "bytes": 0, "seconds": None, "count": stage.count}
+            found.append({**common, "from": at, **nothing})
         runs = list(stage.collectives(sizes, size))
-        for move in moves(stage.ladder):
+        steps_ = list(moves(stage.ladder))
+        for move in reversed(steps_) if back else steps_:
             parts = [kind for kind, _, _, of in runs if of == move]
             seconds = [c.seconds for _, c in zip(parts, priced, strict=False)]
+            src, dst = (dual(move.dst, sizes), dual(move.src, sizes)) if back else (move.src, move.dst)
             found.append(
                 {
                     **common,
-                    "from": notation(stage.dims, move.src),
-                    "kind": move.kind,
+                    "from": notation(stage.dims, src),
+                    "kind": _kind(move, back),
                     "axes": [a for a in AXES if a in move.axes],
-                    "to": notation(stage.dims, move.dst),
+                    "to": notation(stage.dims, dst),
                     "bytes": bytes_of(move, stage, size, point.pass_, sizes),
                     "seconds": sum(seconds) if seconds else None,
                     "count": stage.count,
@@ -116,10 +112,32 @@ def steps(point: Point) -> list[dict]:
     return found
 
 
+def dual(spec: P, sizes: Mapping[str, int]) -> P:
+    """Where the gradient of a tensor lies: split alike; of what chips had alike each has a part of the sum, and of a
+    partial sum all have the whole.
+
+    Example:
+        >>> dual(P("y", None, unreduced=frozenset("x")), {"x": 2, "y": 2, "z": 2}) == P("y", None, unreduced={"z"})
+        True
+    """
+    split = {a for entry in entries(spec) for a in axes_of(entry)} | spec.unreduced
+    return P(*entries(spec), unreduced=frozenset(a for a in AXES if sizes[a] > 1 and a not in split))
+
+
+def _kind(move: Move, back: bool) -> str:
+    """The name of a move, or of its transpose; a slice moves nothing, nor does what lies around it as zeros."""
+    if not back:
+        return move.kind
+    return "pad" if move.kind == "slice" else TRANSPOSED[move.kind]
+
+
 def _what(stage: Stage) -> str:
-    if stage.rides:
+    if stage.rides and stage.scope != "loss":
         return RIDERS[stage.dims]
-    return WHAT[stage.scope.rsplit("/", 1)[-1]]
+    first, last = stage.scope.split("/")[0], stage.scope.rsplit("/", 1)[-1]
+    if first in ("gradients", "update"):
+        return {"gradients": "its sum, to its owner", "update": "new values, to all copies"}[first]
+    return "its gradient" if stage.part == "backward" else WHAT[last]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,7 +170,8 @@ def _show(point: Point, rows: list[dict]) -> None:
         title_justify="left",
         title_style="bold",
     )
-    for name in ("scope", "tensor", "from", "move", "to"):
+    trained = point.phase == "train"
+    for name in ("part", "scope", "tensor", "from", "move", "to")[0 if trained else 1 :]:
         table.add_column(name, no_wrap=name != "tensor")
     table.add_column("kB a chip", justify="right")
     table.add_column("us", justify="right")
@@ -163,11 +182,19 @@ def _show(point: Point, rows: list[dict]) -> None:
         volume = f"{row['bytes'] / 1e3:,.2f}" if row["bytes"] else ""
         taken = "" if row["seconds"] is None else f"{row['seconds'] * 1e6:,.1f}"
         table.add_row(
-            row["scope"], row["tensor"], row["from"], move, row["to"] if move else "", volume, taken, str(row["count"])
+            *([row["part"]] if trained else []),
+            row["scope"],
+            row["tensor"],
+            row["from"],
+            move,
+            row["to"] if move else "",
+            volume,
+            taken,
+            str(row["count"]),
         )
-    console = Console(width=max(140, Console().width))
+    console = Console(width=max(155 if trained else 140, Console().width))
     console.print(table)
-    moved = [r for r in rows if r["kind"] and r["kind"] != "slice"]
+    moved = [r for r in rows if r["kind"] not in (None, "slice", "pad")]
     in_layer = [r for r in moved if r["in_layer"]]
     n_layer, n_pass = (math.fsum(r["count"] for r in some if not r["rides"]) for some in (in_layer, moved))
     console.print(

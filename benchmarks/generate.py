@@ -2,8 +2,9 @@
 
     toruslab generate --prompt "The with statement" --prefill wgxyz/batch --decode ws2d/batch
     toruslab generate --prompt A --prompt "A longer one" --temperature 0.8 --top-p 0.9 --json
+    toruslab generate --prompt "The with statement" --checkpoint FOLDER
 
-The weights are random, so the text is noise: what this shows is that any pair of layouts says the same.
+Without a checkpoint the weights are random and the text is noise: that shows that any pair of layouts says the same.
 """
 
 import argparse
@@ -15,11 +16,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks import processes
+from benchmarks import checkpoint_option, processes
 from benchmarks.cli import InputError, Parser, guarded
-from models import text
-from models.presets import model
 from models.sampling import Sampler
+from models.tokenizer import Tokenizer
 from partitioning.layouts import Layout
 from partitioning.mesh import Slice, mesh_shape
 from partitioning.point import CACHES, WEIGHTS
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--prompt", action="append", metavar="TEXT", help="may be given several times; - reads standard input"
     )
-    p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
+    checkpoint_option.add(p)
     p.add_argument("--slice", default="cpu:2x2x2", help="default: %(default)s")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
     p.add_argument("--prefill", default="ws2d/heads", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=1.0, help="1: all (default)")
     p.add_argument("--weights", default="f32", help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
     p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
-    p.add_argument("--seed", type=int, default=0, help="of weights and sampling (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of random weights, and of sampling (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output")
     return p
 
@@ -73,17 +73,18 @@ class Refused(ValueError):
 def run(options: argparse.Namespace) -> int:
     """Generates and prints; refused input is raised before any device is touched."""
     try:
-        config = model(options.model)
-        if config.vocab < text.VOCAB:
-            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+        chosen = checkpoint_option.chosen(options.model, options.checkpoint, options.seed)
+        config, tokenizer = chosen.config, chosen.tokenizer
         slice_ = Slice.parse(options.slice)
         shape = mesh_shape(slice_, options.mesh)
         pair = [_layout(getattr(options, f), f, shape, config.n_kv_heads) for f in ("prefill", "decode")]
         sampler = Sampler(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed)
         if not options.prompt:
             raise ValueError("prompt is missing: --prompt TEXT")
-        prompts = [text.encode(sys.stdin.read() if t == "-" else t) for t in options.prompt]
-        longest = max(map(len, prompts))
+        prompts = [tokenizer.encode(sys.stdin.read() if t == "-" else t) for t in options.prompt]
+        longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+        if not shortest:
+            raise ValueError("prompt='' has no tokens: this model's tokenizer begins a text with none")
         if options.weights not in WEIGHTS:
             raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
         if options.cache is not None and options.cache not in CACHES:
@@ -107,7 +108,6 @@ def run(options: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from models.generate import Generator, batch_multiple
-    from models.parameters import initial
     from partitioning.mesh import attach
 
     multiple = batch_multiple(*pair, shape=shape)
@@ -130,19 +130,21 @@ def run(options: argparse.Namespace) -> int:
             int8_cache=options.cache == "int8",
         )
         mesh = attach(shape, chip=slice_.chip, explicit=pair[0].explicit)
+        dtype = jnp.float32 if options.weights == "f32" else jnp.bfloat16
+        params = chosen.params(pair[0], mesh, dtype=dtype, int8=generator.int8)
     except ValueError as error:
         raise Refused(str(error)) from None
-    dtype = jnp.float32 if options.weights == "f32" else jnp.bfloat16
-    params = initial(config, pair[0], mesh, seed=options.seed, dtype=dtype, int8=generator.int8)
-    print(f"weights: random, seed {options.seed} (the text is noise)", file=sys.stderr)
+    print(f"weights: {chosen.said}", file=sys.stderr)
     took: list[tuple[float, int]] = []  # when a call was through, and of how many steps
 
     def each(ids: np.ndarray) -> None:
         took.append((time.perf_counter(), ids.shape[1]))
 
-    found = generator(params, rows, options.max_new_tokens, stop=text.EOS, each=each)
+    stop = tokenizer.stops[0] if tokenizer.stops else None
+    found = generator(params, rows, options.max_new_tokens, stop=stop, each=each)
     for prompt, ids in zip(prompts, found[: len(prompts)], strict=True):
-        _print(prompt, ids, options)
+        ends = np.flatnonzero(np.isin(ids, tokenizer.stops))
+        _print(prompt, ids[: ends[0]] if len(ends) else ids, tokenizer, options)
     _say(batch, took)
     return 0
 
@@ -166,13 +168,15 @@ def _layout(text_: str, field: str, shape, n_kv_heads: int) -> Layout:
     return layout(name, attention, shape, n_kv_heads)
 
 
-def _print(prompt: np.ndarray, ids: np.ndarray, options: argparse.Namespace) -> None:
-    said = text.decode(np.where(ids < text.VOCAB, ids, 0xFF))  # no byte: shown as U+FFFD
+def _print(prompt: np.ndarray, ids: np.ndarray, tokenizer: Tokenizer, options: argparse.Namespace) -> None:
+    began, whole = tokenizer.decode(prompt), tokenizer.decode(np.concatenate([prompt, ids]))
     if options.json:
-        row = {"prompt": text.decode(prompt), "text": said, "ids": ids.tolist()}
+        # what is new is what the whole says more: some tokenizers drop the space that a text begins with
+        said = whole.removeprefix(began) if whole.startswith(began) else tokenizer.decode(ids)
+        row = {"prompt": began, "text": said, "ids": ids.tolist()}
         print(json.dumps({**row, "prefill": options.prefill, "decode": options.decode, "seed": options.seed}))
     else:
-        print(text.decode(prompt) + said)
+        print(whole)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
             return _from_file(options.points)
         if options.grid != "default":
             return _wide(options)
+        phases = options.phases.split(",")
+        if (options.accumulate != 1 or options.remat != "layer") and "train" not in phases:
+            field = "accumulate" if options.accumulate != 1 else "remat"
+            raise ValueError(f"{field} is for phase='train' only, and phases={options.phases!r} has none")
         passes = _passes(options)
         common = {"model": options.model, "slice": options.slice, "mesh": options.mesh, "weights": options.weights}
         common |= {"cache": options.cache}
-        return [_cell(options, common | sizes) for phase in options.phases.split(",") for sizes in passes(phase)]
+        return [_cell(options, common | sizes) for phase in phases for sizes in passes(phase)]
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
 
@@ -48,9 +52,10 @@ def _passes(options: argparse.Namespace):
     lengths = _numbers("lengths", options.lengths)
 
     def of(phase: str) -> list[dict]:
-        if phase == "prefill":
-            batch = options.prefill_batch or each
-            return [{"phase": phase, "batch": batch, "length": n, "context": 0} for n in lengths]
+        if phase in ("prefill", "train"):
+            batch = options.prefill_batch or each * (max(1, options.accumulate) if phase == "train" else 1)
+            how = {"accumulate": options.accumulate, "remat": options.remat} if phase == "train" else {}
+            return [{"phase": phase, "batch": batch, "length": n, "context": 0} | how for n in lengths]
         numbers = batches if phase == "decode" else batches[:1]  # Point refuses any other phase by name
         decode = {"phase": phase, "context": options.context, "steps_per_call": options.steps_per_call}
         return [decode | {"batch": b} for b in numbers]
@@ -97,7 +102,7 @@ def _from_file(path: str) -> list[list[Point]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         of = (point.model, point.mesh_shape, point.phase, point.batch, point.length, point.context, point.weights)
-        of += (point.cache, point.steps_per_call)
+        of += (point.cache, point.steps_per_call, point.accumulate, point.remat)
         groups.setdefault(of, []).append(point)
     if not groups:
         raise ValueError(f"points={path!r} holds no point")

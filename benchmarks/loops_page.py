@@ -17,6 +17,7 @@ from benchmarks.cli import guarded
 from benchmarks.kept_rows import keep
 from benchmarks.rows import Row
 from partitioning.cost import estimate
+from partitioning.evidence import of_a_layer
 from partitioning.point import Point
 
 DATA = Path(__file__).parent.parent / "docs" / "loops.jsonl"
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compact(row: Row) -> Row:
     """What the page needs of a row: the collectives of the layers, and of the whole what `KEPT` names."""
-    in_layers = [c for c in row["collectives"] if "/" in c["scope"]]
+    in_layers = [c for c in row["collectives"] if of_a_layer(c["scope"])]
     return {name: row[name] for name in KEPT} | {
         "collectives": [{k: c[k] for k in KEPT_OF_COLLECTIVES} for c in in_layers]
     }

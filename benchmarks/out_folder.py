@@ -1,11 +1,11 @@
 """A command's folder of rows and pictures: refused before the work where it cannot be written, filled after it."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.cli import InputError
+from benchmarks.rows import line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], figures: "
     """Writes the rows as NAME.jsonl and every figure as SVG and PNG; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.jsonl"]
-    paths[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths[0].write_text("".join(line(row) + "\n" for row in rows))
     for called, figure in figures.items():
         for suffix in ("svg", "png"):
             paths.append(folder / f"{called}.{suffix}")

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.cli import InputError
+from partitioning.dataflow import REMAT
 from partitioning.layouts import LAYOUTS
 from partitioning.point import CACHES, PHASES, WEIGHTS, Point
 
 FIELDS = (
     *("model", "slice", "mesh", "phase", "batch", "length", "context", "layout", "attention", "weights"),
-    "cache",
-    "steps_per_call",
+    *("cache", "steps_per_call", "accumulate", "remat"),
 )
 
 
@@ -36,6 +36,14 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
         metavar="N",
         help="decode steps in one call of the program; figures are of one (default: 1)",
     )
+    p.add_argument(
+        "--accumulate", type=int, default=1, metavar="N", help="train: a step's batch in N parts (default: 1)"
+    )
+    p.add_argument(
+        "--remat",
+        default="layer",
+        help=f"train: what is worked out again for gradients, of {', '.join(REMAT)} (default: %(default)s)",
+    )
     p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 
 
@@ -56,9 +64,12 @@ def read(options: argparse.Namespace) -> Point:
 
 
 def per_call(point: Mapping[str, Any]) -> str:
-    """For a heading: how many steps a call takes, where it is not one."""
-    steps = point.get("steps_per_call", 1)
-    return f"{steps} steps a call (figures are of one), " if steps > 1 else ""
+    """For a heading: how many steps a call takes, where it is not one; how a training step goes about its batch."""
+    steps, parts = point.get("steps_per_call", 1), point.get("accumulate", 1)
+    said = f"{steps} steps a call (figures are of one), " if steps > 1 else ""
+    said += f"in {parts} parts, " if parts > 1 else ""
+    again = point.get("remat", "layer")
+    return said + (f"remat {again}, " if again != "layer" else "")
 
 
 def cached(point: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Rows:
         with self.path.open("r+b" if text else "wb") as file:
             file.seek(text.rfind(b"\n") + 1)  # over what an interrupted write left
             file.truncate()
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(line(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.rows.append(row)
@@ -63,6 +63,19 @@ class Rows:
         """The row of a point from a source, unless it failed."""
         key = point.to_json()
         return next((r for r in self.rows if r["point"] == key and r["source"] == source and "error" not in r), None)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as JSON, without its newline.
+
+    Raises:
+        ValueError: a number that JSON does not have, NaN or an infinity.
+
+    Example:
+        >>> line({"rate": 2.0, "missing": None})
+        '{"rate": 2.0, "missing": null}'
+    """
+    return json.dumps(row, allow_nan=False)
 
 
 def read(path: Path, check: Callable[[Row], object] = of_a_point) -> Iterator[Row]:
@@ -76,9 +89,9 @@ def read(path: Path, check: Callable[[Row], object] = of_a_point) -> Iterator[Ro
         DamagedResults: names the file and the line.
     """
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):
+    for number, text in enumerate(lines[:-1], 1):
         try:
-            row = json.loads(line)
+            row = json.loads(text)
             check(row)
         except (ValueError, KeyError, TypeError):
             raise DamagedResults(

@@ -4,11 +4,15 @@ Decides when a run goes on and when it starts afresh. What is measured is `bench
 """
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +80,8 @@ def begin(
     try:
         if folder.exists() and ((folder / "finished").exists() or _load(marker) != settings):
             Rows(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
-            _put_aside(folder)
-            for name in ("chip.toml", *others):
+            put_aside(folder)
+            for name in ("chip.toml", "finished", *others):
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
@@ -109,7 +113,7 @@ def _digest(text_: str) -> str:
     return hashlib.sha256(text_.encode()).hexdigest()[:16]
 
 
-def _put_aside(folder: Path) -> None:
+def put_aside(folder: Path) -> None:
     """Moves an earlier run's folder away; its results stay, under a number."""
     if not (folder / "rows.jsonl").exists():
         return
@@ -117,6 +121,34 @@ def _put_aside(folder: Path) -> None:
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     shutil.move(folder, aside)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made where it lacks; a process that dies lets go of it.
+
+    The lock is on the folder itself, so nothing is left in it, and it goes with a folder that is moved. A file system
+    without such locks (some network ones) guards nothing.
+
+    Raises:
+        InputError: another run is in it.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"out={str(folder)!r} is in use by another run; wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            if error.errno not in {errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}:
+                raise
+        yield
+    finally:
+        os.close(opened)
 
 
 def unfinished(folder: Path) -> list[str]:

@@ -14,7 +14,8 @@ with the same options; a finished one starts afresh. The weights are random: out
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import processes, serve_ladder
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.rows import Row, Rows, environment
+from benchmarks.cli import InputError, Parser, guarded, path
+from benchmarks.rows import Row, Rows, environment, line
 from benchmarks.run_folder import begin, unfinished
 from benchmarks.serve_ladder import Rung, Setting
 from partitioning.point import WEIGHTS
 from serving.policies import POLICIES
 from serving.reservation import RESERVATIONS
-from serving.traces import TRACES
+from serving.traces import ARRIVALS, TRACES
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -39,10 +40,11 @@ QUICK = {"model": "toy-s", "requests": 32, "seeds": 1, "max_bs": 8, "policies": 
 RATES, TIMELINES = "rates.json", "timeline"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options."""
     p = Parser(prog="toruslab serve-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--checkpoint", metavar="DIR", help="model and weights from a folder, as in generate")
     p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages (default: %(default)s)")
     p.add_argument("--stages", type=int, default=1, help="of the pipeline: equal layers, equal chips (default: 1)")
     p.add_argument("--mesh", help="extents of one stage's mesh (default: the slice's, one extent of it cut)")
@@ -68,11 +70,12 @@ def parser() -> argparse.ArgumentParser:
         help="of the trace's lengths, or PROMPT:OUTPUT (default: %(default)s, for the small default model:\n"
         "prompts cost it about as much, beside decoding, as they cost the paper's 175B)",
     )
-    p.add_argument("--arrivals", default="poisson", help="poisson or gamma:CV (default: %(default)s)")
+    p.add_argument("--arrivals", default="poisson", metavar="WHEN", help=f"{ARRIVALS} (default: %(default)s)")
     p.add_argument(
         "--rates",
         metavar="R,...",
-        help="requests per second (default: around the capacity that a closed burst measures first)",
+        help="requests per second (default: around the capacity that a closed burst measures first;\n"
+        "a file of --arrivals is taken as it is)",
     )
     p.add_argument("--requests", type=int, default=64, help="of each run (default: %(default)s)")
     p.add_argument("--seeds", type=int, default=3, help="so many traces, the same for all rungs (default: %(default)s)")
@@ -83,17 +86,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="two rungs of a smaller model, one seed: under a minute")
     p.add_argument("--timeline", action="store_true", help="also a trace of each rung that ui.perfetto.dev opens")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
-    p.add_argument("--out", type=Path, default=Path("results/serve"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=path, default=Path("results/serve"), help="folder (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of a table")
     return p
 
 
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `--quick` fills in those that were left alone."""
-    options, defaults = parser().parse_args(argv), parser().parse_args([])
+    options, given = parser().parse_args(argv), parser().given(argv)
+    for name in given:
+        if getattr(options, name) == "":
+            raise InputError(f"{name}='' must not be empty")
+    if options.resume and (others := given.keys() - {"resume", "out", "json"}):
+        named = ", ".join(given[name] for name in sorted(others))
+        raise InputError(f"{named} beside --resume: a run goes on as it was started; leave one of them out")
+    if options.checkpoint and "model" in given:
+        raise InputError("--model stands beside --checkpoint, which says which model it is; leave one of them out")
     if options.quick:
         for name, value in QUICK.items():
-            if getattr(options, name) == getattr(defaults, name):
+            if name not in given:
                 setattr(options, name, value)
     return options
 
@@ -107,15 +118,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = options_of([*argv, "--out", str(options.out), *(["--json"] if options.json else [])])
     try:
         setting = serve_ladder.read(options)
-        asked = serve_ladder.rates(options.rates) if options.rates else None
+        own = (setting.arrivals.rate,) if setting.arrivals.rate else None
+        asked = serve_ladder.rates(options.rates) if options.rates else own
         processes.join(processes.platform_of(setting.slice, None), setting.slice.n_chips, 1)
         _attached(setting)
+        _fits(setting)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     ladder = Ladder(options, argv, setting, asked)
     failed = ladder.climb()
-    if not options.json:
-        ladder.report()
+    ladder.report()
     if not failed:
         (ladder.folder / "finished").touch()
     for row in failed:
@@ -134,6 +146,22 @@ def _attached(setting: Setting) -> None:
         attach((setting.slice.n_chips, 1, 1), chip=setting.slice.chip)
     except RuntimeError as error:
         raise ValueError(f"slice={setting.slice}: {str(error).splitlines()[0]}") from None
+
+
+def _fits(setting: Setting) -> None:
+    """Refuses what the chips' memory cannot hold: a host that runs out of it ends the process without a word."""
+    import jax
+
+    from benchmarks.chip_file import memory_of
+
+    device, n = jax.devices()[0], setting.slice.n_chips
+    there = memory_of(device, jax.device_count()) * n
+    if setting.least_bytes > there:
+        raise ValueError(
+            f"model={setting.model!r}, max_bs={setting.max_bs}, {setting.rows} rows of {setting.trace.longest} tokens: "
+            f"weights and KV cache take at least {setting.least_bytes / 1e9:.1f} GB, and the {n} chips have "
+            f"{there / 1e9:.1f}"
+        )
 
 
 def of_a_run(row: Row) -> None:
@@ -164,7 +192,7 @@ class Ladder:
         self.environment = environment(0)
         if self._json:
             for row in self.rows.rows:
-                print(json.dumps(row), flush=True)
+                print(line(row), flush=True)
 
     def climb(self) -> list[Row]:
         """Makes the runs that are missing; answers those that failed."""
@@ -176,8 +204,10 @@ class Ladder:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         console = Console(stderr=True)
         failed: list[Row] = []
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar:
-            made = self._engine(bar)
+        with (
+            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar,
+            self._engine(bar) as made,
+        ):
             rates = self._rates_of(made)
             runs = list(serve_ladder.runs(setting, rates))
             task = bar.add_task("runs", total=len(runs))
@@ -193,30 +223,34 @@ class Ladder:
                 bar.update(task, description=f"timeline of {rung.name}")
                 drawn = timeline(setting, made, rung, rates[len(rates) // 2])
                 self._drawn(rung).parent.mkdir(exist_ok=True)
-                self._drawn(rung).write_text(json.dumps(drawn))
+                _write(self._drawn(rung), drawn)
         return failed
 
     def report(self) -> None:
-        """Prints the table, writes it and the pictures."""
+        """Prints the table, unless rows were asked for; writes it and the pictures."""
         from benchmarks.serve_figures import show, write
 
-        traces = {r.name: json.loads(self._drawn(r).read_text()) for r in self.setting.rungs if self._drawn(r).exists()}
-        show(self.rows.rows, Console(width=None if sys.stdout.isatty() else 140))
-        for path in write(self.rows.rows, traces, self.folder):
-            print(path)
+        traces = {r.name: _read(self._drawn(r)) for r in self.setting.rungs if self._drawn(r).exists()}
+        if not self._json:
+            show(self.rows.rows, Console(width=None if sys.stdout.isatty() else 140))
+        for written in write(self.rows.rows, traces, self.folder):
+            print(written, file=sys.stderr if self._json else sys.stdout)
 
-    def _engine(self, bar: Progress) -> "Engine":
+    @contextmanager
+    def _engine(self, bar: Progress) -> "Iterator[Engine]":
+        """Compiled, warm, and closed at the end."""
         from benchmarks.serve_runs import engine, warm
 
         task = bar.add_task("compiling", total=None)
         try:
-            made = engine(self.setting, lambda done, of: bar.update(task, completed=done, total=of))
+            opened = engine(self.setting, lambda done, of: bar.update(task, completed=done, total=of))
         except ValueError as error:
             raise InputError(str(error)) from None
-        bar.update(task, description="warming up")
-        warm(self.setting, made)
-        bar.remove_task(task)
-        return made
+        with opened as made:
+            bar.update(task, description="warming up")
+            warm(self.setting, made)
+            bar.remove_task(task)
+            yield made
 
     def _rates_of(self, made: "Engine") -> tuple[float, ...]:
         from benchmarks.serve_runs import capacity
@@ -225,14 +259,19 @@ class Ladder:
         if found is None:
             measured = capacity(self.setting, made)
             found = serve_ladder.rates_around(measured)
-            (self.folder / RATES).write_text(json.dumps({"capacity_per_s": measured, "rates_per_s": found}))
+            _write(self.folder / RATES, {"capacity_per_s": measured, "rates_per_s": found})
         return found
 
     @property
     def _rates(self) -> tuple[float, ...] | None:
         """Those that were asked for, or that the run began with."""
         kept = self.folder / RATES
-        return self._asked or (tuple(json.loads(kept.read_text())["rates_per_s"]) if kept.exists() else None)
+        if self._asked or not kept.exists():
+            return self._asked
+        try:
+            return tuple(map(float, _read(kept)["rates_per_s"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{kept} does not hold the run's rates; mend it, or choose another --out") from None
 
     def _run(self, made: "Engine", rung: Rung, rate: float, seed: int) -> Row:
         from benchmarks.serve_runs import Invalid, measure
@@ -240,6 +279,7 @@ class Ladder:
         numbers: dict[str, Any]
         try:
             numbers = measure(self.setting, made, rung, rate, seed)
+            line(numbers)  # what JSON does not have would be no row
         except Invalid as error:
             numbers = {"error": str(error), **error.numbers}
         except Exception as error:  # a run that fails is a row with its error; the others go on
@@ -258,7 +298,7 @@ class Ladder:
         }
         self.rows.add(row)
         if self._json:
-            print(json.dumps(row), flush=True)
+            print(line(row), flush=True)
         return row
 
     def _drawn(self, rung: Rung) -> Path:
@@ -267,6 +307,20 @@ class Ladder:
     def _missing(self) -> list[Rung]:
         """Rungs whose timeline is wanted and not there."""
         return [rung for rung in self.setting.rungs if self._timeline and not self._drawn(rung).exists()]
+
+
+def _write(file: Path, what: Any) -> None:
+    """Whole or not at all: an interrupted run must find nothing that is half of a file."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(what, allow_nan=False))
+    part.replace(file)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except ValueError:
+        raise InputError(f"{file} is damaged; remove it, or choose another --out") from None
 
 
 def _key(row: Row) -> tuple[str, float, int]:

@@ -72,6 +72,7 @@ class Line:
         bound: of the latter, where any seed has one.
         itl_p99_s, ttft_p90_s, wasted_share, host_share, iteration_s: at the reference rate.
         goodput_per_s: where limits were given.
+        refused: requests of all of its runs that the scheduler would not have.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Line:
     host_share: Spread | None
     iteration_s: Spread | None
     goodput_per_s: Spread | None
+    refused: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +139,13 @@ def findings(rows: Sequence[Row]) -> Findings | None:
     rows, of = good(rows), curves(rows)
     if not of:
         return None
-    rates = sorted({row["rate_per_s"] for row in rows})
+    # of which anything is known: too few requests return at some to tell a throughput
+    rates = sorted({point[0] for seeds in of.values() for curve in seeds.values() for point in curve.points})
     low = {
         name: _spread([point[2] for curve in seeds.values() for point in curve.points if point[0] == rates[0]])
         for name, seeds in of.items()
     }
-    latency_s = MULTIPLE * min((found[0] for found in low.values() if found), default=math.nan)
+    latency_s = MULTIPLE * min(found[0] for found in low.values() if found)
     reference = rates[len(rates) // 2]
     # a curve that lacks a rate, of a run that failed or was interrupted, would look as if it ended early
     of = {name: {s: c for s, c in seeds.items() if len(c.points) == len(rates)} for name, seeds in of.items()}
@@ -167,6 +170,7 @@ def findings(rows: Sequence[Row]) -> Findings | None:
                     for field in ("wasted_share", "host_share", "iteration_s")
                 },
                 goodput_per_s=_goodput(mine),
+                refused=sum(row["refused"] for row in mine),
             )
         )
     baselines = [line for line in lines if line.request_level and line.at_latency_per_s]

@@ -39,14 +39,20 @@ def show(rows: Sequence[Row], console: Console) -> None:
         console.print("no run has succeeded")
         return
     drawn = Table(title=escape(title(rows)), title_justify="left", title_style="bold")
-    for head in HEADS + (("goodput\nrequests/s",) if found.lines[0].goodput_per_s else ()):
+    for head in _heads(found):
         drawn.add_column(head, justify="left" if head == "rung" else "right", no_wrap=True)
     for line in found.lines:
-        cells = (cell.replace(" (", "\n").replace(" to ", "–").rstrip(")") for cell in _cells(line))
+        cells = (cell.replace(" (", "\n").replace(" to ", "–").rstrip(")") for cell in _cells(line, found))
         drawn.add_row(*map(escape, cells), style="bold" if line.name in ("orca", found.strongest) else None)
     console.print(drawn)
     for sentence in sentences(found):
         console.print(escape(sentence), highlight=False)
+
+
+def _heads(found: Findings) -> tuple[str, ...]:
+    """Of the table; goodput where limits were given, refused requests where there are any."""
+    goodput = ("goodput\nrequests/s",) if found.lines[0].goodput_per_s else ()
+    return HEADS + goodput + (("refused\nrequests",) if any(line.refused for line in found.lines) else ())
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -85,14 +91,14 @@ def markdown(rows: Sequence[Row]) -> str:
         return "no run has succeeded\n"
     e = rows[-1]["environment"]
     loads = " to ".join(f"{pick(row['load_1m'] for row in rows if 'load_1m' in row):g}" for pick in (min, max))
-    heads = [head.replace("\n", ", ") for head in HEADS] + ["goodput"] * bool(found.lines[0].goodput_per_s)
+    names = [head.replace("\n", ", ") for head in _heads(found)]
     out = [
         f"# {title(rows)}",
         "",
         f"{e['n_devices']} {e['device_kind']} devices, {e['cores']} cores; load {loads}; commit {e['commit']}.",
     ]
-    out += ["", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    out += [f"| {' | '.join(_cells(line))} |" for line in found.lines]
+    out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    out += [f"| {' | '.join(_cells(line, found))} |" for line in found.lines]
     return "\n".join([*out, "", *sentences(found), "", "![latency](latency.svg)", ""])
 
 
@@ -103,7 +109,7 @@ def write(rows: Sequence[Row], timelines: Mapping[str, dict[str, Any]], folder: 
         return []
     paths = [folder / "serve.md", folder / "summary.json"]
     paths[0].write_text(markdown(rows), encoding="utf-8")
-    paths[1].write_text(json.dumps(dataclasses.asdict(found), indent=1), encoding="utf-8")
+    paths[1].write_text(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False), encoding="utf-8")
     paths += save(latency(rows, found), folder)
     if timelines:
         paths += save(timeline(timelines), folder)
@@ -209,7 +215,7 @@ def _shades(names: Mapping[str, bool]) -> dict[str, str]:
     return {name: left[is_warm].pop(0) if left[is_warm] else "#8C8C8C" for name, is_warm in names.items()}
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line, found: Findings) -> tuple[str, ...]:
     cells = (
         line.name,
         _number(line.saturation_per_s),
@@ -221,7 +227,8 @@ def _cells(line: Line) -> tuple[str, ...]:
         _number(line.host_share, 100),
         _number(line.iteration_s, 1e3),
     )
-    return cells + ((_number(line.goodput_per_s),) if line.goodput_per_s else ())
+    goodput = (_number(line.goodput_per_s),) if line.goodput_per_s else ()
+    return cells + goodput + ((str(line.refused),) if any(one.refused for one in found.lines) else ())
 
 
 def _number(of: Spread | None, times: float = 1.0, bound: str = "") -> str:

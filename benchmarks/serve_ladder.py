@@ -5,31 +5,35 @@ Decides which sizes an engine has by default, and in which order runs are made. 
 
 import argparse
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from benchmarks.checkpoint_option import chosen
 from models import text
 from models.config import ModelConfig
 from models.presets import model
 from partitioning.dataflow import Pass, check
-from partitioning.layouts import Layout
-from partitioning.mesh import Shape, Slice, mesh_shape
+from partitioning.layouts import Layout, axes_of, entries
+from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.point import WEIGHTS
 from partitioning.variants import layout
 from serving.metrics import Limits
-from serving.pages import Held
+from serving.pages import Held, n_pages
 from serving.policies import Policy, policy
 from serving.reservation import Reservation, reservation
-from serving.traces import Trace, arrivals, trace
+from serving.traces import Pattern, Trace, arrivals, trace
 
 PIECE, PAGE = 16, 32
 """Tokens in a piece of a prompt, positions in a page of the cache."""
 PIECES_TOKENS = 512
 """About so many tokens of prompts go into one pass."""
-MOST_REQUESTS = 1_000_000
+MOST = {"requests": 1_000_000, "seeds": 1000, "max_bs": 4096, "slots": 10**9}
+LEAST_RATE, MOST_RATE = 1e-3, 1e6
+MOST_FACTOR = 1000.0
 SHARES = (0.25, 0.4, 0.6, 0.85, 1.2, 1.8)
 """Of the capacity that a closed burst shows: the rates, where none are given."""
 
@@ -56,7 +60,9 @@ class Rung:
         name, at, workers = text_.partition("@")
         if at and not (workers.isdecimal() and 1 <= int(workers) <= 64):
             raise ValueError(f"policies: {text_!r} must be POLICY or POLICY@N with 1 to 64 batches in flight")
-        return cls(policy=policy(name), n_workers=int(workers) if at else stages, name=text_)
+        made = policy(name)
+        n = int(workers) if at else stages
+        return cls(policy=made, n_workers=n, name=f"{made.name}@{n}" if at else made.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,7 @@ class Setting:
         n_slots: of the KV cache, for every rung.
         warm_up: share of the time of arrivals that is left out.
         limits: of a request, for goodput.
+        checkpoint: a folder with the weights; None: random ones.
     """
 
     model: str
@@ -84,16 +91,17 @@ class Setting:
     max_bs: int
     n_slots: int
     trace: Trace
-    arrivals: str
+    arrivals: Pattern
     scale: tuple[float, float]
     requests: int
     seeds: int
     warm_up: float
     limits: Limits | None
+    checkpoint: str | None = None
 
     @property
     def config(self) -> ModelConfig:
-        return model(self.model)
+        return _config(self.model, self.checkpoint)
 
     @property
     def made(self) -> Layout:
@@ -103,6 +111,16 @@ class Setting:
     def rows(self) -> int:
         """Requests that may hold a row at once, whatever the rung."""
         return self.max_bs * max(rung.n_workers for rung in self.rungs)
+
+    @property
+    def least_bytes(self) -> int:
+        """What weights, none repeated, and KV cache take, of all chips together."""
+        config, sizes = self.config, {"n_slots": self.n_slots, "page": PAGE, "longest": self.trace.longest}
+        positions = PAGE * n_pages(rows=self.rows, held=self.held, **sizes)
+        split = {axis for entry in entries(self.made.cache) for axis in axes_of(entry)}
+        repeats = math.prod(n for axis, n in zip(AXES, self.shape, strict=True) if axis not in split)
+        held = repeats * positions * config.n_layers * 2 * config.n_kv_heads * config.d_head
+        return int(config.n_params * WEIGHTS[self.weights] + held * (4 if self.weights == "f32" else 2))
 
     def to_json(self) -> dict[str, Any]:
         """As rows hold it."""
@@ -117,9 +135,16 @@ class Setting:
             "trace": self.trace.name,
             "scale": list(self.scale),
             "longest": self.trace.longest,
-            **{k: getattr(self, k) for k in ("arrivals", "requests", "seeds", "warm_up")},
+            **self.arrivals.to_json(),
+            **{k: getattr(self, k) for k in ("requests", "seeds", "warm_up")},
             "limits": dataclasses.asdict(self.limits) if self.limits else None,
+            **({"checkpoint": self.checkpoint} if self.checkpoint else {}),
         }
+
+
+@functools.lru_cache(maxsize=64)
+def _config(name: str, checkpoint: str | None) -> ModelConfig:
+    return chosen(None, checkpoint, 0).config if checkpoint else model(name)
 
 
 def read(options: argparse.Namespace) -> Setting:
@@ -128,7 +153,7 @@ def read(options: argparse.Namespace) -> Setting:
     Raises:
         ValueError: field, value and rule.
     """
-    config = model(options.model)
+    config = _config(options.model, options.checkpoint)
     if config.vocab < text.VOCAB:
         raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
     if options.weights not in WEIGHTS:
@@ -136,8 +161,10 @@ def read(options: argparse.Namespace) -> Setting:
     for field, least in (("stages", 1), ("max_bs", 1), ("requests", 2), ("seeds", 1)):
         if getattr(options, field) < least:
             raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
-    if options.requests > MOST_REQUESTS:
-        raise ValueError(f"requests={options.requests} must be at most {MOST_REQUESTS}")
+    for field, most in MOST.items():
+        value = getattr(options, field)
+        if value is not None and value > most:
+            raise ValueError(f"{field}={value} must be at most {most}")
     if not 0 <= options.warm_up < 1:
         raise ValueError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
     slice_, stages = Slice.parse(options.slice), options.stages
@@ -146,7 +173,6 @@ def read(options: argparse.Namespace) -> Setting:
     shape = _stage_shape(slice_, options.mesh, stages)
     made = layout(options.layout, options.attention, shape, config.n_kv_heads)
     check(made, config, Pass(batch=math.prod(shape), length=1, capacity=1), shape)
-    arrivals(options.arrivals, 1.0)
     scale = _scale(options.scale)
     asked = trace(options.trace).scaled(*scale)
     n_slots = options.max_bs * asked.longest if options.slots is None else options.slots
@@ -155,7 +181,7 @@ def read(options: argparse.Namespace) -> Setting:
     if options.held not in ("rows", "pages"):
         raise ValueError(f"held={options.held!r} must be rows or pages")
     return Setting(
-        model=options.model,
+        model=config.name,
         slice=slice_,
         shape=shape,
         stages=stages,
@@ -168,12 +194,13 @@ def read(options: argparse.Namespace) -> Setting:
         max_bs=options.max_bs,
         n_slots=n_slots,
         trace=asked,
-        arrivals=options.arrivals,
+        arrivals=arrivals(options.arrivals, options.requests),
         scale=scale,
         requests=options.requests,
         seeds=options.seeds,
         warm_up=options.warm_up,
         limits=_limits(options.limits),
+        checkpoint=options.checkpoint,
     )
 
 
@@ -181,14 +208,14 @@ def rates(text_: str) -> tuple[float, ...]:
     """Requests per second, ascending.
 
     Raises:
-        ValueError: what is no positive number, or stands there twice.
+        ValueError: what is no number, out of bounds, or stands there twice.
     """
     try:
         found = [float(part) for part in text_.split(",")]
     except ValueError:
         raise ValueError(f"rates={text_!r} must be numbers of requests per second, such as 2,4,8") from None
-    if not all(0 < rate < math.inf for rate in found) or len(set(found)) < len(found):
-        raise ValueError(f"rates={text_!r} must be positive, and each different")
+    if not all(LEAST_RATE <= rate <= MOST_RATE for rate in found) or len(set(found)) < len(found):
+        raise ValueError(f"rates={text_!r} must be positive, {LEAST_RATE:g} to {MOST_RATE:g}, and each different")
     return tuple(sorted(found))
 
 
@@ -239,10 +266,11 @@ def _stage_shape(slice_: Slice, mesh: str | None, stages: int) -> Shape:
 
 def _rungs(text_: str | None, stages: int, max_bs: int) -> tuple[Rung, ...]:
     default = f"shortest-prompt,request-level,request-level-early,request-level-early@{stages + 1},orca"
-    names = (text_ or f"{default},chunked-{2 * max_bs}").split(",")
-    if len(set(names)) < len(names):
-        raise ValueError(f"policies={text_!r} must be different ones")
-    return tuple(Rung.parse(name, stages) for name in names)
+    names = f"{default},chunked-{2 * max_bs}" if text_ is None else text_
+    found = tuple(Rung.parse(name, stages) for name in names.split(","))
+    if len({(rung.policy.name, rung.n_workers) for rung in found}) < len(found):
+        raise ValueError(f"policies={text_!r} must be different ones; without @N there are stages={stages} in flight")
+    return found
 
 
 def _scale(text_: str) -> tuple[float, float]:
@@ -250,8 +278,11 @@ def _scale(text_: str) -> tuple[float, float]:
         parts = [_fraction(part) for part in text_.split(":")]
     except (ValueError, ZeroDivisionError):
         parts = []
-    if not 1 <= len(parts) <= 2 or not all(0 < part < math.inf for part in parts):
-        raise ValueError(f"scale={text_!r} must be a positive factor of all lengths, or PROMPT:OUTPUT, such as 1/8:1/4")
+    if not 1 <= len(parts) <= 2 or not all(0 < part <= MOST_FACTOR for part in parts):
+        raise ValueError(
+            f"scale={text_!r} must be a positive factor of all lengths, or PROMPT:OUTPUT, such as 1/8:1/4, at most "
+            f"{MOST_FACTOR:g}"
+        )
     return parts[0], parts[-1]
 
 

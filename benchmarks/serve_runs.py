@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from benchmarks.checkpoint_option import chosen
 from benchmarks.serve_ladder import PAGE, PIECE, Rung, Setting, sizes_of_passes
 from models.quantise import quantise
 from models.reference import init
 from models.weights import pack
 from partitioning.mesh import attach
+from partitioning.variants import layout
 from serving.arrivals import Arrivals, At
 from serving.batch import Batch
 from serving.engine import Engine, Sizes
@@ -29,7 +34,6 @@ from serving.scheduler import Scheduler
 from serving.serve import Served, serve
 from serving.stage import Stage
 from serving.timeline import Timeline
-from serving.traces import arrivals
 from serving.workload import Workload, prompt_ids
 
 
@@ -42,7 +46,7 @@ class Invalid(RuntimeError):
 
 
 def engine(setting: Setting, compiled: Callable[[int, int], None]) -> Engine:
-    """The one engine of all rungs, its programs compiled, its weights random.
+    """The one engine of all rungs, its programs compiled; its weights random, or a checkpoint's.
 
     Raises:
         ValueError: stages that cannot be made of the devices that are here.
@@ -61,7 +65,7 @@ def engine(setting: Setting, compiled: Callable[[int, int], None]) -> Engine:
         )
         for i in range(n)
     ]
-    packed = pack(config, init(config, 0))
+    packed = engine_weights(setting)
     if is_int8:
         packed = quantise(packed, stages[0].dtype)
     singles, pieces = sizes_of_passes(setting.max_bs, stages[0].parts)
@@ -78,6 +82,17 @@ def engine(setting: Setting, compiled: Callable[[int, int], None]) -> Engine:
     return Engine(stages, packed, sizes, compiled=compiled)
 
 
+def engine_weights(setting: Setting) -> dict[str, Any]:
+    """The weights on the host, as `models.weights.pack` has them; a checkpoint's come over one device."""
+    config = setting.config
+    if setting.checkpoint is None:
+        return pack(config, init(config, 0))
+    mesh = attach((1, 1, 1), chip=setting.slice.chip)
+    whole = layout("replicated", "heads", (1, 1, 1), config.n_kv_heads)
+    params = chosen(None, setting.checkpoint, 0).params(whole, mesh, dtype=jnp.float32)
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(params))
+
+
 def _size(setting: Setting) -> int:
     return setting.slice.n_chips // setting.stages
 
@@ -88,7 +103,7 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
     Raises:
         Invalid: something was compiled meanwhile, or a request was lost.
     """
-    workload = traffic(setting, arrivals(setting.arrivals, rate), setting.requests, seed)
+    workload = traffic(setting, setting.arrivals.at(rate), setting.requests, seed)
     metrics = Metrics(max_bs=setting.max_bs, window_s=workload.window_s(setting.warm_up), limits=setting.limits)
     seen = Seen(made)
     rss = resident_bytes()
@@ -111,7 +126,7 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
     }
     if served.compilations:
         raise Invalid(f"{served.compilations} programs were compiled in measured traffic; there must be none", numbers)
-    lost = setting.requests - summary["returned"] - summary["refused"]
+    lost = setting.requests - summary["returned"] - summary["refused"] - summary["cancelled"]
     if lost or summary["arrived"] != setting.requests:
         raise Invalid(f"{lost} of {setting.requests} requests were lost", numbers)
     return numbers
@@ -134,7 +149,7 @@ def timeline(setting: Setting, made: Engine, rung: Rung, rate: float) -> dict[st
     """The first requests of a run, as a trace that Perfetto opens."""
     drawn = Timeline()
     n = min(setting.requests, 3 * setting.max_bs)
-    run_once(setting, made, rung, traffic(setting, arrivals(setting.arrivals, rate), n, 0), [drawn])
+    run_once(setting, made, rung, traffic(setting, setting.arrivals.at(rate), n, 0), [drawn])
     return drawn.to_json()
 
 
@@ -173,8 +188,8 @@ def scheduler(setting: Setting, rung: Rung) -> Scheduler:
     )
 
 
-class Seen:
-    """An `Observer` of what `Metrics` does not look at."""
+class Seen(Observer):
+    """What `Metrics` does not look at."""
 
     def __init__(self, made: Engine):
         self._engine = made
@@ -194,9 +209,6 @@ class Seen:
         length_s = self._last_scheduled_s - start_s
         inside = ((returned_s >= start_s) & (returned_s <= self._last_scheduled_s)).sum()
         return float(inside) / length_s if length_s > 0 else None
-
-    def arrived(self, request: Request) -> None:
-        pass
 
     def made(self, batch: Batch) -> None:
         self.scheduled += batch.computed

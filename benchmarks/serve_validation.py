@@ -25,9 +25,9 @@ from benchmarks.serve_ladder import Rung, Setting
 from serving.batch import Batch
 from serving.measured_times import MeasuredTimes, Padding
 from serving.metrics import Metrics
+from serving.observer import Observer
 from serving.request import Request
 from serving.simulator import simulate
-from serving.traces import arrivals
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -68,14 +68,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.join(processes.platform_of(settings[0].slice, None), settings[0].slice.n_chips, 1)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    from benchmarks.serve_runs import capacity, engine, run_once, warm
+    from benchmarks.serve_runs import engine
 
     longest = max(settings, key=lambda setting: setting.trace.longest)
     console = Console(stderr=True)
     with console.status("compiling"):
-        made = engine(longest, lambda done, of: None)
-    if made.parts != 1:
-        raise InputError(f"attention={options.attention!r} splits the batch over {made.parts} parts; give heads")
+        opened = engine(longest, lambda done, of: None)
+    with opened as made:
+        if made.parts != 1:
+            raise InputError(f"attention={options.attention!r} splits the batch over {made.parts} parts; give heads")
+        _compare(options, settings, made, console)
+    return 0
+
+
+def _compare(options: argparse.Namespace, settings: Sequence[Setting], made: "Engine", console: Console) -> None:
+    """Runs everything, and says what came out."""
+    from benchmarks.serve_runs import capacity, run_once, warm
+
     rows: list[dict[str, Any]] = []
     with console.status("the engine's stage times") as status:
         for setting in settings:
@@ -102,7 +111,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                             print(json.dumps(rows[-1]), flush=True)
     if not options.json:
         show(rows, times, host_s)
-    return 0
 
 
 def show(rows: Sequence[dict[str, Any]], times: MeasuredTimes, host_s: float) -> None:
@@ -129,8 +137,8 @@ def show(rows: Sequence[dict[str, Any]], times: MeasuredTimes, host_s: float) ->
     )
 
 
-class _Seen:
-    """An `Observer` of what the one stage took."""
+class _Seen(Observer):
+    """What the one stage took."""
 
     def __init__(self):
         self.samples: list[tuple[Batch, float]] = []
@@ -143,12 +151,6 @@ class _Seen:
     def gap_s(self) -> float:
         """Median time between the end of a batch and the start of the next one, which was ready."""
         return statistics.median(self._gaps)
-
-    def arrived(self, request: Request) -> None:
-        pass
-
-    def made(self, batch: Batch) -> None:
-        pass
 
     def stage(self, batch: Batch, stage: int, start_s: float, end_s: float) -> None:
         if batch.number == self._number + 1:
@@ -177,7 +179,7 @@ def _settings(options: argparse.Namespace) -> list[Setting]:
 def _traffic(setting: Setting, rate: float, seed: int) -> "Workload":
     from benchmarks.serve_runs import traffic
 
-    return traffic(setting, arrivals(setting.arrivals, rate), setting.requests, seed)
+    return traffic(setting, setting.arrivals.at(rate), setting.requests, seed)
 
 
 def _row(

@@ -10,7 +10,6 @@ The scheduler is the engine's own. Latencies are of requests that arrived in the
 until the last arrival; the words are those of `serving.metrics`. A run at a rate above the peak never settles.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +24,14 @@ from rich.table import Table
 from benchmarks import out_folder
 from benchmarks import simulate_options as asked
 from benchmarks.cli import InputError, guarded
+from benchmarks.rows import line
 from benchmarks.simulate_options import Case
 from serving.batch import Batch
 from serving.observer import Observer
 from serving.request import Request
 from serving.scenario import SHARE, highest_rate
 from serving.timeline import Timeline
+from serving.traces import Pattern
 
 Row = dict[str, Any]
 PEAK_REQUESTS = 2000
@@ -39,24 +40,28 @@ PEAK_REQUESTS = 2000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     options = asked.parser(__doc__).parse_args(argv)
-    asked.check(options)
+    asked.check(options, asked.parser(__doc__).given(argv))
     if options.out is not None:
         out_folder.check(options.out)
     console = Console(width=None if sys.stdout.isatty() else 170)
     if options.figure:
         return _figure(options, console)
-    cases, rates = asked.cases(options), asked.rates(options)
+    cases, when = asked.cases(options), asked.pattern(options)
+    rates = asked.rates(options, when)
     asked.limits(options)
     if options.timeline and (options.capacity or len(cases) != 1 or rates is None or len(rates) != 1):
         raise InputError(f"timeline={str(options.timeline)!r} is of one run: one case, one of --rates")
-    asked.workload(options, 1.0)  # refuses before anything runs
+    asked.workload(options, when.at(1.0))  # refuses before anything runs
     rows: list[Row] = []
     began_s, done = time.perf_counter(), _Work()
     with _progress("runs", len(cases) * (1 if options.capacity else 1 + len(rates or asked.LOADS))) as tick:
         for case in cases:
             try:
-                rows += _capacity(case, options, done) if options.capacity else _runs(case, options, done, tick)
+                rows += (
+                    _capacity(case, options, when, done) if options.capacity else _runs(case, options, when, done, tick)
+                )
             except ValueError as error:
                 raise InputError(str(error)) from None
             tick()
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in out_folder.write(options.out, "rows", rows, drawn):
             print(path, file=sys.stderr)
     if options.json:
-        print("\n".join(map(json.dumps, rows)))
+        print("\n".join(map(line, rows)))
     else:
         _show(rows, cases, options.capacity, console)
     speed = f"{done.tokens:,} tokens scheduled, {done.works:,} parts of batches, in {taken_s:.1f} s"
@@ -89,17 +94,11 @@ class _Work:
         self.works += sum(run.works for run in runs)
 
 
-class Returned:
-    """An `Observer` that moves a progress bar on as requests return."""
+class Returned(Observer):
+    """Moves a progress bar on as requests return."""
 
     def __init__(self, move: Callable[[int], None]):
         self._move, self._n = move, 0
-
-    def arrived(self, request: Request) -> None: ...
-
-    def made(self, batch: Batch) -> None: ...
-
-    def stage(self, batch: Batch, stage: int, start_s: float, end_s: float) -> None: ...
 
     def completed(self, batch: Batch, now_s: float, back: list[Request], reserved: int, used: int) -> None:
         self._n += len(back)
@@ -130,21 +129,21 @@ def _progress(what: str, total: int) -> Iterator[_Tick]:
         yield _Tick(progress, what, total)
 
 
-def _peak(case: Case, options: Any) -> float:
+def _peak(case: Case, options: Any, when: Pattern) -> float:
     """Of a part of the requests, all of which are there at the beginning."""
-    few = asked.workload(options, 1.0)
+    few = asked.workload(options, when.at(1.0))
     return case.scenario.peak_per_s(replace(few, n=min(few.n, PEAK_REQUESTS)))
 
 
-def _runs(case: Case, options: Any, done: _Work, tick: _Tick) -> list[Row]:
+def _runs(case: Case, options: Any, when: Pattern, done: _Work, tick: _Tick) -> list[Row]:
     """A row for each rate."""
     n, limits = options.requests, asked.limits(options)
-    peak = _peak(case, options)
+    peak = _peak(case, options, when)
     rows = []
-    for rate in asked.rates(options) or [share * peak for share in asked.LOADS]:
+    for rate in asked.rates(options, when) or [share * peak for share in asked.LOADS]:
         timeline = [Timeline()] if options.timeline else []
         summary, runs = case.scenario.run(
-            asked.workload(options, rate),
+            asked.workload(options, when.at(rate)),
             warm_up=options.warm_up,
             limits=limits,
             observers=[*timeline, *(tick.observer(n) if sys.stderr.isatty() else ())],
@@ -161,14 +160,16 @@ def _runs(case: Case, options: Any, done: _Work, tick: _Tick) -> list[Row]:
     return rows
 
 
-def _capacity(case: Case, options: Any, done: _Work) -> list[Row]:
+def _capacity(case: Case, options: Any, when: Pattern, done: _Work) -> list[Row]:
     """One row: the highest rate within limits."""
-    peak, limits = _peak(case, options), asked.limits(options)
+    peak, limits = _peak(case, options, when), asked.limits(options)
     assert limits
     found: dict[float, Any] = {}
 
     def good(rate: float) -> bool:
-        summary, runs = case.scenario.run(asked.workload(options, rate), warm_up=options.warm_up, limits=limits)
+        summary, runs = case.scenario.run(
+            asked.workload(options, when.at(rate)), warm_up=options.warm_up, limits=limits
+        )
         done.add(runs)
         found[rate] = summary
         return summary.within_limits is not None and summary.within_limits >= SHARE
@@ -207,11 +208,23 @@ def _show(rows: Sequence[Row], cases: Sequence[Case], is_capacity: bool, console
         table.add_column(name)
     headings = ("req/s", "peak", "done/s", "tokens/s", "chip-s/token", "ms/token", "TTFT ms", "p90", "TPOT ms", "p90")
     headings += ("in limits", "occupied", "slots")
+    if refusals := any(row.get("refused") for row in rows):
+        headings += ("refused",)
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(*(str(row.get(k, "")) for k in differ), *_cells(row))
+        refused = [f"{row.get('refused', 0):,}"] if refusals else []
+        table.add_row(*(str(row.get(k, "")) for k in differ), *_cells(row), *refused)
     console.print(table)
+    if refusals:
+        console.print("refused: of the requests of a run, those that need more slots than there are")
+    for row in rows:
+        if is_capacity and row["rate"] is None:
+            case = ", ".join(f"{k} {row[k]}" for k in differ if k in row)
+            console.print(
+                f"{case + ': ' if case else ''}no rate keeps the limits: at a hundredth of the peak, "
+                f"{row['peak_per_s'] / 100:.3g} requests/s, fewer than {SHARE:.0%} of the requests do"
+            )
 
 
 def _cells(row: Row) -> list[str]:
@@ -246,7 +259,7 @@ def _figure(options: Any, console: Console) -> int:
             for path in out_folder.write(options.out, "rows", rows, drawn):
                 print(path, file=sys.stderr)
     if options.json:
-        print("\n".join(map(json.dumps, rows)))
+        print("\n".join(map(line, rows)))
         return 0
     constants = ", ".join(f"{k} {v}" for k, v in orca.FITTED.items())
     console.print(f"GPT-3 175B, 2 stages of 8 A100 40 GB; fitted on this figure: {constants}")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import orca_figure as orca
+from benchmarks.report_style import log_axis
 from partitioning.published import data
 
 Row = dict[str, Any]
@@ -25,7 +26,7 @@ def draw_front(rows: Sequence[Row]):
     front = [r for r in rows if r["pareto"]]
     at = [r["normalised_s"]["median"] * 1e3 for r in front], [r["chip_s_per_token"] for r in front]
     panel.plot(*at, "o", markersize=10, markerfacecolor="none", color="black", label="not beaten in both")
-    panel.set(xscale="log", yscale="log")
+    _log(panel, "xy")
     if len(lines) <= 20:
         figure.legend(loc="outside right center", fontsize="small")
     return figure
@@ -49,7 +50,8 @@ def draw_orca(n: int, seed: int):
         label = f"{'baseline' if contender.baseline else 'Orca'}, max_bs {contender.max_bs}"
         panel.plot(x, y, "os^Dvx"[i], color=f"C{i}", markersize=5, label=label)
     panel.axhline(orca.LIMIT_S * 1e3, color="black", linewidth=0.6, linestyle=":")
-    panel.set(xscale="log", yscale="log", ylim=(40, 2500), title="Orca, Figure 10(b): GPT-3 175B, 2 x 8 A100 40 GB")
+    panel.set(ylim=(40, 2500), title="Orca, Figure 10(b): GPT-3 175B, 2 x 8 A100 40 GB")
+    _log(panel, "xy")
     panel.legend(title="line: simulated\nmark: paper", fontsize="small")
     return figure
 
@@ -61,8 +63,17 @@ def draw_ladder(rows: Sequence[Row]):
     panel.barh([r["step"] for r in steps], [r["rate"] for r in steps], color="C0")
     for i, row in enumerate(steps):
         panel.annotate(f" {row['factor']:.3g} x", (row["rate"], i), va="center", fontsize=8)
-    panel.set_xscale("log")
+    rates = [r["rate"] for r in steps]
+    panel.set_xlim(min(rates) / 2, max(rates) * 2)  # room for what is written beside the longest
+    panel.set_axisbelow(True)
+    _log(panel, "x")
     return figure
+
+
+def _log(panel: Any, axes: str) -> None:
+    for name in axes:
+        getattr(panel, f"set_{name}scale")("log")
+        log_axis(getattr(panel, f"{name}axis"))
 
 
 def _panel(xlabel: str, ylabel: str):

@@ -4,22 +4,20 @@ import argparse
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.cli import InputError, Parser
+from benchmarks.cli import InputError, Parser, path
 from benchmarks.lines import read_lines
 from partitioning.chips import FITTED, chip
 from partitioning.cost import constants_of
 from partitioning.mesh import Slice
 from partitioning.point import CACHES, WEIGHTS
 from serving import lengths
-from serving.arrivals import Arrivals, Gamma, Poisson
+from serving.arrivals import Arrivals
 from serving.metrics import Limits
 from serving.policies import POLICIES, Policy, policy
 from serving.pricing import Pipeline, Pricing
@@ -27,6 +25,7 @@ from serving.reservation import RESERVATIONS, reservation
 from serving.scenario import Scenario, Server
 from serving.simulator import StageTimes
 from serving.stage_table import StageTable
+from serving.traces import ARRIVALS, Pattern, arrivals
 from serving.workload import Workload
 
 TRACES = {
@@ -35,6 +34,11 @@ TRACES = {
     "azure-code": (lengths.AZURE_CODE_PROMPT, lengths.AZURE_CODE_OUTPUT),
 }
 FIGURES = ("orca-10b",)
+OF_A_FIGURE = ("figure", "requests", "seed", "out", "json")
+"""What may be chosen of it; everything else is the paper's."""
+NOT_OF_A_TABLE = ("mesh", "cache", "constants")
+"""What measured stage times have settled."""
+OF_PREFILL = ("prefill_layout", "prefill_attention", "prefill_max_bs")
 LOADS = (0.25, 0.5, 0.75, 0.9)
 """Shares of the peak that are run where no rates are given."""
 
@@ -51,7 +55,7 @@ MOST = 10**9
 """Of whatever is counted."""
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
+def parser(doc: str | None) -> Parser:
     """The options."""
     p = Parser(prog="toruslab simulate", description=doc, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--model", default="llama-3-70b", help="preset or config.json (default: %(default)s)")
@@ -79,34 +83,49 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     p.add_argument("--prompt", help="tokens, N or LOW..HIGH, in place of the trace's")
     p.add_argument("--output", help="tokens, N or LOW..HIGH, in place of the trace's")
     p.add_argument("--max-output", type=int, help="what every request declares (default: what it will produce)")
-    p.add_argument("--arrivals", default="poisson", help="poisson, or gamma-CV (default: %(default)s)")
-    p.add_argument("--rates", "--rate", help="requests per second (default: shares of the peak, 0.25 to 0.9)")
+    p.add_argument("--arrivals", default="poisson", metavar="WHEN", help=f"{ARRIVALS} (default: %(default)s)")
+    p.add_argument(
+        "--rates", "--rate", help="requests per second (default: shares of the peak, 0.25 to 0.9, or a file's own)"
+    )
     p.add_argument("--requests", type=int, default=1000, help="of each run (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--warm-up", type=float, default=0.2, help="share of the arrivals left out (default: %(default)s)")
     p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that a request's first token, and further ones, take")
     p.add_argument("--capacity", action="store_true", help="the highest rate at which 90%% keep within --limits")
     p.add_argument("--figure", choices=FIGURES, help="instead: Orca's Figure 10(b), beside the paper's points")
-    p.add_argument("--timeline", type=Path, metavar="FILE", help="of a single run, for ui.perfetto.dev")
-    p.add_argument("--out", type=Path, help="folder for rows and pictures")
+    p.add_argument("--timeline", type=path, metavar="FILE", help="of a single run, for ui.perfetto.dev")
+    p.add_argument("--out", type=path, help="folder for rows and pictures")
     p.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
     return p
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuses options that make no sense by themselves.
+def check(options: argparse.Namespace, given: Mapping[str, str]) -> None:
+    """Refuses options that make no sense by themselves, or beside each other.
+
+    Args:
+        options: all of them.
+        given: those that stand in the command line, see `Parser.given`.
 
     Raises:
         InputError: field, value and rule.
     """
+    for field in given:
+        if getattr(options, field) == "":
+            raise InputError(f"{field}='' must not be empty")
+    if options.figure:
+        _beside("--figure", given.keys() - set(OF_A_FIGURE), given, "the paper has settled it")
+    if options.stage_times:
+        _beside("--stage-times", given.keys() & set(NOT_OF_A_TABLE), given, "the measured pipeline has settled it")
     for field, least in (("requests", 1), ("seed", 0), ("max_bs", 1), ("prefill_max_bs", 1), ("slots", 1)):
         value = getattr(options, field)
         if value is not None and value < least:
             raise InputError(f"{field}={value} must be at least {least}")
         if value is not None and value > MOST:
             raise InputError(f"{field}={value} must be at most {MOST}")
-    if options.in_flight is not None and options.in_flight < 1:
-        raise InputError(f"in_flight={options.in_flight} must be at least 1")
+    for field in ("in_flight", "stages", "max_output"):
+        value = getattr(options, field)
+        if value is not None and value < 1:
+            raise InputError(f"{field}={value} must be at least 1")
     if not 0 <= options.warm_up < 1:
         raise InputError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
     if not 0 <= options.host_us <= MOST:
@@ -119,13 +138,18 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"rates={options.rates!r} stands beside --capacity, which looks for the rate; give one")
     if options.out is not None and options.out.exists() and not options.out.is_dir():
         raise InputError(f"out={str(options.out)!r} is a file, not a folder")
-    for field in ("prefill_layout", "prefill_attention"):
-        if getattr(options, field) and not options.disaggregate:
+    for field in OF_PREFILL:
+        if field in given and not options.disaggregate:
             raise InputError(f"{field}={getattr(options, field)!r} needs --disaggregate SLICE")
     if options.stage_times and options.disaggregate:
         raise InputError("stage_times are of one pipeline, and disaggregate asks for two; give one of them")
     if options.stage_times and options.slots is None:
         raise InputError("stage_times need --slots: without the model it is not known how many fit")
+
+
+def _beside(option: str, others: Collection[str], given: Mapping[str, str], why: str) -> None:
+    for field in sorted(others):
+        raise InputError(f"{given[field]} stands beside {option}: {why}; leave one of them out")
 
 
 def listed(field: str, text: str) -> list[str]:
@@ -136,10 +160,18 @@ def listed(field: str, text: str) -> list[str]:
     return parts
 
 
-def rates(options: argparse.Namespace) -> list[float] | None:
+def pattern(options: argparse.Namespace) -> Pattern:
+    """When requests come."""
+    try:
+        return arrivals(options.arrivals, options.requests)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+
+
+def rates(options: argparse.Namespace, when: Pattern) -> list[float] | None:
     """Requests per second; None: to be chosen by the peak."""
     if options.rates is None:
-        return None
+        return [when.rate] if when.rate else None
     try:
         found = [float(part) for part in listed("rates", options.rates)]
     except ValueError as error:
@@ -164,18 +196,13 @@ def limits(options: argparse.Namespace) -> Limits | None:
     return Limits(ttft_s=ttft_s, tpot_s=tpot_s)
 
 
-def workload(options: argparse.Namespace, rate: float) -> Workload:
-    """The trace at a rate."""
+def workload(options: argparse.Namespace, when: Arrivals) -> Workload:
+    """The trace with its arrivals."""
     prompt, output = _lengths(options)
-    arrivals: Arrivals
-    match = re.fullmatch(r"gamma-(\d+(?:\.\d+)?)", options.arrivals)
-    if options.arrivals != "poisson" and not match:
-        raise InputError(f"arrivals={options.arrivals!r} must be poisson, or gamma-CV such as gamma-2.5")
     try:
-        arrivals = Gamma(rate=rate, cv=float(match[1])) if match else Poisson(rate=rate)
         return Workload(
             n=options.requests,
-            arrivals=arrivals,
+            arrivals=when,
             prompt=prompt,
             output=output,
             max_output=options.max_output,
@@ -227,7 +254,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 def _cases(options: argparse.Namespace) -> Iterator[Case]:
     table = _table(options.stage_times)
+    if table and options.stages not in (1, table.n_stages):
+        raise InputError(f"stages={options.stages} must be the {table.n_stages} of stage_times, or be left out")
     chosen = [policy(name) for name in listed("policies", options.policies)]
+    if len({one.name for one in chosen}) < len(chosen):
+        raise InputError(f"policies={options.policies!r} must be different ones")
     slices, layouts = listed("slices", options.slices), listed("layouts", options.layouts)
     prompt = longest(_lengths(options)[0])
     for slice_, layout, chosen_policy in itertools.product(slices, layouts, chosen):
@@ -237,32 +268,34 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
             n_chips = table.n_stages * Slice.parse(slice_).n_chips
             server = _server(options, table, table.n_stages, n_chips, options.max_bs, options.slots, chosen_policy)
             fields |= {"stages": table.n_stages, "source": "measured stage times"}
-            yield Case(fields=fields | _sizes(server), scenario=Scenario(server=server))
+            yield _case(fields, Scenario(server=server))
             continue
         pipeline = _pipeline(options, slice_, options.stages, layout, options.attention)
         server = _priced(options, pipeline, options.max_bs, prompt, chosen_policy, options.slots)
-        fields |= {"source": "analytic stage times", **_sizes(server)}
+        fields |= {"source": "analytic stage times"}
         if not options.disaggregate:
-            yield Case(fields=fields, scenario=Scenario(server=server))
+            yield _case(fields, Scenario(server=server))
             continue
         attention = options.prefill_attention or options.attention
         first = _pipeline(options, options.disaggregate, 1, options.prefill_layout or layout, attention)
         prefill = _priced(options, first, options.prefill_max_bs, prompt, policy("orca"), None)
         links = [p.n_chips / p.stages * p.chip.link_bytes_per_s for p in (pipeline, first)]
-        yield Case(
-            fields=fields | {"prefill_slice": first.slice, "prefill_layout": first.layout},
-            scenario=Scenario(
-                server=server,
-                prefill=prefill,
-                kv_bytes=pipeline.kv_bytes,
-                kv_bytes_per_s=min(links),
-                kv_start_s=pipeline.chip.hop_s,
-            ),
+        apart = {"prefill_slice": first.slice, "prefill_layout": first.layout, "prefill_chips": prefill.n_chips}
+        both = Scenario(
+            server=server,
+            prefill=prefill,
+            kv_bytes=pipeline.kv_bytes,
+            kv_bytes_per_s=min(links),
+            kv_start_s=pipeline.chip.hop_s,
         )
+        yield _case(fields | apart, both)
 
 
-def _sizes(server: Server) -> dict[str, int]:
-    return {"chips": server.n_chips, "max_bs": server.max_bs, "slots": server.slots}
+def _case(fields: Mapping[str, Any], scenario: Scenario) -> Case:
+    """`chips` are all that there are; of two slices, those of prompts included."""
+    server = scenario.server
+    sizes = {"chips": scenario.n_chips, "max_bs": server.max_bs, "slots": server.slots}
+    return Case(fields={**fields, **sizes}, scenario=scenario)
 
 
 def _pipeline(options: argparse.Namespace, slice_: str, stages: int, layout: str, attention: str) -> Pipeline:
@@ -329,18 +362,18 @@ def _constants(text: str | None) -> dict[str, float]:
     return found
 
 
-def _table(path: str | None) -> StageTable | None:
-    if path is None:
+def _table(file: str | None) -> StageTable | None:
+    if file is None:
         return None
     lines: list[str] = []
-    for number, line in read_lines("stage_times", path):
+    for number, line in read_lines("stage_times", file):
         if isinstance(line, ValueError):
-            raise InputError(f"stage_times={path!r}, line {number}: {line}")
+            raise InputError(f"stage_times={file!r}, line {number}: {line}")
         lines.append(line)
     try:
         return StageTable.parse(lines)
     except ValueError as error:
-        raise InputError(f"stage_times={path!r}: {error}") from None
+        raise InputError(f"stage_times={file!r}: {error}") from None
 
 
 def columns(found: Sequence[Case]) -> list[str]:

@@ -27,6 +27,7 @@ from benchmarks.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
 from benchmarks.rows import Row, Rows
 from benchmarks.run_folder import Run, chip_of, unfinished
 from models import text
+from partitioning.dataflow import REMAT
 from partitioning.layouts import LAYOUTS
 from partitioning.mesh import AXES, Slice, attach
 from partitioning.point import CACHES, Point
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
     p.add_argument("--layouts", default=",".join(LAYOUTS), help="default: %(default)s")
     p.add_argument("--attention", default="heads,batch", help="default: %(default)s, where it makes sense")
-    p.add_argument("--phases", default="decode,prefill", help="default: %(default)s")
+    p.add_argument("--phases", default="decode,prefill", help="of decode, prefill, train (default: %(default)s)")
     p.add_argument("--batches", help="sequences per decode step (default: 8,128, or a chip each and 16 a chip)")
     p.add_argument("--context", type=int, default=DECODE_CONTEXT, help="cached tokens in decode (default: %(default)s)")
     p.add_argument(
@@ -60,11 +61,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="decode steps in one call of the program; rows are of one step (default: %(default)s)",
     )
-    p.add_argument("--prefill-batch", type=int, help="sequences per prefill (default: 8, or a chip each)")
+    p.add_argument(
+        "--prefill-batch", type=int, help="sequences per prefill or training step (default: 8, or a chip each)"
+    )
     p.add_argument(
         "--lengths",
         default=",".join(map(str, PREFILL_LENGTHS)),
-        help="tokens per sequence in prefill (default: %(default)s)",
+        help="tokens per sequence in prefill and training (default: %(default)s)",
+    )
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="a training step's batch in N parts")
+    p.add_argument(
+        "--remat", default="layer", help=f"worked out again for gradients: {', '.join(REMAT)} (default: %(default)s)"
     )
     p.add_argument("--weights", default="f32", help="f32, bf16 or int8 (default: %(default)s)")
     p.add_argument("--cache", choices=CACHES, help="of the KV cache (default: the activations' dtype)")

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from models.cache import cache_shardings, empty_cache
 from models.decoder import Tokens
 from models.parameters import everywhere
+from models.train import Trainer, TrainState
 from partitioning.program import Program
 
 Step = Callable[[], None]
@@ -93,6 +94,24 @@ def stepper(program: Program, executable: jax.stages.Compiled, params: nnx.State
         with jax.set_mesh(mesh):
             out, held[0] = executable(params, tokens, held[0], requests)
         jax.block_until_ready((out, held[0]))
+
+    return step
+
+
+def training_stepper(trainer: Trainer, executable: jax.stages.Compiled, state: TrainState, ids: np.ndarray) -> Step:
+    """A function that takes one training step and waits for it, its state handed on from call to call.
+
+    Args:
+        trainer, executable: what runs, as compiled.
+        state: of `trainer.initial`, or as training left it; the first call takes it away.
+        ids: [B, L + 1] tokens.
+    """
+    mesh, held, placed = trainer.mesh, [state], everywhere(trainer.mesh, ids.astype(np.int32))
+
+    def step() -> None:
+        with jax.set_mesh(mesh):
+            held[0], report = executable(held[0], placed)
+        jax.block_until_ready((held[0], report))
 
     return step
 

@@ -43,6 +43,42 @@ def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention within sequences, with no cache: what training differentiates.
+
+    Above two `BLOCK`s, queries go block by block over all positions, each block's scores made anew for its gradient.
+
+    Args:
+        q: [b, L, h, Q]; equal runs of its heads share a KV head.
+        k, v: [b, k, L, Q].
+
+    Returns:
+        [b, L, h, Q].
+    """
+    b, length, h, width = q.shape
+    kv_heads = k.shape[1]
+    q = q.reshape(b, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [b, k, g, L, Q]
+
+    def rows(q: jax.Array, first: jax.Array | int) -> jax.Array:
+        """Of queries [b, k, g, n, Q] at the positions from `first` on."""
+        s = jnp.einsum("bkgnq,bkmq->bkgnm", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
+        seen = jnp.arange(length) <= first + jnp.arange(q.shape[3])[:, None]
+        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
+        return jnp.einsum("bkgnm,bkmq->bkgnq", p.astype(q.dtype), v)
+
+    if length <= 2 * BLOCK:
+        o = rows(q, 0)
+    else:
+        n, left = divmod(length, BLOCK)
+        blocks = q[:, :, :, left:].reshape(*q.shape[:3], n, BLOCK, width)
+        firsts = left + BLOCK * jnp.arange(n)
+        found = lax.map(jax.checkpoint(lambda turn: rows(*turn)), (jnp.moveaxis(blocks, 3, 0), firsts))
+        o = jnp.moveaxis(found, 0, 3).reshape(*q.shape[:3], n * BLOCK, width)
+        if left:
+            o = jnp.concatenate([rows(q[:, :, :, :left], 0), o], axis=3)
+    return o.transpose(0, 3, 1, 2, 4).reshape(b, length, h, width)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,

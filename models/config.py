@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Block = Literal["parallel", "serial"]
-Mlp = Literal["swiglu", "gelu"]
+Mlp = Literal["swiglu", "geglu", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,10 @@ class ModelConfig:
         n_layers: number of layers.
         d_model, d_ff, n_heads, d_head, n_kv_heads, vocab: the sizes above.
         block: `parallel` runs attention and MLP from one norm, `serial` one after the other with a norm each.
-        mlp: `swiglu` has three matrices (gate, up, down), `gelu` two (up, down).
+        mlp: `swiglu` and `geglu` have three matrices (gate, up, down) and SiLU or GELU of the gate, `gelu` two (up,
+            down).
         tied: the unembedding is the embedding table.
+        scaled_embed: embeddings are multiplied by sqrt(E) where they are looked up, as Gemma's.
         n_padding_heads: how many of `n_heads` are padding; they hold zeros and contribute nothing.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square before the root.
@@ -47,6 +49,7 @@ class ModelConfig:
     block: Block = "parallel"
     mlp: Mlp = "swiglu"
     tied: bool = True
+    scaled_embed: bool = False
     n_padding_heads: int = 0
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
@@ -58,8 +61,8 @@ class ModelConfig:
                 raise ValueError(f"{field}={str(value)[:40]} must be a positive integer, at most {2**40}")
         if self.block not in ("parallel", "serial"):
             raise ValueError(f"block={self.block!r} must be 'parallel' or 'serial'")
-        if self.mlp not in ("swiglu", "gelu"):
-            raise ValueError(f"mlp={self.mlp!r} must be 'swiglu' or 'gelu'")
+        if self.mlp not in ("swiglu", "geglu", "gelu"):
+            raise ValueError(f"mlp={self.mlp!r} must be 'swiglu', 'geglu' or 'gelu'")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
         if self.d_head % 2:
@@ -88,6 +91,16 @@ class ModelConfig:
         return -(-self.vocab // multiple) * multiple
 
     @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate: three matrices, not two."""
+        return self.mlp != "gelu"
+
+    @property
+    def embed_scale(self) -> float:
+        """What an embedding is multiplied by where it is looked up; the unembedding is not."""
+        return math.sqrt(self.d_model) if self.scaled_embed else 1.0
+
+    @property
     def mlp_groups(self) -> int:
         """In how many groups the MLP's columns are stored, each group holding its part of gate and up.
 
@@ -101,7 +114,7 @@ class ModelConfig:
         """Number of weights, padding heads and norms left out, as the literature counts them."""
         heads = self.n_heads - self.n_padding_heads
         kv_heads = self.n_kv_heads if self.n_kv_heads != self.n_heads else heads
-        mlp = (3 if self.mlp == "swiglu" else 2) * self.d_model * self.d_ff
+        mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
         attention = 2 * self.d_model * heads * self.d_head + 2 * self.d_model * kv_heads * self.d_head
         embeddings = (1 if self.tied else 2) * self.vocab * self.d_model
         return self.n_layers * (mlp + attention) + embeddings

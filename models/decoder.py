@@ -19,13 +19,15 @@ from jax.sharding import PartitionSpec as P
 from models.cache import Cache
 from models.config import ModelConfig
 from models.rows import Aligned, Rows, index, place, row_ladder, split_axes
-from partitioning.collectives import follow, follow_together, local
+from partitioning.collectives import follow, follow_together, local, on_a_chip
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.rings import after, before, loops, multiply
 
 Initializer = Callable[..., jax.Array]
 scope = jax.named_scope
+GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
+"""Of a gated MLP; GELU in its tanh form."""
 
 
 class Tokens(NamedTuple):
@@ -52,7 +54,7 @@ class Block(nnx.Module):
         self.config, self.has_mlp, self.has_attention = config, mlp, attention
         groups = config.n_heads if attention else config.mlp_groups
         f = config.d_ff // config.mlp_groups if mlp else 0
-        c = groups * ((q if attention else 0) + (2 if config.mlp == "swiglu" else 1) * f)
+        c = groups * ((q if attention else 0) + (2 if config.gated else 1) * f)
         g = groups * ((q if attention else 0) + f)
         weight = nnx.initializers.lecun_normal(in_axis=1, out_axis=2, batch_axis=0)
         self.norm = nnx.Param(jnp.ones((n, e), dtype))
@@ -70,11 +72,12 @@ class Block(nnx.Module):
 
     def gathered(self, layout: Layout) -> dict[str, jax.Array]:
         """The layer's weights, as the matmuls take them."""
-        return {name: self._weight(name, layout) for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)}
+        names = [name for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)]
+        return {name: self._gather(getattr(self, name)[...], name, layout) for name in names}
 
-    def _weight(self, name: str, layout: Layout) -> jax.Array:
+    def _gather(self, weight: jax.Array, name: str, layout: Layout) -> jax.Array:
         with scope(name):
-            return follow(getattr(self, name)[...], before(layout, name))
+            return follow(weight, before(layout, name))
 
     def _scale(self, name: str) -> jax.Array | None:
         """Of a matrix of int8."""
@@ -89,15 +92,21 @@ class Block(nnx.Module):
         rows: Rows,
         layout: Layout,
         held: Mapping[str, jax.Array] | None = None,
+        regather: bool = False,
     ) -> tuple[jax.Array, Cache]:
         """One layer of the block on the residual stream `x` = TE, as `layout.x` begins.
 
-        `held`: its weights, where they were `gathered` before.
+        `held`: its weights, where they were `gathered` before; `regather`: they are gathered again for gradients.
         """
         config = self.config
 
-        def weight(name: str) -> jax.Array:
-            return held[name] if held else self._weight(name, layout)
+        def times(y: jax.Array, name: str, names: tuple[str, str, str]) -> jax.Array:
+            def run(y: jax.Array, weight: jax.Array) -> jax.Array:
+                ready = held[name] if held else self._gather(weight, name, layout)
+                return product(y, ready, self._scale(name), layout, names)
+
+            # of a matmul run again from its inputs, gradients need the gathered weight only
+            return (jax.checkpoint(run, prevent_cse=False) if regather else run)(y, getattr(self, name)[...])
 
         with scope("x"):
             y = follow(x, layout.x)
@@ -106,7 +115,7 @@ class Block(nnx.Module):
         if self.has_attention:
             with scope("kv"):
                 inputs.append((follow(y, layout.x_kv), "w_kv", ("x_kv", "w_kv", "kv")))
-        made = [product(y, weight(w), self._scale(w), layout, names) for y, w, names in inputs]
+        made = [times(*one) for one in inputs]
         h, *kvs = sums(made, squares, layout, config.norm_eps)
 
         parts = local(self._split, [layout.h], [layout.q] * self.has_attention + [layout.h[-1:]] * self.has_mlp)(h)
@@ -123,7 +132,7 @@ class Block(nnx.Module):
 
         with scope("g"):
             g = follow(g, before(layout, "g"))
-        out = product(g, weight("w_out"), self._scale("w_out"), layout, ("g", "w_out", "out"))
+        out = times(g, "w_out", ("g", "w_out", "out"))
         with scope("out"):
             return x + follow(out, after(layout, "out")), cache
 
@@ -132,11 +141,11 @@ class Block(nnx.Module):
         config = self.config
         q = config.d_head if self.has_attention else 0
         f = config.d_ff // config.mlp_groups if self.has_mlp else 0
-        h = h.reshape(h.shape[0], -1, q + (2 if config.mlp == "swiglu" else 1) * f)
+        h = h.reshape(h.shape[0], -1, q + (2 if config.gated else 1) * f)
         parts = (h[..., :q],) if self.has_attention else ()
         if self.has_mlp:
             up = h[..., -f:]
-            hidden = jax.nn.silu(h[..., q : q + f]) * up if config.mlp == "swiglu" else jax.nn.gelu(up)
+            hidden = GATES[config.mlp](h[..., q : q + f]) * up if config.gated else jax.nn.gelu(up)
             parts += (hidden.reshape(h.shape[0], -1),)
         return parts
 
@@ -215,12 +224,14 @@ class Decoder(nnx.Module):
         with scope("embed"):
             ids = follow(ids, layout.tokens)
             table = place(layout, layout.table)
-            look_up = functools.partial(_look_up, split_axes(table, 0))
+            look_up = functools.partial(_look_up, split_axes(table, 0), self.config.embed_scale)
             (x,) = local(look_up, [table, layout.tokens], [layout.embed])(self.table[...], ids)
             return follow(x, layout.embed)
 
-    def through_layers(self, x: jax.Array, cache: Cache, rows: Rows, layout: Layout) -> tuple[jax.Array, Cache]:
-        """All layers on the residual stream."""
+    def through_layers(
+        self, x: jax.Array, cache: Cache, rows: Rows, layout: Layout, *, remat: str = "none"
+    ) -> tuple[jax.Array, Cache]:
+        """All layers on the residual stream; `remat`: what is worked out again for gradients (`dataflow.REMAT`)."""
         config = self.config
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
@@ -243,9 +254,11 @@ class Decoder(nnx.Module):
             coming = gathered((layer + 1) % config.n_layers)  # the last layer's are not needed
             for name in blocks:
                 with scope(name):
-                    x, cache = modules[name](x, cache, layer, rows, layout, held.get(name))
+                    x, cache = modules[name](x, cache, layer, rows, layout, held.get(name), remat == "weights")
             return (x, cache, coming), None
 
+        if remat == "layer":
+            body = jax.checkpoint(body, prevent_cse=False)  # a loop's body keeps the two runs apart by itself
         start = (x, cache, gathered(jnp.int32(0)))
         (x, cache, _), _ = lax.scan(body, start, (jnp.arange(config.n_layers), params))
         return x, cache
@@ -286,7 +299,8 @@ def product(
 
 def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
     """`x @ w`, left as the ladder begins: partial sums stay where they are."""
-    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=ladder[0] if ladder else None)
+    at = ladder[0] if ladder and not on_a_chip() else None
+    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=at)
 
 
 def scaled(out: jax.Array, scale: jax.Array | None, ladder: Ladder) -> jax.Array:
@@ -304,7 +318,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.
 
     The sum of squares is one all-reduce of T numbers over the axes that E is split over, if any.
     """
-    e = x.shape[-1]
+    e = scale.shape[-1]
     at = ladder[-1:]
     stat = norm_ladder(at[0]) if at else ()
     across = (P(None), P(entries(at[0])[1])) if split_axes(at, 1) else (P(None),) if at else ()
@@ -325,11 +339,11 @@ def normalise(x: jax.Array, scale: jax.Array, layout: Layout, eps: float) -> tup
     """
     if not layout.together:
         return rms_norm(x, scale, layout.x, eps), None
-    at = layout.x[-1]
+    at, e = layout.x[-1], scale.shape[-1]
     across = (P(None), P(entries(at)[1]))
 
     def scaled(y, scale):
-        return y * scale, jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1) / x.shape[-1]
+        return y * scale, jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1) / e
 
     with scope("norm"):
         return local(scaled, [at, across], [at, norm_ladder(at)])(x, follow(scale, across))
@@ -362,13 +376,15 @@ def _by_row(x: jax.Array, squares: jax.Array, at: P, eps: float) -> jax.Array:
     return local(lambda x, s: (x * lax.rsqrt(s + eps).astype(x.dtype)[:, None],), [at, rows], [at])(x, squares)[0]
 
 
-def _look_up(axes: Axes, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
-    """Rows of the table, zero where this chip's part does not hold them."""
-    if not axes:
-        return (table[ids],)
-    rows = ids - index(axes) * table.shape[0]
-    here = (rows >= 0) & (rows < table.shape[0])
-    return (jnp.where(here[:, None], table[jnp.clip(rows, 0, table.shape[0] - 1)], 0),)
+def _look_up(axes: Axes, scale: float, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+    """Rows of the table times `scale`, zero where this chip's part does not hold them."""
+    if axes:
+        rows = ids - index(axes) * table.shape[0]
+        here = (rows >= 0) & (rows < table.shape[0])
+        found = jnp.where(here[:, None], table[jnp.clip(rows, 0, table.shape[0] - 1)], 0)
+    else:
+        found = table[ids]
+    return (found if scale == 1.0 else found * scale,)
 
 
 def _last_of_rows(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:

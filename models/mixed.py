@@ -198,6 +198,8 @@ def attend_pages(
         def page(i, running):
             top, total, acc = running
             keys, values = read(k, table[i]).astype(q.dtype), read(v, table[i]).astype(q.dtype)
+            written = i * form.page + jnp.arange(form.page) < start + length
+            values = jnp.where(written[:, None], values, 0)  # a NaN left by another request is one times 0, too
             s = jnp.einsum("kcq,kpq->kcp", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
             seen = i * form.page + jnp.arange(form.page) <= reach[:, None]
             s = jnp.where(seen, s, -jnp.inf)

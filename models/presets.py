@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.config import ModelConfig
+from models.config import Mlp, ModelConfig
 
 
 def _palm(name: str, n_layers: int, d_model: int, n_heads: int) -> ModelConfig:
@@ -58,6 +58,8 @@ def _gated(
     tied: bool = False,
     rope_theta: float = 10000.0,
     norm_eps: float = 1e-5,
+    mlp: Mlp = "swiglu",
+    scaled_embed: bool = False,
 ) -> ModelConfig:
     """Llama style: serial, gated MLP. Sizes from each model's published `config.json`."""
     return ModelConfig(
@@ -70,17 +72,32 @@ def _gated(
         n_kv_heads=n_kv_heads,
         vocab=vocab,
         block="serial",
+        mlp=mlp,
         tied=tied,
+        scaled_embed=scaled_embed,
         rope_theta=rope_theta,
         norm_eps=norm_eps,
     )
 
 
 def _gemma(name: str, *sizes: int, d_head: int = 256) -> ModelConfig:
-    """Gemma differs in what costs little: GeGLU for SwiGLU, scaled embeddings; Gemma 2 also norms after each block,
-    caps logits, and lets every second layer attend to 4096 tokens only (here all layers attend to everything)."""
+    """GeGLU and scaled embeddings. Gemma 2 differs in what costs little: it also norms after each block, caps logits,
+    and lets every second layer attend to 4096 tokens only (here all layers attend to everything)."""
     n_layers, d_model, d_ff, n_heads, n_kv_heads = sizes
-    return _gated(name, n_layers, d_model, d_ff, n_heads, n_kv_heads, 256000, d_head=d_head, tied=True, norm_eps=1e-6)
+    return _gated(
+        name,
+        n_layers,
+        d_model,
+        d_ff,
+        n_heads,
+        n_kv_heads,
+        256000,
+        d_head=d_head,
+        tied=True,
+        norm_eps=1e-6,
+        mlp="geglu",
+        scaled_embed=True,
+    )
 
 
 def _qwen(name: str, *sizes: int, d_head: int = 128, tied: bool = False) -> ModelConfig:
@@ -106,6 +123,8 @@ _ALL = (
     ModelConfig(name="toy", n_layers=4, d_model=512, d_ff=2048, n_heads=16, d_head=64, vocab=258),
     # its second size, an eighth of it
     ModelConfig(name="toy-s", n_layers=2, d_model=256, d_ff=1024, n_heads=8, d_head=64, vocab=258),
+    # what `toruslab train` trains: as many parameters as toy-s in twice as many layers, which learn more from a text
+    ModelConfig(name="toy-text", n_layers=4, d_model=192, d_ff=768, n_heads=8, d_head=32, vocab=258),
     # Pope et al. 2022; `palm-540b-h64` is the one that the paper ran
     _palm("palm-8b", 32, 4096, 16),
     _palm("palm-62b", 64, 8192, 32),
@@ -241,37 +260,60 @@ def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
 
 
 # what each model type's own configuration class takes for a field that the file leaves out
+_TANH_GELU = "gelu_pytorch_tanh"
 _TYPES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 128},
-    "gemma": {"tie_word_embeddings": True, "head_dim": 256},
-    "gemma2": {"tie_word_embeddings": True, "head_dim": 256},
-    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256},
+    "gemma": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": _TANH_GELU},
+    "gemma2": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": _TANH_GELU},
+    "gemma3_text": {"tie_word_embeddings": True, "head_dim": 256, "hidden_act": _TANH_GELU},
 }
 _LEFT_OUT = {
     "qwen2": "biases on Q, K and V",
     "qwen3": "norms on Q and K",
-    "gemma": "scaled embeddings",
-    "gemma2": "scaled embeddings, norms after each block and capped logits",
-    "gemma3_text": "scaled embeddings, norms after each block, norms on Q and K and a second rotary base",
+    "gemma2": "norms after each block and capped logits",
+    "gemma3_text": "norms after each block, norms on Q and K and a second rotary base",
 }
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 
 
-def from_hugging_face(path: Path) -> ModelConfig:
+def from_hugging_face(path: Path, *, exact: bool = False) -> ModelConfig:
     """The decoder with the sizes of a Hugging Face `config.json`.
 
     Args:
         path: the file, or a folder with a `config.json`.
+        exact: the decoder must compute what the original does; else it must cost about the same.
 
     Returns:
         A serial, gated decoder, named by the path. What the original has besides (biases, norms on Q and K, windows,
         rescaled rotary frequencies) is left out with a warning: it changes numbers, hardly costs.
 
     Raises:
-        ValueError: no such file, not JSON, a missing or wrong field, or a model that this decoder cannot stand for.
+        ValueError: no such file, not JSON, a missing or wrong field, or a model that this decoder cannot stand for;
+            if `exact`, one of which something would be left out.
+    """
+    data = fields(path)
+    try:
+        config, left_out = _from_fields(str(path), data)
+        if left_out and exact:
+            raise ValueError(
+                f"model_type={data['model_type']!r} with {'; '.join(left_out)} cannot be loaded: this decoder leaves "
+                "that out, and its logits would be others"
+            )
+    except ValueError as error:
+        raise ValueError(f"model={str(path)!r}: {error}") from error
+    if left_out:
+        warnings.warn(f"{path}: left out of a {data['model_type']} model: {'; '.join(left_out)}", stacklevel=3)
+    return config
+
+
+def fields(path: Path) -> dict[str, Any]:
+    """What a `config.json` holds; `path` is the file, or a folder with one.
+
+    Raises:
+        ValueError: no such file, or not one JSON object.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
@@ -282,13 +324,11 @@ def from_hugging_face(path: Path) -> ModelConfig:
         raise ValueError(f"model={str(path)!r}: {file.name} is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"model={str(path)!r}: {file.name} must hold one JSON object")
-    try:
-        return _from_fields(str(path), data)
-    except ValueError as error:
-        raise ValueError(f"model={str(path)!r}: {error}") from error
+    return data
 
 
-def _from_fields(name: str, data: Mapping[str, Any]) -> ModelConfig:
+def _from_fields(name: str, data: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
+    """The decoder, and what of the original it leaves out."""
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"model_type={kind!r} is not a decoder that this one can stand for: {', '.join(_TYPES)}")
@@ -302,19 +342,24 @@ def _from_fields(name: str, data: Mapping[str, Any]) -> ModelConfig:
     known = {**head_rule, **kv_rule, "rms_norm_eps": 1e-5 if kind == "mistral" else 1e-6, **_TYPES[kind]}
     known |= {key: value for key, value in data.items() if value is not None}
     act = known.get("hidden_activation") or known.get("hidden_act") or "silu"
-    if act not in ("silu", "swish", "gelu", "gelu_pytorch_tanh"):
+    if act not in ("silu", "swish", "gelu", _TANH_GELU):
         raise ValueError(f"hidden_act={act!r} must be silu, swish, gelu or gelu_pytorch_tanh")
     rope = known.get("rope_parameters") or known.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_parameters={rope!r} must be an object")
     left_out = [_LEFT_OUT[kind]] if kind in _LEFT_OUT else []
-    left_out += ["GELU in the gate (SwiGLU here)"] if act.startswith("gelu") else []
-    left_out += [f"{field}=true" for field in ("attention_bias", "mlp_bias") if known.get(field) is True]
+    gemma = kind.startswith("gemma")
+    if act == "gelu" and not gemma:  # Gemma's first files say "gelu" and mean the tanh form
+        left_out.append("hidden_act='gelu' (the erf form; the tanh form here)")
+    for field in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+        left_out += [f"{field}=true"] if known.get(field) is True else []
     if known.get("sliding_window") and known.get("use_sliding_window", kind != "qwen2" and kind != "qwen3"):
         left_out.append(f"sliding_window={known['sliding_window']} (all of the context is read here)")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        left_out.append(f"rotary frequencies rescaled by {rope_type!r}")
+        left_out.append(f"rope_type={rope_type!r} (rotary frequencies are not rescaled here)")
+    if (share := rope.get("partial_rotary_factor", known.get("partial_rotary_factor", 1.0))) != 1.0:
+        left_out.append(f"partial_rotary_factor={share!r} (all of a head is turned here)")
     config = ModelConfig(
         name=name,
         n_layers=_whole(known, "num_hidden_layers"),
@@ -325,14 +370,13 @@ def _from_fields(name: str, data: Mapping[str, Any]) -> ModelConfig:
         n_kv_heads=_whole(known, "num_key_value_heads"),
         vocab=_whole(known, "vocab_size"),
         block="serial",
-        mlp="swiglu",
+        mlp="geglu" if act.startswith("gelu") else "swiglu",
         tied=_flag(known, "tie_word_embeddings"),
+        scaled_embed=gemma,
         rope_theta=_positive(rope if "rope_theta" in rope else {"rope_theta": 10000.0, **known}, "rope_theta"),
         norm_eps=_positive(known, "rms_norm_eps"),
     )
-    if left_out:
-        warnings.warn(f"{name}: left out of a {kind} model: {'; '.join(left_out)}", stacklevel=4)
-    return config
+    return config, left_out
 
 
 def _whole(data: Mapping[str, Any], field: str) -> int:

@@ -33,14 +33,23 @@ def quantise(params: Mapping[str, Any], dtype) -> dict[str, Any]:
         if isinstance(value, Mapping):
             found[name] = quantise(value, dtype)
         elif name in MATRICES:
-            wide = value.astype("float32")
-            scale = (abs(wide).max(axis=-2) / 127).astype(dtype)
-            scale = scale + (scale == 0).astype(dtype)  # a column of zeros, as padding heads have
-            integers = (wide / scale.astype("float32")[..., None, :]).round().clip(-127, 127)
-            found[name], found[name + SCALE] = integers.astype("int8"), scale
+            found[name + SCALE] = scale = scales_of(value, dtype)
+            found[name] = integers(value, scale)
         else:
             found[name] = value
     return found
+
+
+def scales_of(matrix: Any, dtype) -> Any:
+    """[..., n, m] -> [..., m]: of every column, what its integers are multiplied by."""
+    scale = (abs(matrix.astype("float32")).max(axis=-2) / 127).astype(dtype)
+    return scale + (scale == 0).astype(dtype)  # a column of zeros, as padding heads have
+
+
+def integers(matrix: Any, scale: Any) -> Any:
+    """[..., n, m], or some of its rows, as int8 with the scales [..., m] of its columns."""
+    wide = matrix.astype("float32") / scale.astype("float32")[..., None, :]
+    return wide.round().clip(-127, 127).astype("int8")
 
 
 def dequantise(params: Mapping[str, Any]) -> dict[str, Any]:

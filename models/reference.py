@@ -8,7 +8,7 @@ Canonical weights are a dict of arrays, stacked over the n = `n_layers` layers; 
     embed [V, E]     unembed [V, E] (not tied)    final_norm [E]
     norm [n, E]      mlp_norm [n, E] (serial)
     wq [n, E, H, Q]  wk, wv [n, E, K, Q]          wo [n, H, Q, E]
-    w_up [n, E, F]   w_gate [n, E, F] (swiglu)    w_down [n, F, E]
+    w_up [n, E, F]   w_gate [n, E, F] (gated)     w_down [n, F, E]
 
 V has no padding rows here. H counts padding heads: they come last, and their wq and wo are zero.
 """
@@ -48,7 +48,8 @@ def logits(
     """Scores of the next token after each position of one sequence.
 
     A parallel layer is x + attention(norm(x)) + mlp(norm(x)); a serial one adds attention(norm(x)) to x, then
-    mlp(mlp_norm(x)). The logits are final_norm(x) @ unembed.T, or @ embed.T where the two are tied.
+    mlp(mlp_norm(x)). Where `scaled_embed`, x begins as sqrt(E) times the embedding. The logits are
+    final_norm(x) @ unembed.T, or @ embed.T where the two are tied.
 
     Args:
         config: sizes and variants.
@@ -77,6 +78,8 @@ def logits(
     ids = _checked_tokens(config, tokens)
     embed = _float64(weights["embed"])
     x = embed[ids]  # [L, E]
+    if config.scaled_embed:
+        x = x * math.sqrt(config.d_model)
     for i in range(config.n_layers):
         layer = {name: _float64(np.asarray(weights[name])[i]) for name in shapes(config) if _LETTERS[name][0] == "n"}
         normed = _rms_norm(x, layer["norm"], config.norm_eps)
@@ -113,7 +116,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     absent = {
         "unembed": config.tied,
         "mlp_norm": config.block == "parallel",
-        "w_gate": config.mlp == "gelu",
+        "w_gate": not config.gated,
     }
     return {
         name: tuple(sizes[letter] for letter in letters.split())
@@ -221,10 +224,12 @@ def _attention(config: ModelConfig, layer: Mapping[str, Array], x: Array, keys: 
 
 
 def _mlp(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> Array:
-    """[L, E] -> [L, E]: (silu(gate) * up) @ down, or gelu(up) @ down."""
+    """[L, E] -> [L, E]: (silu(gate) * up) @ down, (gelu(gate) * up) @ down, or gelu(up) @ down."""
     up = x @ layer["w_up"]  # [L, F]
-    hidden = _silu(x @ layer["w_gate"]) * up if config.mlp == "swiglu" else _gelu(up)
-    return hidden @ layer["w_down"]
+    if config.mlp == "gelu":
+        return _gelu(up) @ layer["w_down"]
+    gate = x @ layer["w_gate"]  # [L, F]
+    return ((_silu(gate) if config.mlp == "swiglu" else _gelu(gate)) * up) @ layer["w_down"]
 
 
 def _rms_norm(x: Array, scale: Array, eps: float) -> Array:

@@ -1,7 +1,8 @@
 """What attention needs to know of the rows of a pass, and attention itself on each chip's own rows and heads.
 
-A pass hands the layers one value that can `attend`: `Aligned` here, rows of equal length over a cache of their own, or
-`models.mixed.Mixed`, tokens of many requests over shared pages. The layers do not know which.
+A pass hands the layers one value that can `attend`: `Aligned` here, rows of equal length over a cache of their own;
+`Causal` here, whole sequences and no cache; or `models.mixed.Mixed`, tokens of many requests over shared pages. The
+layers do not know which.
 """
 
 from typing import NamedTuple, Protocol
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from models.attention import attend, rope, rope_tables
+from models.attention import attend, causal, rope, rope_tables
 from models.cache import Cache, cache_spec, store
 from models.config import ModelConfig
 from partitioning.collectives import follow, local
@@ -85,6 +86,39 @@ class Aligned(NamedTuple):
         ins = [layout.q, layout.kv, place(layout, P()), by_row, by_token, by_token, *held]
         o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *self, *arrays(cache))
         return o, Cache(*stored)
+
+
+class Causal(NamedTuple):
+    """T = B*L tokens of whole sequences; nothing is cached (`models.train`). RoPE's `cos` and `sin` [L, Q/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, length: int, config: ModelConfig) -> "Causal":
+        return cls(*rope_tables(jnp.arange(length), config.d_head, config.rope_theta))
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
+    ) -> tuple[jax.Array, Cache]:
+        """See `Rows`."""
+        length = self.cos.shape[0]
+
+        def on_shards(q, kv, cos, sin):
+            t, h, width = q.shape
+            q = rope(q.reshape(-1, length, h, width), cos, sin)
+            kv = kv.reshape(t // length, length, -1, 2, width)
+            k, v = rope(kv[:, :, :, 0], cos, sin).transpose(0, 2, 1, 3), kv[:, :, :, 1].transpose(0, 2, 1, 3)
+            found = heads_read(config, layout, h, k.shape[1])
+            if isinstance(found, jax.Array):
+                k, v = k[:, found], v[:, found]
+            else:
+                k, v = (lax.dynamic_slice_in_dim(a, *found, axis=1) for a in (k, v))
+            return (causal(q, k, v).reshape(t, h, width),)
+
+        whole = place(layout, P(None, None))
+        (o,) = local(on_shards, [layout.q, layout.kv, whole, whole], [layout.o])(q, kv, *self)
+        return o, cache
 
 
 def heads_read(config: ModelConfig, layout: Layout, h: int, here: int) -> tuple[jax.Array | int, int] | jax.Array:

@@ -1,7 +1,7 @@
 """Text for toys: a byte-level tokenizer and an English corpus that needs no download.
 
-Decides the ids of bytes and specials, where text comes from, and how it is cut into parts and prompts. Leaves training
-and sampling to others. A model that reads these ids needs `vocab >= VOCAB`.
+Decides the ids of bytes and specials, where text comes from, and how it is cut into parts, prompts and the windows of
+training. Leaves training and sampling to others. A model that reads these ids needs `vocab >= VOCAB`.
 """
 
 from pathlib import Path
@@ -150,6 +150,75 @@ def prompts(n: int, length: int, seed: int, text: str | None = None) -> Ids:
         raise ValueError(f"length={length} is more than the {ids.size} bytes of the text; give a longer text")
     starts = np.random.default_rng(seed).integers(0, ids.size - length + 1, size=n)  # [n]
     return ids[starts[:, None] + np.arange(length)[None, :]]  # [n, length]
+
+
+def windows(ids: ArrayLike, batch: int, length: int, seed: int, step: int) -> Ids:
+    """What a training step reads: `batch` windows of a text, drawn evenly and independently.
+
+    A pure function of its arguments, so that a run that goes on after an interruption reads what it would have read.
+
+    Args:
+        ids: [n] ids of the text, n at least `length`.
+        batch: number of windows.
+        length: L, the tokens that are predicted: `BOS` comes before them, as before a prompt.
+        seed, step: not negative; the same give the same windows under one NumPy version.
+
+    Returns:
+        [batch, length + 1] int32.
+
+    Example:
+        >>> windows([7, 8, 9], 2, 3, seed=0, step=0).tolist()
+        [[256, 7, 8, 9], [256, 7, 8, 9]]
+    """
+    row = np.asarray(ids, np.int32)
+    starts = np.random.default_rng((seed, step)).integers(0, row.size - length + 1, size=batch)  # [batch]
+    return _begun(row[starts[:, None] + np.arange(length)])
+
+
+def in_order(ids: ArrayLike, length: int, rows: int) -> Ids:
+    """A text cut into windows, one after the other, in groups; what fills no group is left out.
+
+    Args:
+        ids: [n] ids of the text.
+        length: L, the tokens of a window, with `BOS` before them.
+        rows: windows in a group.
+
+    Returns:
+        [groups, rows, length + 1] int32.
+
+    Raises:
+        ValueError: a text that does not fill one group.
+
+    Example:
+        >>> in_order(range(5), 2, 1).tolist()
+        [[[256, 0, 1]], [[256, 2, 3]]]
+    """
+    row = np.asarray(ids, np.int32)
+    groups = row.size // length // rows
+    if groups < 1:
+        raise ValueError(
+            f"a held-out text of {row.size} bytes is shorter than {rows} windows of length={length}; give a longer text"
+        )
+    starts = np.arange(groups * rows).reshape(groups, rows) * length
+    return _begun(row[starts[:, :, None] + np.arange(length)])
+
+
+def _begun(windows: Ids) -> Ids:
+    """With `BOS` before each."""
+    return np.concatenate([np.full((*windows.shape[:-1], 1), BOS, np.int32), windows], axis=-1)
+
+
+def unigram_loss(train: ArrayLike, targets: ArrayLike) -> float:
+    """What a model that knows only how often each byte occurs loses on `targets`, in nats a byte.
+
+    -mean log p(target), p from counts in `train`, each one more than it is.
+
+    Example:
+        >>> round(unigram_loss([0] * 127, [0] * 5), 4)  # p = 128 / (127 + 256)
+        1.096
+    """
+    counts = np.bincount(np.asarray(train), minlength=BOS)[:BOS] + 1.0
+    return float(-np.mean(np.log(counts / counts.sum())[np.asarray(targets)]))
 
 
 def _checked_ids(ids: ArrayLike) -> Ids:

@@ -29,7 +29,7 @@ def pack(config: ModelConfig, weights: Canonical) -> dict:
     def columns(name: str) -> np.ndarray:
         return weights[name].reshape(n, e, groups, f)
 
-    mlp_in = [columns("w_gate"), columns("w_up")] if config.mlp == "swiglu" else [columns("w_up")]
+    mlp_in = [columns("w_gate"), columns("w_up")] if config.gated else [columns("w_up")]
     mlp_out = [weights["w_down"].reshape(n, groups, f, e)]
     attention = {"w_kv": np.concatenate([weights["wk"], weights["wv"]], axis=-1).reshape(n, e, -1)}
 
@@ -77,7 +77,7 @@ def unpack(config: ModelConfig, packed: Mapping) -> dict[str, np.ndarray]:
         mlp_in, mlp_out = mlp["w_in"].reshape(n, e, groups, -1), mlp["w_out"].reshape(n, groups, f, e)
         weights["mlp_norm"] = mlp["norm"]
     kv = block["w_kv"].reshape(n, e, config.n_kv_heads, 2 * q)
-    if config.mlp == "swiglu":
+    if config.gated:
         weights["w_gate"] = mlp_in[..., :f].reshape(n, e, -1)
         mlp_in = mlp_in[..., f:]
     return weights | {

@@ -60,10 +60,13 @@ class Move:
         held = self.dst if self.kind == "all-gather" else self.src
         local = math.prod(shape) // math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
         k = self.group(sizes)
-        return (2 if self.kind == "all-reduce" else 1) * local * itemsize * (k - 1) // k
+        return -(-(2 if self.kind == "all-reduce" else 1) * local * itemsize * (k - 1) // k)
 
     def __call__(self, array: jax.Array) -> jax.Array:
-        """Runs the move on a global array, inside `jax.jit` on a mesh of Explicit axes."""
+        """Runs the move on a global array, inside `jax.jit` on a mesh of Explicit axes; or, where the program is one
+        chip's already (`on_a_chip`), on its shard."""
+        if on_a_chip():
+            return _ON_A_CHIP[self.kind](self, array)
         if self.kind == "slice":  # the chip has it all: XLA only cuts, and partial sums may be cut as well
             return jax.sharding.reshard(array, self.dst)
         return jax.shard_map(functools.partial(_RUN[self.kind], self), in_specs=self.src, out_specs=self.dst)(array)
@@ -125,9 +128,19 @@ def follow_together(arrays: Sequence[jax.Array], ladders: Sequence[Ladder]) -> l
     def reduce(*shards: jax.Array) -> tuple[jax.Array, ...]:
         return lax.psum(shards, first[0].axes)
 
+    if on_a_chip():
+        summed = reduce(*arrays)
+        return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
     ins, outs = tuple(m.src for m in first), tuple(m.dst for m in first)
     summed = jax.shard_map(reduce, in_specs=ins, out_specs=outs)(*arrays)
     return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
+
+
+def on_a_chip() -> bool:
+    """Whether the program being traced is that of one chip, inside one `jax.shard_map` around all of it: arrays are
+    shards then, and what a spec says of them is for the reader. Training is differentiated there (`models.training`).
+    """
+    return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def tpu() -> Any:
@@ -145,9 +158,10 @@ def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequenc
         out_specs: per result a spec, or the ladder that it sets out on. Axes in `unreduced` are partial sums.
 
     Returns:
-        A function of global arrays; `function` itself where a ladder is empty, for a layout without constraints.
+        A function of global arrays; `function` itself where a ladder is empty, for a layout without constraints, and
+        where the program is one chip's already (`on_a_chip`).
     """
-    if any(not isinstance(s, P) and not s for s in (*in_specs, *out_specs)):
+    if on_a_chip() or any(not isinstance(s, P) and not s for s in (*in_specs, *out_specs)):
         return function
     ins = tuple(s if isinstance(s, P) else s[-1] for s in in_specs)
     outs = tuple(s if isinstance(s, P) else s[0] for s in out_specs)
@@ -162,9 +176,14 @@ def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequenc
     return jax.shard_map(on_shards, in_specs=ins, out_specs=outs)
 
 
-def _all_gather(move: Move, shard: jax.Array) -> jax.Array:
+def _slice(move: Move, shard: jax.Array) -> jax.Array:
+    part = shard.shape[move.target] // lax.axis_size(move.axes)
+    return lax.dynamic_slice_in_dim(shard, lax.axis_index(move.axes) * part, part, move.target)
+
+
+def _all_gather(move: Move, shard: jax.Array, to: Literal["varying", "invarying"] = "invarying") -> jax.Array:
     for axes in reversed(_steps(move.axes, 3)):
-        shard = lax.all_gather(shard, axes, axis=move.source, tiled=True, to="invarying")
+        shard = lax.all_gather(shard, axes, axis=move.source, tiled=True, to=to)
     return shard
 
 
@@ -207,4 +226,7 @@ _RUN: dict[Kind, Callable[[Move, jax.Array], jax.Array]] = {
     "reduce-scatter": _reduce_scatter,
     "all-reduce": _all_reduce,
     "all-to-all": _all_to_all,
+    "slice": _slice,
 }
+_ON_A_CHIP = _RUN | {"all-gather": functools.partial(_all_gather, to="varying")}
+"""As `_RUN`, in the program of one chip: an invarying gather's transpose is a slice, of cotangents summed before."""

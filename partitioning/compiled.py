@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from models.attention import n_turns
 from models.cache import cache_shape, cache_spec
 from models.config import ModelConfig
+from models.train import Trainer
 from partitioning.chips import PLATFORMS, chip
 from partitioning.cost import Estimate, estimate
 from partitioning.dataflow import Planned, letters, plan
-from partitioning.evidence import Matched, compare, is_stack, scope_of
+from partitioning.evidence import IN_LAYERS, Matched, compare, is_stack, of_a_layer, scope_of
 from partitioning.hlo import Cycles, Module, copies, cycles_meanwhile, estimated_cycles, parse, read
 from partitioning.layouts import axes_of, entries
 from partitioning.mesh import AXES, Slice
@@ -35,7 +37,6 @@ from partitioning.point import Point
 from partitioning.program import Compiled, Program
 from partitioning.targets import TPUS, target
 
-LAYER_SCOPES = ("layer", "attention", "mlp")
 FEW_LAYERS = 4
 """Layers of the program that is compiled instead of one that does not fit. With 2 the compiler keeps more on the chip
 than with all, and its layers come out up to a fifth too fast; with 4 they agree to 1 in 1000."""
@@ -119,7 +120,8 @@ class Evidence:
         """The same of the layers alone."""
         if self.stack_compute_s is None or self.exposed is None:
             return None
-        return self.stack_compute_s + math.fsum(c.seconds * c.count for c in self.exposed.collectives if "/" in c.scope)
+        in_layers = [c for c in self.exposed.collectives if of_a_layer(c.scope)]
+        return self.stack_compute_s + math.fsum(c.seconds * c.count for c in in_layers)
 
     @property
     def overlapped(self) -> float | None:
@@ -210,13 +212,10 @@ def evidence(point: Point, *, attached: bool = False, keep: Path | None = None) 
     slice_, config = Slice.parse(point.slice), point.config
     mesh = target(slice_, point.mesh_shape, explicit=point.layout_value.explicit, attached=attached)
 
-    def program(config: ModelConfig) -> Program:
-        return Program(config=config, layout=point.layout_value, mesh=mesh, pass_=point.pass_)
-
     refused = None
     for n in sorted({config.n_layers, min(FEW_LAYERS, config.n_layers)}, reverse=True):
         try:
-            compiled = program(dataclasses.replace(config, n_layers=n)).compile()
+            compiled = program(point, dataclasses.replace(config, n_layers=n), mesh).compile()
         except jax.errors.JaxRuntimeError as error:
             if not _no_memory(error):
                 raise
@@ -228,6 +227,12 @@ def evidence(point: Point, *, attached: bool = False, keep: Path | None = None) 
     return _nothing(point, refused or "")
 
 
+def program(point: Point, config: ModelConfig, mesh: Mesh) -> Program | Trainer:
+    """What runs a point's step, of a model that may have fewer layers."""
+    make = Trainer if point.phase == "train" else Program
+    return make(config=config, layout=point.layout_value, mesh=mesh, pass_=point.pass_)
+
+
 def fits(point: Point, *, attached: bool = False) -> bool:
     """Whether the compiler takes the step of a point.
 
@@ -236,7 +241,7 @@ def fits(point: Point, *, attached: bool = False) -> bool:
     """
     mesh = target(Slice.parse(point.slice), point.mesh_shape, explicit=point.layout_value.explicit, attached=attached)
     try:
-        Program(config=point.config, layout=point.layout_value, mesh=mesh, pass_=point.pass_).compile(text=False)
+        program(point, point.config, mesh).compile(text=False)
     except jax.errors.JaxRuntimeError as error:
         if not _no_memory(error):
             raise
@@ -287,7 +292,7 @@ def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> 
     trips = n_turns(point.start + (steps - 1) // 2, point.length)
     found = compare(planned(point, n), read(module, sizes, unknown_trips=trips, partial_axes=True), steps=steps)
     times = point.config.n_layers // n if point.config.n_layers % n == 0 else point.config.n_layers / n
-    scaled = [dataclasses.replace(m, count=int(m.count * times)) if "/" in m.scope else m for m in found]
+    scaled = [dataclasses.replace(m, count=int(m.count * times)) if of_a_layer(m.scope) else m for m in found]
     described = None if point.chip in PLATFORMS else chip(point.chip)
     clock = described.clock_hz if described and point.chip in TPUS else None
     cycles = estimated_cycles(module, unknown_trips=trips, outer_loops=int(steps > 1)) if clock else None
@@ -321,7 +326,7 @@ def _seconds(cycles: Cycles, times: float, clock: float) -> tuple[dict[str, floa
     has their scope outside of it (a single layer is no loop)."""
     inside = {name: n * times / clock for name, n in cycles.in_loops.items()}
     outside = {name: (n - cycles.in_loops.get(name, 0)) / clock for name, n in cycles.by_scope.items()}
-    of_layers = [s for name, s in outside.items() if scope_of(name).split("/")[0] in LAYER_SCOPES]
+    of_layers = [s for name, s in outside.items() if scope_of(name).split("/")[0] in IN_LAYERS]
     everything = {name: s + inside.get(name, 0.0) for name, s in outside.items()}
     return everything, math.fsum([*inside.values(), *of_layers])
 
@@ -368,6 +373,8 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
     """How often the pass copies the cache (whole, or of one layer), and a layer's weights, as they rest or are used."""
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
+    if pass_.training:
+        return 0, 0
     shape = cache_shape(config, pass_.batch, pass_.capacity, tiled=point.chip in TPUS, int8=pass_.int8_cache)
     cache = _shard(shape, entries(cache_spec(layout)), sizes)
     cached = {_long((n, *cache[1:]))}

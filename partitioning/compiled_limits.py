@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from partitioning.limits import MOST, batch_step, largest_batch, longest_context
+from partitioning.limits import MOST, largest_batch, longest_context, step_of_batches
 from partitioning.point import Point
 
 CONTEXT_STEP = 128
@@ -22,7 +22,7 @@ def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
     Returns:
         A multiple of what the layout splits the batch into, to about a thousandth.
     """
-    step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
+    step = step_of_batches(point)
     guess = (largest_batch(point) if point.layout_value.explicit else None) or step
     return _last(_coarse(step, guess), guess, lambda n: fits(dataclasses.replace(point, batch=n)))
 

@@ -142,12 +142,17 @@ def estimate_many(
     points: Sequence[Point], constants: Constants | None = None, *, overlap: bool = True
 ) -> list[Estimate]:
     """The cost of many points, in their order; points that share layout, slice and mesh are worked out together."""
+    from partitioning.training_cost import training_estimate  # which is made of what is here
+
     together: dict[tuple, list[int]] = {}
-    for i, p in enumerate(points):
-        config = p.config
-        key = (p.slice, p.mesh_shape, p.layout_value, config.block, config.mlp == "swiglu")
-        together.setdefault(key, []).append(i)
     found: dict[int, Estimate] = {}
+    for i, p in enumerate(points):
+        if p.phase == "train":
+            found[i] = training_estimate(p, constants, overlap=overlap)
+            continue
+        config = p.config
+        key = (p.slice, p.mesh_shape, p.layout_value, config.block, config.gated)
+        together.setdefault(key, []).append(i)
     for (slice_, mesh, layout, block, _), members in together.items():
         group = [points[i] for i in members]
         numbers = Numbers.of(group)

@@ -19,9 +19,25 @@ from models.config import ModelConfig
 from partitioning.collectives import Kind, Move, moves
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
 from partitioning.mesh import AXES, Shape
+from partitioning.ownership import gradient_ladder, update_ladder
 from partitioning.rings import Loop, before, loops, sends
 
 PlannedKind = Kind | Literal["collective-permute"]
+Part = Literal["forward", "again", "backward", "update"]
+TRANSPOSED: Mapping[PlannedKind, PlannedKind] = {
+    "all-gather": "reduce-scatter",
+    "reduce-scatter": "all-gather",
+    "all-reduce": "all-reduce",
+    "all-to-all": "all-to-all",
+    "collective-permute": "collective-permute",
+}
+"""What a collective is in the backward pass, where it moves as many bytes: of what all had alike, every chip has a part
+of the gradient, and the other way round."""
+
+
+REMAT = ("layer", "weights", "none")
+"""What is worked out again for the gradient of a layer: all of it, from its input, which alone is kept; its gathered
+weights, which are gathered again, while all else is kept; or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +47,8 @@ class Stage:
     `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`;
     `rides`: its one move shares the collective of another tensor of its scope; `loop`: the move of the ladder that is
     looped with a matmul, in so many `ways` round; `in_layer`: whether it is in every layer.
+    `part` is `forward`; of a training step also `again` (the layer run again for its gradient), `backward` (the
+    tensor's gradient, which goes back over the ladder) and `update`.
     """
 
     scope: str
@@ -42,6 +60,7 @@ class Stage:
     loop: Loop | None = None
     ways: int = 0
     in_layer: bool = False
+    part: Part = "forward"
 
     def collectives(
         self, sizes: Mapping[str, int], size: Mapping[str, int] | None = None
@@ -80,6 +99,19 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a pass trains: its batch in `accumulate` parts, one after the other, whose gradients are added; and what is
+    worked out again for a layer's gradient, one of `REMAT`."""
+
+    accumulate: int = 1
+    remat: str = "layer"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat={self.remat!r} must be one of {', '.join(REMAT)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pass:
     """The sizes of one pass: B = `batch` sequences of L = `length` new tokens over a cache of `capacity` positions.
 
@@ -87,6 +119,7 @@ class Pass:
     `itemsize` is the activations' bytes per element; `int8_cache`: K and V are cached as int8, with scales.
     `steps`: decode steps in one call of the program, each over the token that the one before sampled. Sizes, plan and
     bytes are those of one step; the cache has room for the last.
+    `training`: the pass is a training step, forward, backward and update; it has no cache, and `all_logits`.
     `mixed`: of a pass over tokens of many requests, how many tokens and rows of logits it has; `batch` is then that of
     the cache, its pages, and `length` 1.
     """
@@ -100,6 +133,7 @@ class Pass:
     steps: int = 1
     int8_cache: bool = False
     mixed: tuple[int, int] | None = None
+    training: Training | None = None
 
     def __post_init__(self):
         for field in ("batch", "length", "capacity", "steps"):
@@ -112,11 +146,18 @@ class Pass:
             raise ValueError(f"steps={self.steps} must be 1 unless each takes one token and samples the next")
         if self.steps > self.capacity:
             raise ValueError(f"steps={self.steps} do not fit a cache of capacity={self.capacity}")
+        if self.training and (self.training.accumulate < 1 or self.batch % self.training.accumulate):
+            raise ValueError(f"accumulate={self.training.accumulate} must divide batch={self.batch}")
 
     @property
     def tokens(self) -> int:
-        """T."""
-        return self.mixed[0] if self.mixed else self.batch * self.length
+        """T; of a training step those of one part of the batch."""
+        return self.mixed[0] if self.mixed else self.rows * self.length
+
+    @property
+    def rows(self) -> int:
+        """B; of a training step those of one part of the batch."""
+        return self.batch // self.training.accumulate if self.training else self.batch
 
     @property
     def logits_rows(self) -> int:
@@ -132,7 +173,7 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
     sizes = dict(zip(AXES, mesh, strict=True))
     parts = axes_of(entries(layout.logits[-1])[1]) if layout.logits else ()
     return model_letters(config) | {
-        "B": pass_.batch,
+        "B": pass_.rows,
         "T": pass_.tokens,
         "R": pass_.logits_rows,
         "S": pass_.capacity,
@@ -144,9 +185,10 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
 def model_letters(config: ModelConfig) -> dict[str, int]:
     """The letters that the model alone decides."""
     heads = config.n_heads * config.d_head
-    mlp_in = (2 if config.mlp == "swiglu" else 1) * config.d_ff
+    mlp_in = (2 if config.gated else 1) * config.d_ff
     parallel = config.block == "parallel"
     return {
+        "N": config.n_layers,
         "E": config.d_model,
         "C": heads + mlp_in if parallel else heads,
         "G": heads + config.d_ff if parallel else heads,
@@ -251,22 +293,82 @@ def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[
     check(layout, config, pass_, mesh)
     sizes = dict(zip(AXES, mesh, strict=True))
     size = letters(config, pass_, layout, mesh)
-    found = stages(layout, config.block, config.n_layers, not pass_.all_logits)
+    found = tensors(layout, config, pass_, mesh)
     shared = {stage.scope for stage in found if stage.rides}
-    return [
-        Planned(
-            scope=stage.scope,
-            kind=kind,
-            axes=axes,
-            bytes=int(bytes_of(move, stage, size, pass_, sizes) * share),
-            count=stage.count,
-            itemsize=_itemsize(stage, pass_),
-            merged=stage.scope in shared,
-            rides=stage.rides,
-        )
-        for stage in found
-        for kind, axes, share, move in stage.collectives(sizes, size)
-    ]
+
+    def planned(stage: Stage) -> Iterator[Planned]:
+        ran = list(stage.collectives(sizes, size))
+        for kind, axes, share, move in reversed(ran) if stage.part == "backward" else ran:
+            yield Planned(
+                scope=stage.scope,
+                kind=TRANSPOSED[kind] if stage.part == "backward" else kind,
+                axes=axes,
+                bytes=int(bytes_of(move, stage, size, pass_, sizes) * share),
+                count=stage.count,
+                itemsize=_itemsize(stage, pass_),
+                merged=stage.scope in shared,
+                rides=stage.rides,
+            )
+
+    return [p for s in found for p in planned(s)]
+
+
+def tensors(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Stage]:
+    """The tensors of one pass, in order; none of a layout without constraints (`auto`), which has no plan."""
+    if not pass_.training or not layout.explicit:
+        return list(stages(layout, config.block, config.n_layers, not pass_.all_logits))
+    sizes = dict(zip(AXES, mesh, strict=True))
+    return _trained(layout, config, pass_.training, letters(config, pass_, layout, mesh), sizes)
+
+
+def _trained(
+    layout: Layout, config: ModelConfig, training: Training, size: dict[str, int], sizes: dict[str, int]
+) -> list[Stage]:
+    """The tensors of a training step.
+
+    The loss keeps what its gradient needs. Of a layer that is run again, nothing needs what its last block put out.
+    """
+    ahead = stages(layout, config.block, config.n_layers, False)
+    number = norm_ladder(layout.logits[-1])
+    ahead += tuple(Stage(scope="loss", dims=("R",), ladder=number, dtype="f32") for _ in range(2))
+    times = [dataclasses.replace(s, count=s.count * training.accumulate) for s in ahead]
+    last = "layer/out" if config.block == "parallel" else "mlp/out"
+    again = {
+        "layer": [s for s in times if s.in_layer and s.scope != last],
+        "weights": [s for s in times if s.in_layer and s.dtype == "weight"],
+        "none": [],
+    }[training.remat]
+    back = [s for s in reversed(times) if s.dtype != "i32" and s.scope != "loss"]
+    parts: tuple[tuple[Part, list[Stage]], ...] = (("again", again), ("backward", back))
+    times += [dataclasses.replace(s, part=part) for part, some in parts for s in some]
+    after = []
+    for name, (dims, spec) in parameters(layout, config).items():
+        summed, spread = [ladder(spec, [size[d] for d in dims], sizes) for ladder in (gradient_ladder, update_ladder)]
+        after.append(Stage(scope=f"gradients/{name}", dims=dims, ladder=summed, dtype="f32"))
+        after.append(Stage(scope=f"update/{name}", dims=dims, ladder=spread))
+    every = frozenset(a for a in AXES if sizes[a] > 1)
+    if every:
+        after += [
+            Stage(scope="clip", dims=(), ladder=(P(unreduced=every), P()), dtype="f32", rides=bool(i)) for i in range(2)
+        ]
+    return times + [dataclasses.replace(s, part="update") for s in after]
+
+
+def parameters(layout: Layout, config: ModelConfig) -> dict[str, tuple[tuple[str, ...], P]]:
+    """The letters of every parameter and where it rests, by its name in the decoder; see `models.parameters.specs`."""
+    tables = ("table",) if config.tied else ("table", "unembed")
+    found: dict[str, tuple[tuple[str, ...], P]] = dict.fromkeys(tables, (("V", "E"), layout.table))
+    found["final_norm"] = (("E",), P(None))
+    for block, suffix in (
+        {"layer": ""}.items() if config.block == "parallel" else {"attention": "", "mlp": "_mlp"}.items()
+    ):
+        found[f"{block}/norm"] = (("N", "E"), P(None, None))
+        letters = {"w_in": ("E", "C" + suffix), "w_kv": ("E", "D"), "w_out": ("G" + suffix, "E")}
+        if suffix:
+            del letters["w_kv"]
+        for name, dims in letters.items():
+            found[f"{block}/{name}"] = (("N", *dims), P(None, *entries(getattr(layout, name)[0])))
+    return found
 
 
 def bytes_of(move: Move, stage: Stage, size: dict[str, int], pass_: Pass, sizes: dict[str, int]) -> int:
@@ -300,12 +402,21 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
     Raises:
         ValueError: field, value and rule, and how to mend it where heads can be padded.
     """
+    looped = [loop.name for loop in loops(layout).values() if loop.name.startswith("w_")]
+    if pass_.training and pass_.training.remat == "weights" and looped:
+        raise ValueError(
+            f"remat='weights' is for weights that are gathered before their matmul, but layout={layout.name!r} gathers "
+            f"{looped[0]} with it"
+        )
+    if pass_.training and layout.prefetch:
+        raise ValueError(f"layout={layout.name!r}: training gathers no weights ahead, it would keep all of them")
     x, y, z = mesh
     sizes = {"x": x, "y": y, "z": z}
+    rows = "batch/accumulate" if pass_.training and pass_.training.accumulate > 1 else "batch"
     units = {
-        "B": ("batch", pass_.batch),
-        "T": ("batch", pass_.batch),
-        "R": ("batch", pass_.batch),
+        "B": (rows, pass_.rows),
+        "T": (rows, pass_.rows),
+        "R": (rows, pass_.rows),
         "C": ("n_heads", config.n_heads),
         "G": ("n_heads", config.n_heads),
         "H": ("n_heads", config.n_heads),

@@ -4,6 +4,9 @@ Decides what counts as the same collective: scope, axes, kind and bytes, execute
 compiler may depart from that. Neither side is changed: what does not match stays in the list, with a verdict.
 """
 
+import functools
+import itertools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -55,11 +58,25 @@ SCOPES = frozenset(
         "rows",
         "logits",
         "sample",
+        "loss",
+        "gradients",
+        "clip",
+        "update",
+        "table",
+        "unembed",
+        "final_norm",
     ]
 )
-PADDING, TILE_BYTES = 1.03, 4096
-"""Padded bytes are the plan's if they are at most so many times it, or a tile more for each chip of the group; libtpu
-pads by up to 1.2% on v5e."""
+TRANSFORMED = re.compile(r"(?:\w+\()+([^()]*)\)+")
+"""A scope under JAX's transformations, as these write it: `transpose(jvp(embed))`."""
+PADDING, SHIFTED_PADDING, TILE_BYTES = 1.035, 1.1, 4096
+"""Padded bytes are the plan's if they are at most so many times it (the second where a shift between neighbours moves
+just what was added), or a tile more for each chip of the group; libtpu pads activations by up to 1.2% on v5e, and the
+gradients of weights by up to 3.2% on v4, or 9.4% with such a shift."""
+MOST_PARTS = 12
+"""Of so many collectives of a scope is tried which of them together are a planned one."""
+IN_LAYERS = ("layer", "attention", "mlp")
+"""The scopes of what is in every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +115,26 @@ def scope_of(op_name: str) -> str:
     Example:
         >>> scope_of("jit(run)/while/body/closed_call/layer/h/shard_map/unreduced_reduce_scatter")
         'layer/h'
+        >>> scope_of("jit(step)/transpose(jvp(embed))/all_gather")
+        'embed'
+
+    What is run again for a gradient has the scopes around it twice:
+        >>> scope_of("jit(step)/while/body/layer/rematted_computation/layer/w_in/all_gather")
+        'layer/w_in'
     """
-    return "/".join(part for part in op_name.split("/") if part in SCOPES)
+    found: list[str] = []
+    for part in op_name.split("/"):
+        part = TRANSFORMED.sub(r"\1", part)
+        if part in found:
+            del found[found.index(part) :]
+        if part in SCOPES:
+            found.append(part)
+    return "/".join(found)
+
+
+def of_a_layer(scope: str) -> bool:
+    """Whether a collective of this scope is one of a layer's."""
+    return "/" in scope and scope.split("/")[0] in IN_LAYERS
 
 
 def is_stack(op_name: str) -> bool:
@@ -127,13 +162,22 @@ def compare(planned: Sequence[Planned], compiled: Iterable[Collective], *, steps
             rest.remove((scope, c))
             matched.append(_row(p.scope, c, steps, verdict, planned_kind=p.kind, planned_bytes=0 if n else p.bytes))
 
+    shifted = frozenset(c.bytes for _, c in rest if c.kind == "collective-permute")
+    padded = functools.partial(_padded, shifted=shifted)
     for anywhere in (False, True):
-        for rule in (_exact, _widened, _narrowed, _instead, _split, _padded):
+        for rule in (_exact, _widened, _narrowed, _instead, _split, padded):
             for p in list(left):
                 near = [(s, c) for s, c in rest if c.trips == p.count * steps]
-                near = [(s, c) for s, c in near if s == p.scope or (anywhere and not c.scope)]
+                near = [(s, c) for s, c in near if s == p.scope or (anywhere and _nameless(s, c, p))]
                 if found := rule(p, near):
                     take(p, *found)
+    for p in [m for m in matched if m.verdict == "padded" and m.planned_bytes]:
+        added = (p.bytes or 0) - (p.planned_bytes or 0)
+        for scope, c in list(rest):  # the shift of a padded one may stand under who reads it
+            if c.kind == "collective-permute" and c.bytes == added and c.trips == p.count * steps:
+                rest.remove((scope, c))
+                matched.append(_row(p.scope, c, steps, "padded", planned_kind=p.planned_kind, planned_bytes=0))
+                break
     return [
         *matched,
         *(_row(scope, c, steps, "extra", planned_kind=None, planned_bytes=None) for scope, c in rest),
@@ -181,6 +225,11 @@ def _row(scope: str, c: Collective, steps: int, verdict: Verdict, *, planned_kin
     )
 
 
+def _nameless(scope: str, c: Collective, p: Planned) -> bool:
+    """Whether it may be of another scope: its name is gone, or XLA:TPU joined several gradients under one's name."""
+    return not c.scope or all(s.startswith("gradients/") for s in (scope, p.scope))
+
+
 def _padded_bytes(n: int, c: Collective) -> float:
     return max(PADDING * n, n + TILE_BYTES * c.group_size)
 
@@ -209,7 +258,11 @@ def _narrowed(p: Planned, near: Near) -> Found:
 
 def _instead(p: Planned, near: Near) -> Found:
     whole = [(s, c) for s, c in near if c.kind == "all-reduce" and c.axes == p.axes]
-    whole = [(s, c) for s, c in whole if 2 * p.bytes - 2 <= c.bytes <= _padded_bytes(2 * p.bytes, c)]
+
+    def twice(c: Collective) -> int:
+        return p.bytes if p.itemsize == 4 and c.dtype == "bf16" else 2 * p.bytes  # narrowed as well
+
+    whole = [(s, c) for s, c in whole if twice(c) - 2 <= c.bytes <= _padded_bytes(twice(c), c)]
     return (whole[:1], _INSTEAD[p.kind]) if whole and p.kind in _INSTEAD else None
 
 
@@ -217,8 +270,9 @@ def _split(p: Planned, near: Near) -> Found:
     """In several pieces over the same axes, or axes by axes; some of these may have become all-reduces."""
     whole = _same_kind(p, near)
     by_axes = [(s, c) for s, c in near if c.kind in (p.kind, "all-reduce") and set(c.axes) < set(p.axes)]
-    shared = sorted(a for _, c in by_axes for a in c.axes)
-    for parts in (whole, by_axes if shared == sorted(p.axes) and p.kind != "all-reduce" else []):
+    several = [list(parts) for n in (2, 3) for parts in itertools.combinations(by_axes[:MOST_PARTS], n)]
+    several = [parts for parts in several if sorted(a for _, c in parts for a in c.axes) == sorted(p.axes)]
+    for parts in (whole, *(several if p.kind != "all-reduce" else [])):
         halved = [c for _, c in parts if c.kind != p.kind]
         moved = sum(c.bytes // 2 if c in halved else c.bytes for _, c in parts)
         if len(parts) > 1 and abs(moved - p.bytes) <= len(parts):
@@ -226,8 +280,11 @@ def _split(p: Planned, near: Near) -> Found:
     return None
 
 
-def _padded(p: Planned, near: Near) -> Found:
-    larger = [(s, c) for s, c in _same_kind(p, near) if p.bytes < c.bytes <= _padded_bytes(p.bytes, c)]
+def _padded(p: Planned, near: Near, *, shifted: frozenset[int]) -> Found:
+    def most(c: Collective) -> float:
+        return SHIFTED_PADDING * p.bytes if c.bytes - p.bytes in shifted else _padded_bytes(p.bytes, c)
+
+    larger = [(s, c) for s, c in _same_kind(p, near) if p.bytes < c.bytes <= most(c)]
     if not larger or p.kind != "reduce-scatter":
         return None
     added = larger[0][1].bytes - p.bytes

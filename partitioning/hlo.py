@@ -175,7 +175,7 @@ def _logical_dtype(i: Instruction, operand: Place, parts: list[Place]) -> str:
         promoted = re.search(r"_promoted(\.|$)", i.attributes["to_apply"])
         candidates = {before, *after} & _NARROW if promoted or len(i.operands) > 1 else set()
         return candidates.pop() if len(candidates) == 1 else dtype
-    return before if before in _NARROW and after == {before} else dtype
+    return before if before in _NARROW and before in after else dtype
 
 
 def _near(i: Instruction, frame: Frame, operand: Instruction) -> tuple[str, ...]:
@@ -234,6 +234,7 @@ def _collectives(
     around = frame.caller if frame.is_fused and frame.caller else i
     named = next((s for s in (i, around) if '"collective_algorithm_config"' in s.rest), None)
     algorithm = named.backend_config["collective_algorithm_config"] if named else {}
+    names = _op_names(i.op_name or (around.op_name if hidden else ""), len(tensors))
     for part, (operand, size) in enumerate(tensors):
         parts = _parts(i, frame, part, len(tensors))
         n_sliced = operand.shapes[0].n_elements // k
@@ -246,7 +247,7 @@ def _collectives(
             bytes=_received("reduce-scatter" if hidden else kind, size, k),
             dtype=operand.shapes[0].dtype,
             logical_dtype=_logical_dtype(i, (operand, frame), parts),
-            scope=i.op_name or (around.op_name if hidden else ""),
+            scope=names[part],
             near=_near(i, frame, operand),
             trips=frame.trips,
             group_size=k,
@@ -259,6 +260,18 @@ def _collectives(
             part=part,
             n_merged=len(tensors),
         )
+
+
+def _op_names(op_name: str, n: int) -> list[str]:
+    """Of each of the `n` tensors of a collective that XLA's combiner made of several: `a/(b/psum:c/psum)` names both.
+
+    Example:
+        >>> _op_names("jit(f)/(clip/psum:jvp(loss)/psum)", 2)
+        ['jit(f)/clip/psum', 'jit(f)/jvp(loss)/psum']
+    """
+    before, bracket, names = op_name.partition("/(")
+    found = names.removesuffix(")").split(":")
+    return [f"{before}/{name}" for name in found] if bracket and len(found) == n else [op_name] * n
 
 
 def read(

@@ -1,5 +1,6 @@
 """How much a slice can hold: the largest batch and the longest context of a point that fit the chips' memory."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from partitioning.layouts import Layout
 from partitioning.mesh import AXES, Shape, Slice
 from partitioning.numbers import Numbers, model_numbers
 from partitioning.point import WEIGHTS, Point
+from partitioning.training_cost import fits
 
 MOST = 2**40
 """No batch, context or length is larger."""
@@ -33,26 +35,35 @@ def largest_batch(point: Point) -> int | None:
         ...                     layout="ws2d", attention="batch", weights="int8"))
         6400
     """
-    step = batch_step(point.layout_value, point.config.block, point.mesh_shape)
+    step = step_of_batches(point)
     found = _last(point, MOST // step, lambda k: {"batch": k * step})
     return None if found is None else found * step
 
 
+def step_of_batches(point: Point) -> int:
+    """What a point's batch must be a multiple of; in training each of its parts."""
+    return batch_step(point.layout_value, point.config.block, point.mesh_shape) * point.accumulate
+
+
 def longest_context(point: Point) -> int | None:
-    """The longest `context` that a point's slice can hold, all else equal; None where not even the shortest fits.
+    """The longest `context` that a point's slice can hold, all else equal; None where not even the shortest fits, and
+    in training, which has none.
 
     As in a point: with this pass's token in decode (1 at least), before this pass's tokens in prefill (0 at least).
     """
+    if point.phase == "train":
+        return None
     least = 1 if point.phase == "decode" else 0
     found = _last(point, MOST + 1 - least, lambda k: {"context": k - 1 + least})
     return None if found is None else found - 1 + least
 
 
 def _last(point: Point, most: int, change) -> int | None:
-    """The largest k of 1..most whose changed point fits; memory never falls as k grows, so 1024 are tried at a time."""
-    below, above = 0, most + 1
+    """The largest k of 1..most whose changed point fits; memory never falls as k grows, so 1024 are tried at a time;
+    of training steps, which are priced one by one, one."""
+    below, above, at_once = 0, most + 1, 1 if point.phase == "train" else 1024
     while above - below > 1:
-        tried = np.unique(np.linspace(below, above, 1026, dtype=np.int64)[1:-1])
+        tried = np.unique(np.linspace(below, above, at_once + 2, dtype=np.int64)[1:-1])
         tried = tried[(tried > below) & (tried < above)]
         fits = _fits(point, change(tried))
         n = int(np.count_nonzero(fits))
@@ -61,6 +72,8 @@ def _last(point: Point, most: int, change) -> int | None:
 
 
 def _fits(point: Point, changed: Mapping[str, np.ndarray]) -> np.ndarray:
+    if point.phase == "train":
+        return np.array([fits(dataclasses.replace(point, batch=int(n))) for n in changed["batch"]])
     context = changed.get("context", np.array(point.context))
     more = point.capacity - point.context
     decode = point.phase == "decode"

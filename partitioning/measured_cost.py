@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,10 @@ from partitioning.rings import loops
 DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
 """Bytes of a weight -> dtype of weights and of activations."""
 TERMS = ("matmul_s", "weights_s", "attention_s", "other_s", "collective_s", "dispatch_s")
+
+
+C = TypeVar("C")
+"""What is known of a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class Moved:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Terms:
+class Terms(Generic[C]):
     """Seconds of a pass by what they go into (arrays, one number a point), and what it computes and reads.
 
     Args:
@@ -63,7 +67,7 @@ class Terms:
     layers_s: Any
     flops: Any
     memory_bytes: Any
-    collectives: tuple[tuple[Moved, Any, Any], ...]
+    collectives: tuple[tuple[C, Any, Any], ...]
 
     @property
     def latency_s(self) -> Any:
@@ -131,7 +135,7 @@ def splits(layout: Layout, mesh: Shape) -> Mapping[tuple[str, int], tuple[int, .
     return found
 
 
-def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> Terms:
+def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> Terms[Moved]:
     """Seconds of passes of one layout on one mesh.
 
     Args:
@@ -159,7 +163,7 @@ def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> 
     )
 
 
-def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, weight: str, act: str) -> Terms:
+def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, weight: str, act: str) -> Terms[Moved]:
     split, size, n_chips = splits(layout, mesh), n.size, math.prod(mesh)
     suffixes = ("",) if block == "parallel" else ("", "_mlp")
 
@@ -208,7 +212,7 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
         columns = size[m.dims[1]] / m.other_split if len(m.dims) == 2 else 0
         whole = n_bytes + sum(b for other, b in each if other.rides and other.scope == m.scope)
         args = (m.kind, m.n_group, m.at, whole, columns, "".join(m.axes))
-        taken = 0.0 if m.rides else _collective_s(machine, *args)
+        taken = 0.0 if m.rides else collective_s(machine, *args)
         found.append((m, n_bytes, taken))
         if m.in_layer:
             layer["collective_s"] = layer["collective_s"] + taken
@@ -239,7 +243,7 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     )
 
 
-def _collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+def collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
     """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
     measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
     if kind == "collective-permute":
@@ -256,7 +260,7 @@ def _collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, col
     return machine.collective_s(kind, k, at, n_bytes, columns, axes)
 
 
-def with_collectives(found: Terms, collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
+def with_collectives(found: Terms[Any], collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
     """The seconds of a pass, by `TERMS`, with other collectives: those of a compiled program (`hlo.Collective`).
 
     The program does not say along which dimension it gathers and scatters; columns are assumed.
@@ -265,5 +269,5 @@ def with_collectives(found: Terms, collectives: Iterable[Any], machine: Machine,
     for c in collectives:
         if c.group_size > 1 or c.kind == "collective-permute":
             at = "rows" if c.kind == "all-reduce" else "columns"
-            taken += c.trips * float(_collective_s(machine, c.kind, c.group_size, at, c.bytes)) * machine.scale(n_chips)
+            taken += c.trips * float(collective_s(machine, c.kind, c.group_size, at, c.bytes)) * machine.scale(n_chips)
     return {name: float(np.ravel(s)[0]) for name, s in found.seconds.items()} | {"collective_s": taken}

@@ -13,13 +13,13 @@ from typing import Any
 from models.config import ModelConfig
 from models.presets import model
 from partitioning.chips import PLATFORMS, chip
-from partitioning.dataflow import Pass, check
+from partitioning.dataflow import Pass, Training, check
 from partitioning.interconnect import rate, rings
 from partitioning.layouts import Layout
 from partitioning.mesh import AXES, Shape, Slice, mesh_shape
 from partitioning.variants import layout
 
-PHASES = ("prefill", "decode")
+PHASES = ("prefill", "decode", "train")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
 CACHES = ("int8",)
 """What a KV cache can be kept as, besides the activations' dtype."""
@@ -32,13 +32,15 @@ class Point:
     Args:
         model: a preset of `models.presets` or a path to a Hugging Face `config.json`.
         slice: `CHIP:DIMS` in mesh order.
-        phase: `prefill` or `decode`.
+        phase: `prefill`, `decode`, or `train`: forward, backward and AdamW's update of one batch.
         batch: sequences.
         length: new tokens of each sequence in this pass; 1 in decode.
         context: tokens in the cache that attention reads; with this pass's in decode, before this pass in prefill.
         layout, attention: see `partitioning.layouts`.
         weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
         mesh: extents of the mesh where they differ from the slice's.
+        accumulate: parts of a training step's batch, one after the other.
+        remat: what a training step works out again for its gradient, see `partitioning.dataflow.REMAT`.
         cache: `int8`, with a scale for each position, where the KV cache is not of the activations' dtype.
         steps_per_call: decode steps in one call of the program; the first has `context`, each later one a token more.
             Whatever is said of the point (seconds, bytes, counts) is of one step, the mean of the call's.
@@ -59,12 +61,14 @@ class Point:
     mesh: str | None = None
     steps_per_call: int = 1
     cache: str | None = None
+    accumulate: int = 1
+    remat: str = "layer"
 
     def __post_init__(self):
         for field in ("model", "slice", "phase", "layout", "attention", "weights"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field}={getattr(self, field)!r} must be text")
-        for field in ("batch", "length", "context", "steps_per_call"):
+        for field in ("batch", "length", "context", "steps_per_call", "accumulate"):
             value, least = getattr(self, field), 0 if field == "context" else 1
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= 2**40:
                 raise ValueError(f"{field}={value!r} must be an integer of at least {least}, and at most {2**40}")
@@ -80,8 +84,9 @@ class Point:
             raise ValueError(f"length={self.length} must be 1 in decode")
         if self.phase == "decode" and self.context < 1:
             raise ValueError(f"context={self.context} must be at least 1 in decode: it counts this pass's token")
-        if self.phase == "prefill" and self.steps_per_call != 1:
-            raise ValueError(f"steps_per_call={self.steps_per_call} must be 1 in prefill")
+        if self.phase != "decode" and self.steps_per_call != 1:
+            raise ValueError(f"steps_per_call={self.steps_per_call} must be 1 in {self.phase}")
+        self._check_training()
         if isinstance(self.mesh, list | tuple):
             object.__setattr__(self, "mesh", "x".join(map(str, self.mesh)))
         if not isinstance(self.mesh, str | None):
@@ -92,6 +97,21 @@ class Point:
             except ValueError as error:
                 raise ValueError(f"slice={self.slice!r}: {error}") from None
         check(self.layout_value, self.config, self.pass_, self.mesh_shape)
+
+    def _check_training(self) -> None:
+        if self.phase != "train":
+            for field, default in (("accumulate", 1), ("remat", "layer")):
+                if getattr(self, field) != default:
+                    raise ValueError(f"{field}={getattr(self, field)!r} is for phase='train' only")
+            return
+        if self.context:
+            raise ValueError(f"context={self.context} must be 0 in train: nothing is cached")
+        if self.cache is not None:
+            raise ValueError(f"cache={self.cache!r} must be left out in train: nothing is cached")
+        if self.weights == "int8":
+            raise ValueError("weights='int8' must be f32, or bf16 with a float32 copy, in train")
+        if self.config.n_padding_heads:
+            raise ValueError(f"model={self.model!r} has padding heads, of which training would make real ones")
 
     @property
     def config(self) -> ModelConfig:
@@ -121,7 +141,7 @@ class Point:
     @property
     def capacity(self) -> int:
         """Positions of the cache that this pass needs, of several steps the last."""
-        return self.context + (self.length if self.phase == "prefill" else self.steps_per_call - 1)
+        return self.context + (self.steps_per_call - 1 if self.phase == "decode" else self.length)
 
     @property
     def start(self) -> int:
@@ -138,6 +158,8 @@ class Point:
             weight_itemsize=WEIGHTS[self.weights],
             steps=self.steps_per_call,
             int8_cache=self.cache == "int8",
+            all_logits=self.phase == "train",
+            training=Training(accumulate=self.accumulate, remat=self.remat) if self.phase == "train" else None,
         )
 
     def check_chip(self) -> None:
@@ -157,7 +179,7 @@ class Point:
 
     def to_json(self) -> dict[str, Any]:
         """The point as JSON fields; `mesh` and `cache` only where given, `steps_per_call` where it is not 1."""
-        left_out = {"mesh": None, "cache": None, "steps_per_call": 1}
+        left_out = {"mesh": None, "cache": None, "steps_per_call": 1, "accumulate": 1, "remat": "layer"}
         return {k: v for k, v in vars(self).items() if k not in left_out or v != left_out[k]}
 
     @classmethod

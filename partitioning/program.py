@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,29 @@ class Compiled:
     temporary_bytes: int
     aliased_bytes: int
     warnings: tuple[str, ...]
+
+    @classmethod
+    def of(cls, jitted: Any, arguments: Sequence[Any], mesh: Mesh, *, text: bool = True) -> "Compiled":
+        """`jitted` compiled for shapes with their shardings.
+
+        Raises:
+            jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler knows that the memory will not do.
+        """
+        started = time.perf_counter()
+        with captured_stderr() as said, jax.set_mesh(mesh):
+            executable = jitted.lower(*arguments).compile()
+        took = time.perf_counter() - started
+        memory = executable.memory_analysis()
+        return cls(
+            executable=executable,
+            text=(executable.as_text() or "") if text else "",
+            compile_s=took,
+            argument_bytes=memory.argument_size_in_bytes,
+            output_bytes=memory.output_size_in_bytes,
+            temporary_bytes=memory.temp_size_in_bytes,
+            aliased_bytes=memory.alias_size_in_bytes,
+            warnings=tuple(line for line in said if "rematerialization" in line),
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -172,21 +195,7 @@ class Program:
         Raises:
             jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler knows that the memory will not do.
         """
-        started = time.perf_counter()
-        with captured_stderr() as said, jax.set_mesh(self.mesh):
-            executable = self.jitted.lower(*self.arguments()).compile()
-        took = time.perf_counter() - started
-        memory = executable.memory_analysis()
-        return Compiled(
-            executable=executable,
-            text=(executable.as_text() or "") if text else "",
-            compile_s=took,
-            argument_bytes=memory.argument_size_in_bytes,
-            output_bytes=memory.output_size_in_bytes,
-            temporary_bytes=memory.temp_size_in_bytes,
-            aliased_bytes=memory.alias_size_in_bytes,
-            warnings=tuple(line for line in said if "rematerialization" in line),
-        )
+        return Compiled.of(self.jitted, self.arguments(), self.mesh, text=text)
 
     def _sharding(self, spec: P) -> NamedSharding:
         return NamedSharding(self.mesh, spec)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from partitioning.collectives import Move, moves
+from partitioning.collectives import Move, moves, on_a_chip
 from partitioning.layouts import Axes, Ladder, Layout
 from partitioning.variants import LOOPED
 
@@ -299,6 +299,8 @@ def multiply(x: jax.Array, w: jax.Array, layout: Layout, names: tuple[str, str, 
         scopes=(loop.name, names[2]),
     )
     to = after(layout, names[2])[0]
+    if on_a_chip():
+        return ring(x, w)
 
     def on_shards(x, w):
         out = ring(x, w)

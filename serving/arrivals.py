@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK = 1024
+LEAST_CV, MOST_CV = 0.01, 100.0
+"""Beyond, gaps are all the same, or nearly all of them 0."""
 
 
 class Arrivals(Protocol):
@@ -49,7 +51,7 @@ class Gamma:
             code 13.
 
     Raises:
-        ValueError: a value that is not positive.
+        ValueError: a rate that is not positive, a cv that is not `LEAST_CV` to `MOST_CV`.
     """
 
     rate: float
@@ -57,8 +59,8 @@ class Gamma:
 
     def __post_init__(self):
         _check_rate(self.rate)
-        if not 0 < self.cv < math.inf:
-            raise ValueError(f"cv={self.cv} must be positive")
+        if not LEAST_CV <= self.cv <= MOST_CV:
+            raise ValueError(f"cv={self.cv} must be positive, from {LEAST_CV} to {MOST_CV}")
 
     def times(self, generator: np.random.Generator) -> Iterator[float]:
         return _sums(lambda: generator.gamma(self.cv**-2, self.cv**2 / self.rate, _BLOCK))

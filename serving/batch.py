@@ -1,7 +1,9 @@
 """A batch: what one iteration computes, for whom. Engine and simulator need to know nothing else."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from serving.request import Request
 
 
 class Work(NamedTuple):
@@ -22,6 +24,28 @@ class Work(NamedTuple):
     padded: int
     emits: bool
     dead: bool
+
+    @classmethod
+    def decode(cls, request: Request) -> Self:
+        """The last token of a request goes in, the next one comes out."""
+        return cls(request.id, request.cached, 1, 1, True, False)
+
+    @classmethod
+    def prompt(cls, request: Request, length: int, padded: int | None = None) -> Self:
+        """The next `length` tokens of a request's prompt, padded to `padded`; None: not at all. With the prompt's last
+        token one comes out.
+
+        Example:
+            >>> Work.prompt(Request(id=0, arrival_s=0.0, prompt=9, max_output=1), 4)
+            Work(request=0, start=0, length=4, padded=4, emits=False, dead=False)
+        """
+        start = request.cached
+        return cls(request.id, start, length, padded or length, start + length >= request.prompt, False)
+
+    @classmethod
+    def carried(cls, request: Request) -> Self:
+        """The dead row of a request that has ended."""
+        return cls(request.id, request.cached, 0, 1, False, True)
 
 
 @dataclass(frozen=True, kw_only=True)

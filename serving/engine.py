@@ -6,7 +6,8 @@ compiled when the engine is made.
 
 Each stage has a thread that sends its passes off, so that the scheduler never waits for a device. Control data takes
 the host's way: a stage is told of a pass as soon as it is made. Activations go from stage to stage. Only the last
-stage's tokens are waited for [Orca, section 4.2].
+stage's tokens are waited for [Orca, section 4.2]. What a thread raises comes out of `Engine.finish`. The threads end
+with `Engine.close`, or when nobody holds the engine any more.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, get_args
 
 import jax
 import numpy as np
@@ -64,6 +65,8 @@ class Sizes:
             sizes = getattr(self, field)
             if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < least or sizes[-1] < 1:
                 raise ValueError(f"{field}={sizes} must be ascending sizes of at least {least}, and end with some")
+        if self.held not in get_args(Held):
+            raise ValueError(f"held={self.held!r} must be {' or '.join(get_args(Held))}")
 
 
 @dataclass(kw_only=True)
@@ -82,11 +85,19 @@ class Flight:
         return all(ids.done() for ids in self.ids)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one part of attention's rows computes in a batch or a pass: tokens that stand alone, pieces of prompts."""
+
+    singles: list[Work]
+    pieces: list[Work]
+
+
 class Engine:
-    """Stages of one model and the caches of live requests.
+    """Stages of one model and the caches of live requests. `with` closes it at the end.
 
     Args:
-        stages: in their order; all must split attention's rows over as many parts.
+        stages: in their order, together all layers; all must split attention's rows over as many parts.
         packed: the model's parameters, as `models.weights.pack` nests them, quantised where the stages are int8.
         sizes: see `Sizes`.
         compiled: called after each program, with how many are done and how many there are.
@@ -103,11 +114,13 @@ class Engine:
         *,
         compiled: Callable[[int, int], None] = lambda done, of: None,
     ):
-        parts = {stage.parts for stage in stages}
-        if len(parts) != 1:
-            raise ValueError(f"stages split attention over {sorted(parts)} parts; they must agree")
         self.stages, self.sizes = tuple(stages), sizes
-        self.parts = parts.pop()
+        self.parts = _check(stages, packed)
+        self._senders, self._watchers = (
+            [ThreadPoolExecutor(1, f"{what}-{i}") for i in range(len(self.stages))] for what in ("send", "watch")
+        )
+        self._closed = False
+        self._lost: set[int] = set()  # stages of which a pass failed: it may have taken the cache along
         self.clear()
         self._pools = [stage.pool(self.pages.n_pages, sizes.page) for stage in self.stages]
         firsts = itertools.accumulate((stage.config.n_layers for stage in self.stages[:-1]), initial=0)
@@ -117,12 +130,31 @@ class Engine:
         ]
         self._programs: dict[Form, list[Any]] = {}
         self._compile(compiled)
-        self._senders, self._watchers = (
-            [ThreadPoolExecutor(1, f"{what}-{i}") for i in range(len(self.stages))] for what in ("send", "watch")
-        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads. Passes that have not been sent off never are, others end before. No run can follow."""
+        self._closed = True
+        for thread in (*self._senders, *self._watchers):
+            thread.shutdown(cancel_futures=True)
 
     def clear(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Forgets all requests; `clock` tells seconds from now on, for the spans of stages."""
+        """Forgets all requests; `clock` tells seconds from now on, for the spans of stages.
+
+        What a run that ended with an error has left in flight is waited for, and a cache that it lost made anew.
+
+        Raises:
+            RuntimeError: the engine is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed; make another one")
+        for thread in (*self._senders, *self._watchers):  # each does one thing after the other
+            thread.submit(lambda: None).result()
         sizes = self.sizes
         self.pages = Pages(
             parts=self.parts,
@@ -136,7 +168,17 @@ class Engine:
         self._tokens: dict[int, Ids] = {}
         self._length: dict[int, int] = {}
         self._left_s = [0.0] * len(self.stages)
-        self.sending_s = 0.0
+        self._sending_s = [0.0] * len(self.stages)  # each counted by its own thread
+        for i in self._lost:
+            for lost in jax.tree.leaves(self._pools[i]):  # before there is another one
+                lost.delete()
+            self._pools[i] = self.stages[i].pool(self.pages.n_pages, sizes.page)
+        self._lost.clear()
+
+    @property
+    def sending_s(self) -> float:
+        """Seconds of the processor that sending passes off took since `clear`, of all stages."""
+        return sum(self._sending_s)
 
     @property
     def forms(self) -> list[Form]:
@@ -200,12 +242,16 @@ class Engine:
         for form, control, emitting in self.passes(batch.work):
             flight.emitting += [(request, len(flight.ids), place) for request, place in emitting]
             flight.tokens += form.parts * form.tokens
-            sent, spans = None, []
-            for i, sender in enumerate(self._senders):
-                sent = sender.submit(self._send, i, self._programs[form][i], control.whole, sent)
-                spans.append(self._watchers[i].submit(self._watch, i, sent))
-            flight.ids.append(spans[-1])
-            flight.spans.append(spans)
+            # sent[0] -----> sent[1] -----> sent[2]     a stage starts the pass when the one before has started it,
+            #   `-> left[0]    `-> left[1]    `-> left[2]    and somebody else waits until the pass has left it
+            sent: list[Future] = []
+            left: list[Future] = []
+            for i, (sender, watcher) in enumerate(zip(self._senders, self._watchers, strict=True)):
+                before = sent[-1] if sent else None
+                sent.append(sender.submit(self._send, i, self._programs[form][i], control.whole, before))
+                left.append(watcher.submit(self._watch, i, sent[-1]))
+            flight.ids.append(left[-1])
+            flight.spans.append(left)
         return flight
 
     def _send(self, i: int, program: Any, told: np.ndarray, before: Future | None) -> tuple[jax.Array, float]:
@@ -215,7 +261,7 @@ class Engine:
         began_s, began_cpu_s = self.clock(), time.thread_time()
         x = None if x is None else stage.receive(x)
         out, self._pools[i] = program(self._params[i], x, stage.control(told), self._pools[i])
-        self.sending_s += time.thread_time() - began_cpu_s
+        self._sending_s[i] += time.thread_time() - began_cpu_s
         return out, began_s
 
     def finish(self, flight: Flight) -> tuple[dict[int, int], list[Spans]]:
@@ -234,32 +280,40 @@ class Engine:
 
     def _watch(self, stage: int, sent: Future) -> tuple[float, float, jax.Array]:
         """From when to when a stage had a pass, and what came out."""
-        out, sent_s = sent.result()
-        out.block_until_ready()
+        try:
+            out, sent_s = sent.result()
+            out.block_until_ready()
+        except Exception:
+            self._lost.add(stage)
+            raise
         begin_s, self._left_s[stage] = max(sent_s, self._left_s[stage]), self.clock()
         return begin_s, self._left_s[stage], out
 
     def passes(self, work: Iterable[Work]) -> Iterable[tuple[Form, Control, list[tuple[int, int]]]]:
         """A batch as passes: each one's form, what it is told, and (request, place in the sampled ids) of whoever gets
         a token from it."""
-        singles: list[list[Work]] = [[] for _ in range(self.parts)]
-        pieces: list[list[Work]] = [[] for _ in range(self.parts)]
+        parts = [Part(singles=[], pieces=[]) for _ in range(self.parts)]
         for w in work:
-            part, _ = self.pages.of(w.request)
+            part = parts[self.pages.of(w.request)[0]]
             if w.padded == 1:
-                singles[part].append(w)
+                part.singles.append(w)
             else:
-                pieces[part] += self._pieces(w)
-        most = (self.sizes.singles[-1], self.sizes.pieces[-1])
-        n_passes = max(-(-len(s) // m) for parts, m in zip((singles, pieces), most, strict=True) for s in parts)
-        for n in range(n_passes):
-            now = [[parts[n * m : (n + 1) * m] for parts in of] for of, m in zip((singles, pieces), most, strict=True)]
-            longest = [max(len(parts) for parts in of) for of in now]
+                part.pieces.extend(self._pieces(w))
+        while any(part.singles or part.pieces for part in parts):
+            now = [self._next(part) for part in parts]
+            singles, pieces = max(len(part.singles) for part in now), max(len(part.pieces) for part in now)
             form = self._form(
-                next(s for s in self.sizes.singles if s >= longest[0]),
-                next(p for p in self.sizes.pieces if p >= longest[1]),
+                next(size for size in self.sizes.singles if size >= singles),
+                next(size for size in self.sizes.pieces if size >= pieces),
             )
-            yield self._fill(form, *now)
+            yield self._fill(form, now)
+
+    def _next(self, part: Part) -> Part:
+        """As much as one pass holds, and it leaves the part."""
+        singles, pieces = self.sizes.singles[-1], self.sizes.pieces[-1]
+        now = Part(singles=part.singles[:singles], pieces=part.pieces[:pieces])
+        del part.singles[:singles], part.pieces[:pieces]
+        return now
 
     def _pieces(self, w: Work) -> Iterable[Work]:
         """A prompt, or a part of one, with its padding, cut up; the last piece with a token gives the request's."""
@@ -269,13 +323,11 @@ class Engine:
             ends = at < w.length <= at + size
             yield Work(w.request, w.start + at, n, size, w.emits and ends, w.dead)
 
-    def _fill(
-        self, form: Form, singles: Sequence[Sequence[Work]], pieces: Sequence[Sequence[Work]]
-    ) -> tuple[Form, Control, list[tuple[int, int]]]:
+    def _fill(self, form: Form, parts: Sequence[Part]) -> tuple[Form, Control, list[tuple[int, int]]]:
         told, emitting = form.describe(), []
-        for part in range(form.parts):
-            placed = [(i, i, w) for i, w in enumerate(singles[part])]
-            placed += [(form.singles + i, form.singles + i * form.length, w) for i, w in enumerate(pieces[part])]
+        for part, of in enumerate(parts):
+            placed = [(i, i, w) for i, w in enumerate(of.singles)]
+            placed += [(form.singles + i, form.singles + i * form.length, w) for i, w in enumerate(of.pieces)]
             for segment, token, w in placed:
                 if not w.length:
                     continue
@@ -287,3 +339,18 @@ class Engine:
                 if w.emits:
                     emitting.append((w.request, part * form.segments + segment))
         return form, told, emitting
+
+
+def _check(stages: Sequence[Stage], packed: Mapping[str, Any]) -> int:
+    """The parts that all stages split attention's rows over."""
+    parts = {stage.parts for stage in stages}
+    if len(parts) != 1:
+        raise ValueError(f"stages split attention over {sorted(parts)} parts; they must agree")
+    n_layers = [stage.config.n_layers for stage in stages]
+    (of, *_) = [len(block["norm"]) for block in packed.values() if isinstance(block, Mapping)]
+    if sum(n_layers) != of:
+        raise ValueError(f"stages have {n_layers} layers, together {sum(n_layers)}; the model has {of}")
+    ends = [(i == 0, i == len(stages) - 1) for i in range(len(stages))]
+    if [(stage.first, stage.last) for stage in stages] != ends:
+        raise ValueError("stages: the first one, and no other, must be first=True, and the last one last=True")
+    return parts.pop()

@@ -96,14 +96,7 @@ def _clones(
         yield left
 
 
-@dataclass(kw_only=True)
-class _Base:
-    def arrived(self, request: Request) -> None: ...
-
-    def made(self, batch: Batch) -> None: ...
-
-
-class _First(_Base):
+class _First(Observer):
     """Listens to the first slice."""
 
     def __init__(self, observers: Sequence[Observer], here: dict[int, Request]):
@@ -136,7 +129,7 @@ class _First(_Base):
 
 
 @dataclass
-class _Second(_Base):
+class _Second(Observer):
     """Listens to the second slice."""
 
     observers: Sequence[Observer]

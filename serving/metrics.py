@@ -19,6 +19,7 @@ from itertools import pairwise
 
 from serving.batch import Batch
 from serving.distribution import Distribution, Spread
+from serving.observer import Observer
 from serving.request import Request
 
 
@@ -36,12 +37,13 @@ class Summary:
 
     Attributes:
         window_s: from, to.
-        arrived, refused, returned: requests, of the whole run; what is missing was cancelled, or still runs.
+        arrived, refused, cancelled, returned: requests, of the whole run; what is missing still runs.
         offered_per_s: requests that arrived in the window, over its length; refused ones included.
         throughput_per_s: requests that returned in it, over its length.
         tokens_per_s: their output tokens, over its length.
         queue_delay_s ... normalised_s: see the module.
-        within_limits: share of the window's requests that met the limits; refused ones missed them.
+        within_limits: share of the window's requests that met the limits; refused ones missed them, cancelled ones do
+            not count.
         batches: batches.
         occupancy: live requests in a batch over max_bs, mean over batches.
         padding_share, dead_share: of all tokens computed, those of padding, and those of rows that had ended.
@@ -53,6 +55,7 @@ class Summary:
     window_s: tuple[float, float]
     arrived: int
     refused: int
+    cancelled: int
     returned: int
     offered_per_s: float | None
     throughput_per_s: float | None
@@ -75,7 +78,7 @@ class Summary:
     stage_busy: tuple[float, ...]
 
 
-class Metrics:
+class Metrics(Observer):
     """An `Observer` that adds up.
 
     Args:
@@ -92,7 +95,7 @@ class Metrics:
             raise ValueError(f"window_s={window_s} must not end before it begins")
         self._max_bs, self._window_s, self._limits = max_bs, window_s, limits
         self._end_s = 0.0
-        self._arrived = self._refused = self._returned = 0
+        self._arrived = self._refused = self._cancelled = self._returned = 0
         self._arrived_inside = self._refused_inside = self._returned_inside = self._tokens_inside = 0
         self._judged = self._met = 0
         self._queue_delay, self._ttft, self._tpot = Distribution(), Distribution(), Distribution()
@@ -109,6 +112,10 @@ class Metrics:
         if self._inside(request.arrival_s):
             self._arrived_inside += 1
             self._refused_inside += refused
+
+    def cancelled(self, request: Request, now_s: float) -> None:
+        self._see(now_s)
+        self._cancelled += 1
 
     def made(self, batch: Batch) -> None:
         self._see(batch.made_s)
@@ -147,6 +154,7 @@ class Metrics:
             window_s=(start_s, end_s),
             arrived=self._arrived,
             refused=self._refused,
+            cancelled=self._cancelled,
             returned=self._returned,
             offered_per_s=_ratio(self._arrived_inside, length_s),
             throughput_per_s=_ratio(self._returned_inside, length_s),

@@ -13,6 +13,13 @@ Held = Literal["rows", "pages"]
 """A request takes all pages that it could ever need when it starts (a row), or each when its first position comes."""
 
 
+def n_pages(*, rows: int, n_slots: int, page: int, longest: int, held: Held) -> int:
+    """Pages of a part with so many rows; it may have to hold all slots. See `Pages` for the rest."""
+    whole = rows * -(-longest // page)
+    # each request may leave most of its last page empty
+    return whole if held == "rows" else min(whole, n_slots // page + rows)
+
+
 class Pages:
     """Pages of `parts` parts, numbered 0.. in each.
 
@@ -28,10 +35,7 @@ class Pages:
     def __init__(self, *, parts: int, rows: int, n_slots: int, page: int, longest: int, held: Held):
         self.page, self.held, self.longest = page, held, longest
         self.per_request = -(-longest // page)
-        rows_here = -(-rows // parts)
-        whole = rows_here * self.per_request
-        # each request may leave most of its last page empty; a part may have to hold all that is reserved
-        self.n_pages = whole if held == "rows" else min(whole, n_slots // page + rows_here)
+        self.n_pages = n_pages(rows=-(-rows // parts), n_slots=n_slots, page=page, longest=longest, held=held)
         self._free = [list(range(self.n_pages - 1, -1, -1)) for _ in range(parts)]
         self._at: dict[int, tuple[int, np.ndarray, int]] = {}  # request -> part, its table, pages in it
         self._rows = [0] * parts

@@ -63,11 +63,10 @@ class WholePrompts:
     def pick(self, admit: Admit) -> list[Work]:
         ready, max_bs = self._ready, self._max_bs
         ready.sort(key=_ORDER)
-        work = [Work(request.id, request.cached, 1, 1, True, False) for request in ready[:max_bs]]
+        work = [Work.decode(request) for request in ready[:max_bs]]
         del ready[:max_bs]
         while len(work) < max_bs and (new := admit()) is not None:
-            length = new.prompt - new.cached
-            work.append(Work(new.id, new.cached, length, length, True, False))
+            work.append(Work.prompt(new, new.prompt - new.cached))
         return work
 
     def settle(self, members: list[Request]) -> list[Request]:
@@ -90,14 +89,13 @@ class ChunkedPrompts(WholePrompts):
         ready, left, rows = self._ready, self._budget, self._max_bs
         ready.sort(key=_ORDER)
         decodes = [request for request in ready if request.cached >= request.prompt][: min(left, rows)]
-        work = [Work(request.id, request.cached, 1, 1, True, False) for request in decodes]
+        work = [Work.decode(request) for request in decodes]
         left, rows = left - len(decodes), rows - len(decodes)
         begun = [request for request in ready if request.cached < request.prompt]
         taken = set(decodes)
         while left and rows and (request := begun.pop(0) if begun else admit()) is not None:
             chunk = min(left, request.prompt - request.cached)
-            ends = request.cached + chunk == request.prompt
-            work.append(Work(request.id, request.cached, chunk, chunk, ends, False))
+            work.append(Work.prompt(request, chunk))
             left, rows = left - chunk, rows - 1
             taken.add(request)
         self._ready = [request for request in ready if request not in taken]
@@ -122,15 +120,15 @@ class Together:
         self._places -= 1
         if self._prompts == "padded":
             padded = max([request.prompt for request in members])
-            return [Work(request.id, 0, request.prompt, padded, True, False) for request in members]
+            return [Work.prompt(request, request.prompt, padded) for request in members]
         length = min([request.prompt for request in members])
-        return [Work(request.id, 0, length, length, length == request.prompt, False) for request in members]
+        return [Work.prompt(request, length) for request in members]
 
     @staticmethod
     def _step(request: Request) -> Work:
         if request.ended:
-            return Work(request.id, request.cached, 0, 1, False, True)
-        return Work(request.id, request.cached, 1, 1, request.cached + 1 >= request.prompt, False)
+            return Work.carried(request)
+        return Work.prompt(request, 1) if request.cached < request.prompt else Work.decode(request)
 
     def settle(self, members: list[Request]) -> list[Request]:
         if any(request.state == "increment" for request in members):
@@ -187,7 +185,9 @@ def policy(name: str) -> Policy:
         (True, 64)
     """
     kind, _, budget = name.rpartition("-")
-    if kind == "chunked" and budget.isdecimal():
+    if kind == "chunked" and budget.isdecimal() and len(budget) <= 12:
+        if not int(budget):
+            raise ValueError(f"policy={name!r} must have a budget of at least 1 token")
         return chunked(int(budget))
     if name not in POLICIES:
         raise ValueError(f"policy={name!r} must be one of {', '.join(POLICIES)}, or chunked-N with N tokens a batch")

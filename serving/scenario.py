@@ -135,17 +135,11 @@ class Scenario:
         return (last - first) / taken_s if taken_s > 0 else len(times_s) / times_s[-1]
 
 
-class _Returns:
-    """An observer that keeps when requests return."""
+class _Returns(Observer):
+    """Keeps when requests return."""
 
     def __init__(self):
         self.times_s: list[float] = []
-
-    def arrived(self, request: Request) -> None: ...
-
-    def made(self, batch: Batch) -> None: ...
-
-    def stage(self, batch: Batch, stage: int, start_s: float, end_s: float) -> None: ...
 
     def completed(self, batch: Batch, now_s: float, back: list[Request], reserved: int, used: int) -> None:
         self.times_s += [now_s] * len(back)

@@ -5,8 +5,9 @@ which requests run together, to its caller the clock and the model. Work for eac
 live (at most max_bs * n_workers), never with those that wait or are gone.
 """
 
+import math
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 
 from serving.batch import Batch
 from serving.policies import ORCA, Policy
@@ -90,30 +91,45 @@ class Scheduler:
         """Batches that were made and have not returned."""
         return len(self._in_flight)
 
+    def arriving(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The requests of a run as they are taken, one by one, each looked at before its time has come.
+
+        Raises:
+            ValueError: arrivals that fall, or are not finite; an output that the reservation must know, and does not.
+        """
+        before_s = 0.0
+        for request in requests:
+            if not before_s <= request.arrival_s < math.inf:
+                raise ValueError(
+                    f"request {request.id} arrives at {request.arrival_s} s, after {before_s} s; arrivals must be "
+                    "finite, from 0 on, and in order"
+                )
+            self.reservation.slots(request, self.model_max)
+            before_s = request.arrival_s
+            yield request
+
     def submit(self, request: Request) -> None:
         """Puts a request at the end of the queue.
 
         Raises:
-            ValueError: it can never run, and is now `refused`; or it was submitted before.
+            ValueError: it can never run, and is now `refused`; or it was submitted before, or has an output that the
+                reservation must know, and does not: then it is as it was.
         """
         if request.state != "initiation" or request.order >= 0 or request.id in self._held:
             raise ValueError(f"request {request.id} was submitted before; a new one needs an id of its own")
-        size = request.prompt + request.max_output
-        try:
-            if size > self.model_max:
-                raise ValueError(
-                    f"request {request.id}: prompt={request.prompt} + max_output={request.max_output} tokens exceed "
-                    f"model_max={self.model_max}"
-                )
-            slots = self.reservation.slots(request, self.model_max)
-            if slots > self.n_slots:
-                raise ValueError(
-                    f"request {request.id}: prompt={request.prompt}, max_output={request.max_output} reserve {slots} "
-                    f"slots ({self.reservation.name}), more than n_slots={self.n_slots}"
-                )
-        except ValueError:
+        slots = self.reservation.slots(request, self.model_max)
+        if request.prompt + request.max_output > self.model_max:
             request.move("refused")
-            raise
+            raise ValueError(
+                f"request {request.id}: prompt={request.prompt} + max_output={request.max_output} tokens exceed "
+                f"model_max={self.model_max}"
+            )
+        if slots > self.n_slots:
+            request.move("refused")
+            raise ValueError(
+                f"request {request.id}: prompt={request.prompt}, max_output={request.max_output} reserve {slots} "
+                f"slots ({self.reservation.name}), more than n_slots={self.n_slots}"
+            )
         request.slots, request.order = slots, self._n_submitted
         self._n_submitted += 1
         self._n_waiting += 1
@@ -194,16 +210,16 @@ class Scheduler:
                     back.append(request)
         return back
 
-    def cancel(self, id: int) -> bool:
+    def cancel(self, id: int) -> Request | None:
         """Ends a request, wherever it is. A row in flight is free when its batch returns, that of a request-level batch
         when all of the batch have ended; no other request is touched.
 
         Returns:
-            Whether it was still here; False after it was returned, too.
+            The request, if it was still here; None after it was returned, too.
         """
         request = self._held.get(id)
         if request is None or request.state in ("returned", "cancelled"):
-            return False
+            return None
         before = request.state
         request.move("cancelled")
         if before == "initiation":
@@ -211,7 +227,7 @@ class Scheduler:
             del self._held[id]
         elif before == "increment":
             self._release(self._line_up.drop(request))
-        return True
+        return request
 
     def _admit(self) -> Request | None:
         queue = self._queue

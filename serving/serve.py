@@ -51,10 +51,11 @@ class Wall:
 
 
 class Virtual:
-    """For tests: every batch takes `batch_s` seconds, whatever it really takes."""
+    """For tests: every batch takes `batch_s` seconds from when it is first waited for, whatever it really takes."""
 
     def __init__(self, batch_s: float = 1.0):
         self.batch_s, self._now_s = batch_s, 0.0
+        self._awaited: tuple[Flight, float] | None = None  # and when it ends
 
     def now_s(self) -> float:
         """Seconds that have been waited for."""
@@ -62,9 +63,13 @@ class Virtual:
 
     def wait(self, until_s: float, flight: Flight | None) -> bool:
         """See `Clock`."""
-        done = flight is not None and self._now_s + self.batch_s < until_s
-        self._now_s = self._now_s + self.batch_s if done else until_s
-        return done
+        if flight is None:
+            self._now_s = until_s
+            return False
+        if self._awaited is None or self._awaited[0] is not flight:
+            self._awaited = (flight, self._now_s + self.batch_s)
+        self._now_s = min(self._awaited[1], until_s)
+        return self._awaited[1] < until_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +120,14 @@ def serve(
         cancelled: (seconds, id), in order: requests to be cancelled then.
 
     Raises:
-        ValueError: scheduler and engine that do not fit, or what `Engine.admit` refuses.
+        ValueError: scheduler and engine that do not fit, a prompt that is not as long as its request says, or what
+            `Scheduler.arriving` or `Engine.admit` refuse.
+        Exception: what a stage raised. The engine can serve again afterwards, with another scheduler.
     """
     _check(scheduler, engine)
     clock = clock or Wall()
     engine.clear(clock.now_s)
-    arrivals, leaving = iter(requests), deque(cancelled)
+    arrivals, leaving = scheduler.arriving(requests), deque(cancelled)
     coming = next(arrivals, None)
     flights: deque[Flight] = deque()
     batches = tokens = computed = 0
@@ -134,9 +141,11 @@ def serve(
                 observer.arrived(coming)
             coming = next(arrivals, None)
         while leaving and leaving[0][0] <= now_s:
-            _, request = leaving.popleft()
-            if scheduler.cancel(request):
-                engine.forget(request)
+            _, id = leaving.popleft()
+            if (gone := scheduler.cancel(id)) is not None:
+                engine.forget(id)
+                for observer in observers:
+                    observer.cancelled(gone, now_s)
         while (batch := scheduler.next_batch(clock.now_s())) is not None:
             flights.append(engine.start(batch))
             batches, tokens, computed = batches + 1, tokens + batch.tokens, computed + flights[-1].tokens
@@ -152,7 +161,7 @@ def serve(
                 break
             clock.wait(due_s, None)
             continue
-        if not clock.wait(due_s, oldest):
+        if not clock.wait(min(due_s, leaving[0][0]) if leaving else due_s, oldest):
             continue
 
         found, spans = engine.finish(oldest)
@@ -190,10 +199,15 @@ def _submit(scheduler: Scheduler, engine: Engine, request: Request, prompt: Call
         if request.state != "refused":
             raise
         return
-    engine.admit(request.id, prompt(request), request.max_output)
+    ids = prompt(request)
+    if len(ids) != request.prompt:
+        raise ValueError(f"request {request.id}: prompt={request.prompt} tokens, but {len(ids)} ids came")
+    engine.admit(request.id, ids, request.max_output)
 
 
 def _check(scheduler: Scheduler, engine: Engine) -> None:
+    if held := scheduler.n_waiting + scheduler.n_rows:
+        raise ValueError(f"the scheduler holds {held} requests of another run; it must hold none")
     sizes = engine.sizes
     rows = scheduler.max_bs * scheduler.n_workers
     if rows > sizes.rows:

@@ -4,6 +4,7 @@ Decides when things happen, from the seconds that each stage takes for a batch. 
 matter. The same input gives the same run to the last bit.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -56,21 +57,17 @@ def simulate(
         observers: are told everything.
 
     Raises:
-        ValueError: arrivals out of order; stage times that are negative, none, or not as many as before.
+        ValueError: what `Scheduler.arriving` refuses; stage times that are negative, none, or not as many as before.
     """
-    arrivals = iter(requests)
+    arrivals = scheduler.arriving(requests)
     coming = next(arrivals, None)
     flying: deque[tuple[Batch, float]] = deque()
     free_s: list[float] = []
     host_free_s = now_s = 0.0
     batches = tokens = works = 0
     while coming is not None or flying:
-        if coming is None or (flying and flying[0][1] <= coming.arrival_s):
-            now_s = flying[0][1]
-        elif coming.arrival_s < now_s:
-            raise ValueError(f"request {coming.id} arrives at {coming.arrival_s} s, after the clock showed {now_s} s")
-        else:
-            now_s = coming.arrival_s
+        returns_s = flying[0][1] if flying else math.inf
+        now_s = returns_s if coming is None else min(coming.arrival_s, returns_s)
         while coming is not None and coming.arrival_s == now_s:
             _submit(scheduler, coming)
             for observer in observers:

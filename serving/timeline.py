@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from serving.batch import Batch
+from serving.observer import Observer
 from serving.request import Request
 
 _STAGES, _REQUESTS, _SLOTS = 1, 2, 3
-_MICROSECONDS = 1e6
 
 
-class Timeline:
-    """An `Observer` that draws."""
+class Timeline(Observer):
+    """Draws requests when they have returned and all of their times are known."""
 
     def __init__(self):
         self._events: list[dict[str, Any]] = []
         self._back: list[Request] = []
         self._n_stages = 0
-
-    def arrived(self, request: Request) -> None:
-        pass  # it is drawn when it has returned and all of its times are known
 
     def made(self, batch: Batch) -> None:
         self._slots(batch.made_s, batch.reserved, batch.used)
@@ -45,7 +42,7 @@ class Timeline:
         self._back += back
 
     def to_json(self) -> dict[str, Any]:
-        """The trace; times in microseconds."""
+        """The trace; times in whole microseconds."""
         spans, n_tracks = self._requests()
         names = [_name("process_name", _STAGES, 0, "pipeline"), _name("process_name", _REQUESTS, 0, "requests")]
         names += [_name("process_name", _SLOTS, 0, "KV cache")]
@@ -55,13 +52,13 @@ class Timeline:
 
     def write(self, path: str | Path) -> None:
         """Writes the trace to a file."""
-        Path(path).write_text(json.dumps(self.to_json()))
+        Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
 
     def _slots(self, now_s: float, reserved: int, used: int) -> None:
         # Two nested counters would be drawn as a stack, hence the difference.
         args = {"used": used, "reserved, not used": reserved - used}
         self._events.append(
-            {"name": "slots", "ph": "C", "ts": now_s * _MICROSECONDS, "pid": _SLOTS, "tid": 0, "args": args}
+            {"name": "slots", "ph": "C", "ts": _microseconds(now_s), "pid": _SLOTS, "tid": 0, "args": args}
         )
 
     def _requests(self) -> tuple[list[dict[str, Any]], int]:
@@ -92,8 +89,13 @@ class Timeline:
 
 
 def _span(name: str, pid: int, tid: int, start_s: float, end_s: float, args: dict[str, Any]) -> dict[str, Any]:
-    ts, dur = start_s * _MICROSECONDS, (end_s - start_s) * _MICROSECONDS
-    return {"name": name, "ph": "X", "ts": ts, "dur": dur, "pid": pid, "tid": tid, "args": args}
+    ts = _microseconds(start_s)
+    return {"name": name, "ph": "X", "ts": ts, "dur": _microseconds(end_s) - ts, "pid": pid, "tid": tid, "args": args}
+
+
+def _microseconds(seconds: float) -> int:
+    """Whole ones, so that a span ends exactly where the next begins: viewers drop what overlaps on a track."""
+    return round(seconds * 1e6)
 
 
 def _name(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:

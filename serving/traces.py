@@ -1,10 +1,14 @@
 """Traces by name, as a command line spells them: how long requests are, and when they come."""
 
+import functools
+import hashlib
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from serving.arrivals import Arrivals, Gamma, Poisson
+from serving.arrivals import LEAST_CV, MOST_CV, Arrivals, At, Gamma, Poisson
 from serving.lengths import (
     AZURE_CODE_OUTPUT,
     AZURE_CODE_PROMPT,
@@ -17,6 +21,12 @@ from serving.lengths import (
     Mixed,
     Uniform,
 )
+
+ARRIVALS = """poisson, gamma:CV, or a file with a time in seconds on each line, the first
+of them for --requests: as they are, or stretched to --rates if given"""
+LEAST_RATE, MOST_RATE = 1e-6, 1e9
+"""Requests per second of a file."""
+_LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +81,89 @@ def trace(name: str) -> Trace:
     return TRACES[name]
 
 
-def arrivals(name: str, rate: float) -> Arrivals:
-    """`poisson` or `gamma:CV`, at `rate` requests per second.
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """When requests come, but for how many a second.
+
+    Args:
+        name: as it is spelled.
+        at: the arrivals at a rate, in requests per second.
+        rate: its own, where it has one: `at(rate)` is then as it was written down.
+        digest: of the times of a file, which may change under its name.
+    """
+
+    name: str
+    at: Callable[[float], Arrivals]
+    rate: float | None = None
+    digest: str | None = None
+
+    def to_json(self) -> dict[str, str]:
+        """As rows hold it."""
+        return {"arrivals": self.name} | ({"arrivals_digest": self.digest} if self.digest else {})
+
+
+def arrivals(name: str, n: int) -> Pattern:
+    """`poisson`, `gamma:CV` (or `gamma-CV`), or the first `n` times of a file, one a line, in seconds from 0 on.
+
+    A file's own rate is n over the last of its times; at another rate they are all stretched alike.
 
     Raises:
-        ValueError: another name, or a rate or CV that is not positive.
+        ValueError: another name, a CV out of bounds, a file with fewer times, or with some that are not finite,
+            negative, out of order, or all 0.
 
     Example:
-        >>> arrivals("gamma:13", 2.0)
+        >>> arrivals("gamma:13", 100).at(2.0)
         Gamma(rate=2.0, cv=13.0)
     """
-    kind, colon, value = name.partition(":")
-    if kind == "poisson" and not colon:
-        return Poisson(rate=rate)
-    if kind == "gamma" and colon:
+    if name == "poisson":
+        return Pattern(name=name, at=lambda rate: Poisson(rate=rate))
+    if match := re.fullmatch("gamma[:-](.*)", name):
         try:
-            cv = float(value)
+            cv = float(match[1])
         except ValueError:
             cv = math.nan
-        if 0 < cv < math.inf:
-            return Gamma(rate=rate, cv=cv)
-    raise ValueError(f"arrivals={name!r} must be poisson, or gamma:CV with a positive CV")
+        if LEAST_CV <= cv <= MOST_CV:
+            return Pattern(name=f"gamma:{match[1]}", at=lambda rate: Gamma(rate=rate, cv=cv))
+    elif name and "\0" not in name and Path(name).is_file():
+        times_s = _times(name, n)
+        rate = n / times_s[-1] if times_s[-1] else math.inf
+        if not LEAST_RATE <= rate <= MOST_RATE:
+            raise ValueError(
+                f"arrivals={name!r} has {n} requests until {times_s[-1]} s; there must be {LEAST_RATE:g} to "
+                f"{MOST_RATE:g} a second"
+            )
+        digest = hashlib.sha256(repr(times_s).encode()).hexdigest()[:16]
+        return Pattern(name=name, at=functools.partial(_stretched, times_s, rate), rate=rate, digest=digest)
+    raise ValueError(
+        f"arrivals={name!r} must be poisson, gamma:CV with a CV from {LEAST_CV} to {MOST_CV}, or a file with a time in "
+        "seconds on each line"
+    )
+
+
+def _stretched(times_s: tuple[float, ...], rate: float, wanted: float) -> At:
+    return At(times_s=tuple(time_s * (rate / wanted) for time_s in times_s))
+
+
+def _times(name: str, n: int) -> tuple[float, ...]:
+    """The first n of a file; nothing behind them is read."""
+    found: list[float] = []
+    number = 0
+    with open(name, encoding="utf-8-sig", errors="replace") as file:
+        while len(found) < n and (line := file.readline(_LONGEST_LINE)):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                time_s = float(line)
+            except ValueError:
+                time_s = math.nan
+            before_s = found[-1] if found else 0.0
+            if not before_s <= time_s < math.inf:
+                raise ValueError(
+                    f"arrivals={name!r}, line {number}: {line.strip()[:40]!r} must be a time in seconds, finite, "
+                    f"and at least {before_s}, {'the one before' if found else 'where a run begins'}"
+                )
+            found.append(time_s)
+    if len(found) < n:
+        raise ValueError(f"arrivals={name!r} has {len(found)} times, fewer than requests={n}")
+    return tuple(found)

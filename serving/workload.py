@@ -55,8 +55,8 @@ class Workload:
             raise ValueError(f"n={self.n} must be at least 1 request")
         if self.max_output is not None and self.max_output < 1:
             raise ValueError(f"max_output={self.max_output} must be at least 1 token")
-        if isinstance(self.arrivals, At) and len(self.arrivals.times_s) != self.n:
-            raise ValueError(f"n={self.n} must be the number of times, {len(self.arrivals.times_s)}")
+        if isinstance(self.arrivals, At) and self.n > len(self.arrivals.times_s):
+            raise ValueError(f"n={self.n} must be at most the number of times, {len(self.arrivals.times_s)}")
 
     def requests(self) -> Iterator[Request]:
         """The requests in order of arrival, with ids 0, 1, ...; the same ones on every call."""

@@ -120,6 +120,7 @@ def few_blocks(monkeypatch):
     monkeypatch.setattr(building_blocks, "blocks", few)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_chip_that_prices_passes(few_blocks, tmp_path, capsys):
     out = tmp_path / "mine.toml"
     assert calibrate.main(["--repeats", "2", "--out", str(out), "--json"]) == 0

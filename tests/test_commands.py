@@ -33,7 +33,10 @@ def refused(capsys, command, *argv) -> str:
     [
         (["--layouts", "ws3d"], "layout='ws3d' is unknown (did you mean 'ws2d'?)"),
         (["--attention", "tails"], "attention='tails' must be one of heads, batch-x, "),
-        (["--phases", "training"], "phase='training' must be one of prefill, decode"),
+        (["--phases", "training"], "phase='training' must be one of prefill, decode, train"),
+        (["--accumulate", "2"], "accumulate is for phase='train' only"),
+        (["--phases", "train", "--accumulate", "0"], "accumulate=0 must be an integer of at least 1"),
+        (["--phases", "train", "--cache", "int8"], "cache='int8' must be left out in train"),
         (["--batches", "3"], "batch=3 is not divisible by"),
         (["--batches", "eight"], "batches='eight' must be integers"),
         (["--batches", "0"], "batch=0 must be an integer of at least 1"),
@@ -122,6 +125,48 @@ def test_explain_speaks_the_papers_notation(capsys):
     ladder = [(r["from"], r["kind"], r["to"]) for r in rows if r["scope"] == "layer/h"]
     assert ladder == [("BLC_yz(partialsum-x)", "reduce-scatter", "BLC_xyz")]
     assert {r["source"] for r in rows} == {"analytic"}
+
+
+def test_explain_takes_a_training_step_back_over_the_same_ladders(capsys):
+    """The gradient of what all chips had alike comes in parts; that of a sum is the same for all its terms."""
+    assert explain.main([json.dumps(POINT | {"phase": "train", "context": 0, "length": 4}), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(dict.fromkeys(r["part"] for r in rows)) == ["forward", "again", "backward", "update"]
+    there, back = ([r for r in rows if r["scope"] == "layer/x" and r["part"] == p] for p in ("forward", "backward"))
+    assert [(r["from"], r["kind"], r["to"]) for r in there] == [("BLE_xyz", "all-gather", "BLE_x")]
+    assert [(r["from"], r["kind"], r["to"]) for r in back] == [("BLE_x(partialsum-yz)", "reduce-scatter", "BLE_xyz")]
+    assert [r["bytes"] for r in there] == [r["bytes"] for r in back]
+    summed = [r for r in rows if r["scope"] == "gradients/layer/w_kv"]
+    assert [(r["from"], r["kind"]) for r in summed] == [("NE_xD(partialsum-yz)", "reduce-scatter")]
+
+
+def test_a_training_step_is_planned_compiled_predicted_and_measured(capsys, tmp_path):
+    """The options of the bench; every source has its row of the same point."""
+    argv = ["--phases", "train", "--lengths", "16", "--layouts", "wgx", "--attention", "batch", "--accumulate", "2"]
+    argv += [
+        "--remat",
+        "weights",
+        "--repeats",
+        "1",
+        "--chip",
+        "none",
+        "--profile",
+        "all",
+        "--json",
+        "--out",
+        str(tmp_path),
+    ]
+    assert step_latency.main(argv) == 0
+    planned, compiled, measured = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (
+        planned["point"] == measured["point"] == planned["point"] | {"phase": "train", "batch": 16, "remat": "weights"}
+    )
+    assert planned["n_collectives"] == compiled["n_collectives"] and compiled["unexplained"] == 0
+    assert planned["collective_bytes"] == compiled["collective_bytes"]
+    assert measured["latency_s"] > 0
+    spent = {row["scope"] for row in measured["profile"]["rows"]}
+    assert spent >= {"layer/h", "layer/w_in", "loss", "clip", "update"}
+    assert "train, batch 16 x 16 tokens, 2 parts, remat weights" in next(iter(groups([planned, compiled, measured])))
 
 
 def test_explain_touches_no_device():

@@ -73,7 +73,13 @@ def test_540b_decode_on_64_chips(weights):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("name", "attention"), [("ws1d", "heads"), ("wgx", "heads"), ("wgxy", "batch"), ("wgxyz", "batch")]
+    ("name", "attention"),
+    [
+        pytest.param("ws1d", "heads", marks=pytest.mark.slow),
+        pytest.param("wgx", "heads", marks=pytest.mark.slow),
+        ("wgxy", "batch"),
+        pytest.param("wgxyz", "batch", marks=pytest.mark.slow),
+    ],
 )
 def test_prefill_of_few_layers_on_64_chips(name, attention):
     sizes = {"phase": "prefill", "batch": 64, "length": 512, "context": 0, "weights": "bf16"}
@@ -172,6 +178,7 @@ def test_rows_of_the_command_and_that_they_are_kept(tmp_path, capsys, monkeypatc
     assert [c["verdict"] for c in again["collectives"]] == [c["verdict"] for c in row["collectives"]]
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_largest_batch_that_compiles(tmp_path, capsys):
     argv = ["--model", "palm-8b", "--slice", "v5e:2x2", "--batch", "4", "--context", "2048", "--max-batch", "--json"]

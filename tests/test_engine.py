@@ -74,15 +74,15 @@ def engine(of, config=CONFIG, *, held: Held = "rows", workers=1, int8=False, sin
     return made
 
 
-def poison(made, free_only=False):
-    """Large numbers where no request has written."""
+def poison(made, free_only=False, value=1e3):
+    """Large numbers, or none, where no request has written."""
     for i, pool in enumerate(made._pools):
         at = slice(None)
         if free_only:
             at = [p * made.pages.n_pages + n for p, free in enumerate(made.pages._free) for n in free]
         changed = [np.array(a) for a in (pool.k, pool.v)]
         for a in changed:
-            a[:, at] = 1e3
+            a[:, at] = value
         made._pools[i] = pool._replace(k=jax.device_put(changed[0], pool.k.sharding))
         made._pools[i] = made._pools[i]._replace(v=jax.device_put(changed[1], pool.v.sharding))
 
@@ -186,6 +186,10 @@ def test_stages_that_do_not_fit():
     one, two = stages("ws2d", "heads", (2, 1, 2), 2), stages("ws2d", "batch", (2, 1, 2), 2)
     with pytest.raises(ValueError, match=r"stages split attention over \[1, 4\] parts; they must agree"):
         engine([one[0], two[1]])
+    with pytest.raises(ValueError, match=r"stages have \[3\] layers, together 3; the model has 6"):
+        engine(one[:1])
+    with pytest.raises(ValueError, match="the first one, and no other, must be first=True"):
+        engine([one[1], one[0]])
 
 
 @pytest.fixture(scope="module")
@@ -194,18 +198,23 @@ def small():
     return engine(stages("ws1d", "heads", (1, 2, 1)))
 
 
-def test_reused_rows_and_stale_pages(small, monkeypatch):
-    """What is in pages that nobody holds does not matter, in the middle of a run either."""
+@pytest.mark.parametrize("value", [1e3, np.nan, np.inf])
+def test_reused_rows_and_stale_pages(small, monkeypatch, value):
+    """What is in pages that nobody holds does not matter, in the middle of a run either: not even the NaN of a request
+    whose numbers ran over."""
     start, of = small.start, trace(1)
+    poison(small, value=value)
 
     def poisoned(batch):
         flight = start(batch)
         wait([span for spans in flight.spans for span in spans])
-        poison(small, free_only=True)
+        poison(small, free_only=True, value=value)
         return flight
 
-    monkeypatch.setattr(small, "start", poisoned)
-    check_alone(run(small, of)[0], of)
+    with monkeypatch.context() as patch:
+        patch.setattr(small, "start", poisoned)
+        check_alone(run(small, of)[0], of)
+    poison(small)
 
 
 def test_sampled_tokens_do_not_depend_on_company():
@@ -382,6 +391,7 @@ def test_padding_is_computed_and_kept_nowhere(small):
         ({"rows": 0}, "rows=0 must be at least 1"),
         ({"singles": ()}, r"singles=\(\) must be ascending sizes"),
         ({"pieces": (4, 2)}, r"pieces=\(4, 2\) must be ascending sizes"),
+        ({"held": "page"}, "held='page' must be rows or pages"),
     ],
 )
 def test_bad_sizes(change, rule):

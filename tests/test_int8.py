@@ -156,10 +156,10 @@ def test_compiled_for_tpus_weights_halve_at_rest_and_on_the_wire(name, length):
     "changes",
     [
         {"batch": 512, "context": 8192},
-        {"batch": 512, "context": 2049, "attention": "heads"},
-        {"batch": 64, "phase": "prefill", "length": 256, "context": 4096},
-        {"model": "mt-nlg-530b-3l"},
-        {"model": "llama-3-70b-4l", "slice": "v5e:4x4"},
+        pytest.param({"batch": 512, "context": 2049, "attention": "heads"}, marks=pytest.mark.slow),
+        pytest.param({"batch": 64, "phase": "prefill", "length": 256, "context": 4096}, marks=pytest.mark.slow),
+        pytest.param({"model": "mt-nlg-530b-3l"}, marks=pytest.mark.slow),
+        pytest.param({"model": "llama-3-70b-4l", "slice": "v5e:4x4"}, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_for_tpus_an_int8_cache_is_in_place_and_costs_what_is_said(changes):

@@ -212,6 +212,34 @@ def test_all_multiply_adds_of_a_pass_are_priced(path):
     assert math.isclose(row["flops"], 2 * (macs + attention), rel_tol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "attention"), legal(["ws2d", "wgx", "wgxyz"]))
+def test_a_training_step_is_priced_term_by_term(path, name, attention):
+    """Twice a forward pass for gradients, and once more for layers that are run again; parts of a batch add up."""
+    train = {"layout": name, "attention": attention, "phase": "train", "batch": 16, "length": 32, "context": 0}
+    step = point(path, **train)
+    found, kept, parts, bench = (
+        estimate(step),
+        estimate(dataclasses.replace(step, remat="none")),
+        estimate(dataclasses.replace(step, accumulate=2)),
+        analytic(dataclasses.replace(step, slice="cpu:2x2x2"), chip(path)),
+    )
+    assert tuple(found.terms) == TERMS and sum(found.terms.values()) == pytest.approx(found.latency_s)
+    assert bench["latency_s"] == pytest.approx(found.latency_s) and bench["terms"] == pytest.approx(found.terms)
+    config, tokens = step.config, step.tokens
+    head = tokens * config.d_model * config.vocab_rows / 8 * S_PER_MAC  # every device takes an eighth
+    layers = kept.terms["matmul_s"] - 3 * head
+    assert found.terms["matmul_s"] == pytest.approx(4 / 3 * layers + 3 * head)
+    width = config.n_heads * config.d_head
+    least = config.d_model * (2 * width + 3 * config.d_ff) * config.n_layers * tokens
+    assert layers > 3 * least / 8 * S_PER_MAC
+    assert parts.terms["matmul_s"] == pytest.approx(found.terms["matmul_s"])
+    moved = sum(c.seconds * c.count for c in found.collectives)
+    assert found.terms["collective_s"] == pytest.approx(moved) and moved > sum(
+        c.seconds * c.count for c in kept.collectives
+    )
+    assert bench["flops"] > 6 * (least + tokens * config.d_model * config.vocab_rows)
+
+
 def test_points_of_several_dtypes_are_priced_together_as_alone(tmp_path):
     found = machine()
     slower = {"bf16": 2.0, "int8": 3.0}

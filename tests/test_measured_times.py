@@ -52,6 +52,7 @@ def test_forms_are_the_engines():
     engine = object.__new__(Engine)
     engine.sizes = test_engine.Sizes(rows=40, n_slots=4000, longest=100, singles=(2, 4), pieces=(0, 2, 4), length=8)
     engine.parts, engine.stages = 1, ()
+    engine._closed, engine._senders, engine._watchers, engine._lost = False, [], [], set()
     for _ in range(50):
         of = batch(*((random.randrange(20), random.choice((1, 1, 12, 40))) for _ in range(random.randrange(1, 9))))
         passes = test_engine.told(engine, of.work)

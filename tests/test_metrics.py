@@ -141,6 +141,20 @@ def test_timeline_is_what_perfetto_reads(tmp_path: Path):
             ends = start + length
 
 
+def test_spans_of_a_track_never_overlap_however_times_are_rounded(tmp_path: Path):
+    timeline = Timeline()
+    requests = [Request(id=i, arrival_s=i / 30, prompt=1 + i % 7, max_output=1 + i % 5) for i in range(200)]
+    scheduler = Scheduler(max_bs=4, n_slots=200)
+    simulate(requests, scheduler, lambda batch: [batch.computed * 0.0007], observers=(timeline,))
+    timeline.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ends: dict[tuple[int, int], int] = {}
+    for event in sorted((e for e in events if e["ph"] == "X"), key=lambda e: (e["ts"], e["dur"])):
+        ts, dur, track = event["ts"], event["dur"], (event["pid"], event["tid"])
+        assert isinstance(ts, int) and isinstance(dur, int) and ts >= ends.get(track, 0) and dur >= 0
+        ends[track] = ts + dur
+
+
 def test_shares_of_a_batch():
     batch = Batch(number=0, made_s=0.0, work=(Work(0, 0, 3, 5, True, False), Work(1, 7, 0, 1, False, True)))
     assert (batch.tokens, batch.computed, batch.padding, batch.dead) == (3, 6, 2, 1)

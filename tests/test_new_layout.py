@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from partitioning.dataflow import Pass, plan
@@ -32,6 +33,7 @@ def wgz(attention: Attention, kv: Axes) -> Layout:
     )
 
 
+@pytest.mark.slow
 def test_a_new_layout_inherits_everything(monkeypatch):
     monkeypatch.setitem(LAYOUTS, "wgz", wgz)
     assert ("wgz", "heads") in battery.legal()

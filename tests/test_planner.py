@@ -1,5 +1,6 @@
 """The planner against a brute-force loop over `cost.estimate`, its Pareto front, its books, its limits, the command."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -221,6 +222,25 @@ def test_limits_of_memory_are_where_the_estimate_says(phase, length, context, we
     assert longest is not None
     assert estimate(Point(**fields, batch=16, context=longest)).fits
     assert not estimate(Point(**fields, batch=16, context=longest + 1)).fits
+
+
+def test_the_largest_batch_of_a_training_step():
+    """In whole parts; there is no context to be longest."""
+    point = Point(
+        model="palm-8b",
+        slice="v4:2x2x2",
+        phase="train",
+        batch=32,
+        length=2048,
+        layout="wgxy",
+        attention="batch",
+        accumulate=2,
+    )
+    batch = largest_batch(point)
+    assert batch is not None and batch % 16 == 0
+    assert estimate(dataclasses.replace(point, batch=batch)).fits
+    assert not estimate(dataclasses.replace(point, batch=batch + 16)).fits
+    assert longest_context(point) is None
 
 
 def test_limits_of_memory_where_nothing_fits():

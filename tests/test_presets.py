@@ -7,7 +7,7 @@ import json
 import pytest
 
 from models import presets
-from models.presets import PRESETS, model
+from models.presets import PRESETS, from_hugging_face, model
 
 LLAMA = {
     "model_type": "llama",
@@ -177,10 +177,16 @@ def test_rope_theta_under_rope_parameters(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "left_out"),
     [
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary frequencies rescaled by 'llama3'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_type='llama3' .rotary frequencies are not rescaled",
+        ),
         ({"model_type": "qwen2", "sliding_window": 4096, "use_sliding_window": False}, "biases on Q, K and V$"),
         ({"model_type": "qwen3", "head_dim": 128}, "norms on Q and K"),
-        ({"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"}, "GELU in the gate"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' .the erf form"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"model_type": "gemma", "head_dim": 32, "use_bidirectional_attention": True}, "use_bidirectional_att.*=true$"),
+        ({"model_type": "gemma2", "head_dim": 256}, "norms after each block and capped logits$"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096"),
         ({"attention_bias": True}, "attention_bias=true"),
     ],
@@ -190,6 +196,21 @@ def test_what_is_left_out_is_said(tmp_path, fields, left_out):
     with pytest.warns(UserWarning, match=left_out):
         config = model(tmp_path)
     assert config.d_head == fields.get("head_dim", 64)
+    with pytest.raises(ValueError, match=f"model_type='.*' with .*{left_out.removesuffix('$')}.* cannot be loaded"):
+        from_hugging_face(tmp_path, exact=True)
+
+
+@pytest.mark.parametrize(
+    "act", [{"hidden_act": "gelu"}, {"hidden_act": None}, {"hidden_activation": "gelu_pytorch_tanh"}]
+)
+def test_the_first_gemma_is_exact(tmp_path, act):
+    write(tmp_path, model_type="gemma", head_dim=256, **act)
+    gemma = from_hugging_face(tmp_path, exact=True)
+    assert (gemma.mlp, gemma.scaled_embed, gemma.embed_scale, gemma.gated) == ("geglu", True, 2048**0.5, True)
+    assert (model("gemma-2b").mlp, model("gemma-2b").scaled_embed) == ("geglu", True)
+    write(tmp_path)
+    llama = from_hugging_face(tmp_path, exact=True)
+    assert (llama.mlp, llama.scaled_embed, llama.embed_scale) == ("swiglu", False, 1.0)
 
 
 @pytest.mark.parametrize(

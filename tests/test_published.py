@@ -126,6 +126,7 @@ def test_the_fit_finds_constants_that_made_the_numbers():
     assert published.fit(rows) == pytest.approx(known, rel=0.02)
 
 
+@pytest.mark.slow
 def test_leaving_rows_out_is_reported_beside_the_fit(capsys):
     rows, _ = run(capsys, "--fit")
     assert rows[0]["source"] == "fitted" and rows[0]["n"] == 28

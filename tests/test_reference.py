@@ -1,4 +1,4 @@
-"""The reference decoder against four published decoders that we did not write, and against what a decoder must do.
+"""The reference decoder against five published decoders that we did not write, and against what a decoder must do.
 
 Hugging Face `transformers` is a test-only dependency: where it is missing, those tests skip and the others still run.
 """
@@ -38,7 +38,8 @@ PHI = dataclasses.replace(
     LLAMA, name="phi", d_model=24, n_heads=4, d_head=6, n_kv_heads=1, d_ff=32, block="parallel", mlp="gelu"
 )
 COHERE = dataclasses.replace(PHI, name="cohere", mlp="swiglu", n_kv_heads=2, tied=True)
-CONFIGS = [LLAMA, LLAMA_MULTIHEAD, STARCODER2, PHI, COHERE]
+GEMMA = dataclasses.replace(LLAMA, name="gemma", mlp="geglu", scaled_embed=True, tied=True)
+CONFIGS = [LLAMA, LLAMA_MULTIHEAD, GEMMA, STARCODER2, PHI, COHERE]
 
 
 def by_name(config: ModelConfig) -> str:
@@ -46,11 +47,11 @@ def by_name(config: ModelConfig) -> str:
 
 
 def comparable(config: ModelConfig, weights: reference.Weights) -> reference.Weights:
-    """For Llama the same weights; for the others, with every write to the residual stream made zero-mean over E.
+    """For Llama and Gemma the same weights; for the others, writes to the residual stream are zero-mean over E.
 
     The others use LayerNorm, which subtracts the mean: on a zero-mean stream it is the same function as RMS norm.
     """
-    writers = () if config.name.startswith("llama") else ("embed", "wo", "w_down")
+    writers = () if config.name.startswith(("llama", "gemma")) else ("embed", "wo", "w_down")
     return {name: w - w.mean(axis=-1, keepdims=True) if name in writers else w for name, w in weights.items()}
 
 
@@ -65,6 +66,7 @@ SWIGLU = {"w_gate": "mlp.gate_proj", "w_up": "mlp.up_proj", "w_down": "mlp.down_
 NORMS = {"norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 LAYER_NAMES = {
     "llama": ATTENTION | SWIGLU | NORMS,
+    "gemma": ATTENTION | SWIGLU | NORMS,
     "starcoder2": ATTENTION | NORMS | {"w_up": "mlp.c_fc", "w_down": "mlp.c_proj"},
     "phi": ATTENTION | {"wo": "self_attn.dense", "w_up": "mlp.fc1", "w_down": "mlp.fc2", "norm": "input_layernorm"},
     "cohere": ATTENTION | SWIGLU | {"norm": "input_layernorm"},
@@ -108,6 +110,8 @@ def their_model(config: ModelConfig, weights: reference.Weights, monkeypatch: py
     eps = config.norm_eps
     if family == "llama":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, head_dim=config.d_head, rms_norm_eps=eps))
+    elif family == "gemma":
+        model = hf.GemmaForCausalLM(hf.GemmaConfig(**sizes, head_dim=config.d_head, rms_norm_eps=eps))
     elif family == "starcoder2":
         model = hf.Starcoder2ForCausalLM(hf.Starcoder2Config(**sizes, norm_epsilon=eps, use_bias=False))
     elif family == "phi":
@@ -123,6 +127,8 @@ def their_model(config: ModelConfig, weights: reference.Weights, monkeypatch: py
     for name, path in LAYER_NAMES[family].items():
         for i, layer in enumerate(weights[name]):
             theirs[f"model.layers.{i}.{path}.weight"] = linear(name, layer, neighbours=family == "cohere")
+    if family == "gemma":  # their norms multiply by 1 + weight
+        theirs = {name: w - 1 if "norm" in name else w for name, w in theirs.items()}
     state = {name: torch.tensor(np.ascontiguousarray(w), dtype=torch.float64) for name, w in theirs.items()}
     for name, value in model.state_dict().items():
         if name.endswith(".bias"):
@@ -169,7 +175,10 @@ def test_the_published_decoders_would_show_a_mistake(config: ModelConfig, monkey
     if 1 < n_kv_heads < n_heads:
         swapped = weights | {"wq": weights["wq"][:, :, strided], "wo": weights["wo"][:, strided]}
         wrong["KV head of a query head"] = (config, swapped)
-    if config.mlp == "swiglu":
+    if config.scaled_embed:
+        wrong["embeddings' scale"] = (dataclasses.replace(config, scaled_embed=False), weights)
+        wrong["SiLU in the gate"] = (dataclasses.replace(config, mlp="swiglu"), weights)
+    if config.gated:
         wrong["gate and up"] = (config, weights | {"w_gate": weights["w_up"], "w_up": weights["w_gate"]})
     if config.block == "serial":
         wrong["mlp norm's scale"] = (config, weights | {"mlp_norm": weights["norm"]})

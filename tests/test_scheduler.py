@@ -1,5 +1,6 @@
 """The scheduler: the paper's examples, and what must hold of every run whatever the traffic."""
 
+import math
 import random
 from typing import Any
 
@@ -230,8 +231,21 @@ def test_oversized_is_refused_on_arrival_and_the_next_one_runs():
     with pytest.raises(ValueError, match="request 0 was submitted before"):
         small.submit(large)
     unknown = Request(id=5, arrival_s=0.0, prompt=2, max_output=3)
+    oracle = Scheduler(max_bs=1, n_slots=10, reservation=reservation("oracle"))
     with pytest.raises(ValueError, match="output=None; oracle and pow2 must know"):
-        Scheduler(max_bs=1, n_slots=10, reservation=reservation("oracle")).submit(unknown)
+        oracle.submit(unknown)
+    assert unknown.state == "initiation", "the mistake is not the request's"
+    with pytest.raises(ValueError, match="output=None; oracle and pow2 must know"):
+        next(oracle.arriving([unknown]))
+
+
+@pytest.mark.parametrize(
+    "times_s", [(1.0, 0.5), (-1.0,), (math.nan,), (0.0, math.inf)], ids=["fall", "negative", "nan", "infinite"]
+)
+def test_arrivals_are_in_order_and_finite(times_s):
+    requests = [Request(id=i, arrival_s=s, prompt=1, max_output=1) for i, s in enumerate(times_s)]
+    with pytest.raises(ValueError, match=f"request {len(times_s) - 1} arrives at .* must be finite, from 0 on, and in"):
+        list(Scheduler(max_bs=1, n_slots=9).arriving(requests))
 
 
 def test_sizes_and_names_are_checked():
@@ -239,7 +253,7 @@ def test_sizes_and_names_are_checked():
         Scheduler(max_bs=1, n_slots=1, n_workers=0)
     with pytest.raises(ValueError, match="policy='fifo' must be one of"):
         policy("fifo")
-    with pytest.raises(ValueError, match="token_budget=0"):
+    with pytest.raises(ValueError, match="must have a budget of at least 1 token"):
         policy("chunked-0")
     with pytest.raises(ValueError, match="reservation='none' must be one of own, oracle"):
         reservation("none")

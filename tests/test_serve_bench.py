@@ -1,6 +1,7 @@
 """`toruslab serve-bench`: bad input, rows, runs that do not count, resumed runs, and what its rows say."""
 
 import json
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ def eight_devices(monkeypatch):
 @pytest.fixture(scope="module")
 def made():
     """An engine for all tests here: what is compiled is the same."""
-    return serve_runs.engine(serve_ladder.read(serve_bench.options_of(SMALL)), lambda done, of: None)
+    with serve_runs.engine(serve_ladder.read(serve_bench.options_of(SMALL)), lambda done, of: None) as made:
+        yield made
 
 
 @pytest.fixture
 def quick_engine(monkeypatch, made):
-    monkeypatch.setattr(serve_runs, "engine", lambda setting, compiled: made)
+    """It stays open from one command to the next."""
+    monkeypatch.setattr(serve_runs, "engine", lambda setting, compiled: nullcontext(made))
 
 
 def rows(folder):
@@ -51,7 +54,7 @@ def rows(folder):
         (["--attention", "tails"], "attention='tails' must be"),
         (["--weights", "fp4"], "weights='fp4' must be one of"),
         (["--policies", "orcas"], "policy='orcas' must be one of"),
-        (["--policies", "chunked-0"], "token_budget=0 must be at least 1 token"),
+        (["--policies", "chunked-0"], "policy='chunked-0' must have a budget of at least 1 token"),
         (["--policies", "orca@0"], "'orca@0' must be POLICY or POLICY@N"),
         (["--policies", "orca,orca"], "policies='orca,orca' must be different ones"),
         (["--reservation", "none"], "reservation='none' must be one of own"),
@@ -63,9 +66,11 @@ def rows(folder):
         (["--trace", "fixed:0:3"], "tokens=0 must be at least 1"),
         (["--scale", "0"], "scale='0' must be a positive factor"),
         (["--scale", "1/4:x"], "scale='1/4:x' must be a positive factor"),
-        (["--arrivals", "gamma:-1"], "arrivals='gamma:-1' must be poisson, or gamma:CV"),
+        (["--arrivals", "gamma:-1"], "arrivals='gamma:-1' must be poisson, gamma:CV"),
+        (["--arrivals", "no/such/file"], "or a file with a time in seconds on each line"),
+        (["--arrivals", __file__], "line 1: "),
         (["--rates", "2,0"], "rates='2,0' must be positive"),
-        (["--rates", "2,2"], "rates='2,2' must be positive, and each different"),
+        (["--rates", "2,2"], "rates='2,2' must be positive, 0.001 to 1e+06, and each different"),
         (["--rates", "fast"], "rates='fast' must be numbers of requests per second"),
         (["--requests", "1"], "requests=1 must be at least 2"),
         (["--requests", "2000000"], "requests=2000000 must be at most 1000000"),
@@ -73,6 +78,19 @@ def rows(folder):
         (["--warm-up", "1"], "warm_up=1.0 must be a share of the time"),
         (["--limits", "0.5"], "limits='0.5' must be TTFT:TPOT in seconds"),
         (["--resume"], "holds no unfinished run"),
+        (["--resume", "--rates", "2"], "--rates beside --resume: a run goes on as it was started"),
+        (["--rates", ""], "rates='' must not be empty"),
+        (["--policies", ""], "policies='' must not be empty"),
+        (["--out", ""], "argument --out: '' must be a path"),
+        (["--rates", "1e-320"], "must be positive, 0.001 to 1e+06"),
+        (["--seeds", "1001"], "seeds=1001 must be at most 1000"),
+        (["--max-bs", "5000"], "max_bs=5000 must be at most 4096"),
+        (["--scale", "1e300"], "scale='1e300' must be a positive factor"),
+        (["--arrivals", "gamma:1e-200"], "with a CV from 0.01 to 100"),
+        (["--policies", "chunked-64,chunked-064"], "must be different ones"),
+        (["--policies", "orca,orca@1"], "must be different ones; without @N there are stages=1 in flight"),
+        (["--model", "palm-540b"], "weights and KV cache take at least 21"),
+        (["--trace", "fixed:999999:999999", "--scale", "1"], "32 rows of 1999998 tokens: weights and KV cache take"),
     ],
 )
 def test_refuses_in_one_sentence(capsys, tmp_path, argv, sentence):
@@ -92,7 +110,8 @@ def test_every_run_is_a_row_and_the_report_stands_beside(tmp_path, quick_engine,
     }
     for row in found:
         assert row["arrived"] == row["returned"] == 6 and row["refused"] == row["compilations"] == 0
-        assert 0 <= row["filling_share"] <= row["wasted_share"] < 1 and row["dead_share"] == 0
+        assert 0 <= row["filling_share"] <= row["wasted_share"] < 1
+        assert not row["dead_share"]  # 0, or None: no batch was made in so short a window
         assert 0 < row["pages_used_peak"] <= row["pages"] and len(row["stage_busy"]) == 1
         assert row["within_limits"] == 1 and row["tokens"] == 6 * (5 + 2)
         assert row["serving"]["n_slots"] == 2 * 8 and row["serving"]["rows"] == 4
@@ -124,6 +143,42 @@ def test_an_interrupted_run_goes_on(tmp_path, quick_engine, monkeypatch, capsys)
     assert len(rows(tmp_path)) == 2 * len(rates)  # the rates that the first one has measured
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows(tmp_path)
     assert cli.guarded(serve_bench.main, ["--resume", "--out", str(tmp_path)]) == 2
+
+
+def test_quick_leaves_alone_what_was_given_even_the_default():
+    quick = serve_bench.options_of(["--quick", "--requests", "64"])
+    assert (quick.requests, quick.seeds, quick.max_bs, quick.model) == (64, 1, 8, "toy-s")
+
+
+def test_no_file_is_left_half_written_or_used_when_damaged(tmp_path, quick_engine, monkeypatch, capsys):
+    argv = [*SMALL[:-4], "--policies", "request-level@2,orca", "--out", str(tmp_path)]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve_runs, "measure", interrupted)
+    assert cli.guarded(serve_bench.main, argv) == 130
+    kept = tmp_path / "rates.json"
+    assert kept.exists() and not list(tmp_path.glob("*.part"))
+    for damaged in (kept.read_text()[:20], "[]", '{"rates_per_s": [null]}'):
+        kept.write_text(damaged)
+        assert cli.guarded(serve_bench.main, ["--resume", "--out", str(tmp_path)]) == 2
+        assert "rates.json" in capsys.readouterr().err
+
+
+def test_rows_on_standard_output_leave_the_report_in_the_folder(tmp_path, quick_engine, capsys):
+    assert cli.guarded(serve_bench.main, [*SMALL, "--out", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(text) for text in out.splitlines()] == rows(tmp_path) and "serve.md" in err
+    assert {"serve.md", "summary.json", "latency.png"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_number_that_json_does_not_have_is_an_error_not_a_row(tmp_path, quick_engine, monkeypatch):
+    measure = serve_runs.measure
+    monkeypatch.setattr(serve_runs, "measure", lambda *args: measure(*args) | {"iteration_s": float("nan")})
+    assert cli.guarded(serve_bench.main, [*SMALL, "--out", str(tmp_path)]) == 1
+    assert all("JSON compliant" in row["error"] for row in rows(tmp_path))
+    assert "NaN" not in (tmp_path / "rows.jsonl").read_text()
 
 
 def test_a_run_that_compiled_or_lost_a_request_fails(tmp_path, quick_engine, monkeypatch, capsys):
@@ -198,7 +253,7 @@ def test_rungs_alternate_and_have_the_same_traces():
 
 def row(rung, rate, seed, per_s, latency_s):
     spread = {"p90": latency_s, "p99": latency_s, "median": latency_s}
-    shares = {"wasted_share": 0.5, "host_share": 0.01, "iteration_s": 0.02, "within_limits": None}
+    shares = {"refused": 0, "wasted_share": 0.5, "host_share": 0.01, "iteration_s": 0.02, "within_limits": None}
     serving = serve_ladder.read(serve_bench.options_of([])).to_json()
     return {
         **{"rung": rung, "request_level": rung != "orca", "rate_per_s": rate, "seed": seed, "sustained_per_s": per_s},
@@ -223,3 +278,31 @@ def test_the_ratio_is_of_throughputs_at_the_same_latency():
     assert [line.bound for line in found.lines] == ["≤", "", "≥"]
     assert "| orca |" in markdown(of)
     assert findings([{**row("orca", 1.0, 0, 1.0, 0.1), "error": "x"}]) is None
+
+
+def test_refused_requests_stand_in_the_table():
+    of = [row("orca", 1.0, s, 1.0, 0.1) for s in (0, 1)]
+    assert "refused" not in markdown(of)
+    text = markdown([{**one, "refused": 2} for one in of])
+    assert "refused, requests |" in text and "| 4 |" in text
+
+
+def test_arrivals_of_a_file_are_taken_as_they_are_or_stretched(tmp_path, quick_engine):
+    times_s = [0.0, 0.01, 0.01, 0.02, 0.05, 0.06, 9.0]
+    (tmp_path / "times").write_text("\n".join(map(str, times_s)))
+    argv = [*ENGINE, "--policies", "orca", "--seeds", "1", "--requests", "6", "--arrivals", str(tmp_path / "times")]
+    setting = serve_ladder.read(serve_bench.options_of(argv))
+    workload = serve_runs.traffic(setting, setting.arrivals.at(200.0), 4, 0)
+    assert [r.arrival_s for r in workload.requests()] == pytest.approx([0.0, 0.005, 0.005, 0.01])
+    assert cli.guarded(serve_bench.main, [*argv, "--out", str(tmp_path / "out"), "--timeline"]) == 0
+    ((found),) = rows(tmp_path / "out")
+    assert found["rate_per_s"] == pytest.approx(100) and found["returned"] == 6
+    assert found["window_s"][0] == pytest.approx(0.2 * 0.06)
+    assert len(found["serving"]["arrivals_digest"]) == 16
+
+
+def test_a_rate_of_which_nothing_is_known_is_not_the_lowest():
+    of = [row("orca", rate, 0, per_s, 0.1) for rate, per_s in ((0.5, None), (1.0, 1.0), (2.0, 2.0))]
+    found = findings(of)
+    assert found and found.latency_s == pytest.approx(MULTIPLE * 0.1) and found.reference_per_s == 2.0
+    assert found.lines[0].saturation_per_s == (2.0, 2.0, 2.0)

@@ -14,6 +14,7 @@ from serving.arrivals import Poisson
 from serving.batch import Batch
 from serving.lengths import Uniform
 from serving.metrics import Metrics
+from serving.observer import Observer
 from serving.policies import POLICIES, Policy, chunked
 from serving.request import Request
 from serving.scheduler import Scheduler
@@ -22,15 +23,12 @@ from serving.workload import Workload
 
 
 @dataclass
-class Record:
-    """An `Observer` that keeps everything."""
+class Record(Observer):
+    """Keeps everything."""
 
     stages: list[tuple[int, int, float, float]] = field(default_factory=list)  # batch, stage, start, end
     batches: list[Batch] = field(default_factory=list)
     returned: list[Request] = field(default_factory=list)
-
-    def arrived(self, request: Request) -> None:
-        pass
 
     def made(self, batch: Batch) -> None:
         self.batches.append(batch)
@@ -138,7 +136,7 @@ def test_time_and_tokens_add_up(policy: Policy, seed: int, rate: float, n_worker
 
 def test_what_makes_no_sense_is_refused():
     scheduler = Scheduler(max_bs=1, n_slots=99)
-    with pytest.raises(ValueError, match=r"request 1 arrives at 1.0 s, after the clock showed 2.0 s"):
+    with pytest.raises(ValueError, match=r"request 1 arrives at 1.0 s, after 2.0 s; arrivals must be finite"):
         simulate([request(0, 1, 1, 2.0), request(1, 1, 1, 1.0)], scheduler, lambda batch: (9.0,))
     for wrong in ((), (-1.0,)):
         with pytest.raises(ValueError, match="must be as many as stages"):

@@ -64,6 +64,7 @@ def test_the_fewest_collectives_of_a_layer():
     assert per_layer("ws2d+lean", "heads", shape=(8, 1, 1)) == per_layer("ws2d+lean", "heads", shape=(1, 2, 4)) == 1
 
 
+@pytest.mark.slow
 def test_few_heads_are_partly_replicated():
     """Four heads on eight chips: over z and y, and the chips along x do the same ones."""
     config = ModelConfig(

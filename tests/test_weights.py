@@ -1,5 +1,7 @@
 """Fused matrices hold the canonical ones, and random parameters do not depend on layout or mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tests import battery
 
 @pytest.mark.parametrize("block", ["parallel", "serial"])
 @pytest.mark.parametrize("kv", [1, 4, 16])
-@pytest.mark.parametrize("mlp", ["swiglu", "gelu"])
+@pytest.mark.parametrize("mlp", ["swiglu", "geglu", "gelu"])
 def test_unpack_is_the_inverse_of_pack(block, kv, mlp):
     config = battery.model(block, kv, mlp)
     weights = init(config, 0)
@@ -34,11 +36,20 @@ def test_random_parameters_are_the_same_everywhere():
         jax.tree.map(np.testing.assert_array_equal, found[0], other)
 
 
-@pytest.mark.parametrize("mlp", ["gelu"])
+@pytest.mark.parametrize("mlp", ["gelu", "geglu"])
 @pytest.mark.parametrize("block", ["parallel", "serial"])
 def test_gelu_models_pass_the_battery(block, mlp):
     bench = battery.Bench(battery.model(block, 1, mlp), "ws2d", "batch", (2, 2, 2))
     battery.check_mixed_lengths(bench)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"), [("ws1d", "heads"), ("wgxyz", "batch"), ("ws2d+lean", "batch"), ("auto", "heads")]
+)
+def test_scaled_embeddings_pass_the_battery(name, attention):
+    """Of all that Gemma changes, this is what a layout could get wrong: the table is split, the scale is not."""
+    config = dataclasses.replace(battery.model("serial", 4, "geglu"), tied=True, scaled_embed=True)
+    battery.check_full_pass(battery.Bench(config, name, attention, (2, 2, 2)))
 
 
 def test_padding_heads_of_random_parameters_are_zero():

@@ -13,6 +13,7 @@ from serving import lengths
 from serving.arrivals import At, Gamma, Poisson
 from serving.lengths import Fixed, Quantiles, Uniform
 from serving.request import Request
+from serving.traces import arrivals
 from serving.workload import Workload, prompt_ids
 
 ORCA = Workload(n=5000, arrivals=Poisson(rate=2.0), prompt=lengths.ORCA_PROMPT, output=lengths.ORCA_OUTPUT)
@@ -55,6 +56,37 @@ def test_fixed_times_are_kept_to_the_bit():
     trace = Workload(n=4, arrivals=At(times_s=times), prompt=Fixed(tokens=9), output=Fixed(tokens=2))
     assert tuple(r.arrival_s for r in trace.requests()) == times
     assert trace.last_arrival_s() == 7.7 and trace.window_s(0.5) == (3.85, 7.7)
+
+
+def test_times_of_a_file(tmp_path):
+    file = tmp_path / "times"
+    file.write_text("0.5\n\n1e0\n 1.0\r\n4\nnot read\n")
+    found = arrivals(str(file), 4)
+    assert found.rate == 1.0 and found.at(1.0) == At(times_s=(0.5, 1.0, 1.0, 4.0))
+    assert found.at(2.0) == At(times_s=(0.25, 0.5, 0.5, 2.0)), "stretched to twice the rate"
+    three = arrivals(str(file), 3)
+    assert three.rate == 3.0 and three.digest != found.digest
+    assert arrivals("gamma-2.5", 4).name == arrivals("gamma:2.5", 4).name == "gamma:2.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1\n0.5\n", r"line 2: '0.5' must be a time in seconds, finite, and at least 1.0, the one before"),
+        ("-1\n", "line 1: '-1' must be .* at least 0.0, where a run begins"),
+        ("0\nnan\n", "line 2: 'nan' must be"),
+        ("0\ninf\n", "line 2: 'inf' must be"),
+        ("0,5,7\n", "line 1: '0,5,7' must be"),
+        ("1\n", "has 1 times, fewer than requests=2"),
+        ("", "has 0 times, fewer than requests=2"),
+        ("0\n0\n", "has 2 requests until 0.0 s; there must be 1e-06 to 1e[+]09 a second"),
+        ("0\n1e300\n", r"2 requests until 1e\+300 s; there must be"),
+    ],
+)
+def test_a_file_that_holds_no_times(tmp_path, text: str, words: str):
+    (tmp_path / "times").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        arrivals(str(tmp_path / "times"), 2)
 
 
 def test_last_arrival_without_the_requests():
@@ -125,7 +157,7 @@ def test_prompts_are_text_of_the_request():
         (lambda: Quantiles(shares=(0.1, 0.9), tokens=(6, 5)), "must be positive and not fall"),
         (
             lambda: Workload(n=2, arrivals=At(times_s=(1.0,)), prompt=Fixed(tokens=1), output=Fixed(tokens=1)),
-            "n=2 must be the number of times, 1",
+            "n=2 must be at most the number of times, 1",
         ),
         (lambda: Workload(n=0, arrivals=ORCA.arrivals, prompt=ORCA.prompt, output=ORCA.output), "n=0"),
         (lambda: ORCA.window_s(1.0), "warm_up=1.0"),
