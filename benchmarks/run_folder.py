@@ -12,33 +12,35 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from benchmarks.chip_file import calibrated, fits_here, name_of
-from benchmarks.cli import InputError
-from benchmarks.rows import Row, Rows, changes, commit, environment, of_a_point
+from benchmarks.cli import InputError, Parser
+from benchmarks.rows import Row, Rows, changes, commit, environment, line, of_a_point
 from partitioning.chips import Chip
 from partitioning.point import Point
 
 
 class Run:
-    """Where the rows of one run go, what it predicts from, and what an interrupted one has left."""
+    """Where the rows of one run go, what it predicts from, and what an interrupted one has left.
 
-    def __init__(self, options: argparse.Namespace, argv: list[str], speaks: bool, points: list[Row], corpus: str):
-        self.options = options
+    Args:
+        options: of the command.
+        rows: of the folder; None in a process that writes none.
+    """
+
+    def __init__(self, options: argparse.Namespace, rows: Rows | None):
+        self.options, self.rows = options, rows
         self.chip: Chip | None = None
-        self.folder = folder = options.out.resolve()
-        left_out = ("out", "json", "points", "text", "resume")
-        settings: dict[str, Any] = {k: str(v) for k, v in vars(options).items() if k not in left_out}
-        self.rows = begin(folder, settings | {"points": points, "text": _digest(corpus)}, argv) if speaks else None
+        self.folder = options.out.resolve()
         self.environment = environment(options.seed)
         if options.json and self.rows:
             for row in self.rows.rows:
-                print(json.dumps(row), flush=True)
+                print(line(row), flush=True)
 
     def add(self, point: Point, source: str, numbers: Row) -> None:
         """Keeps a row, and prints it under `--json`; not a second time what an interrupted run has left."""
@@ -46,7 +48,7 @@ class Run:
             row = {"point": point.to_json(), "source": source, **numbers, "environment": self.environment}
             self.rows.add(row)
             if self.options.json:
-                print(json.dumps(row), flush=True)
+                print(line(row), flush=True)
 
     def has(self, point: Point) -> bool:
         """Whether an earlier, interrupted run has measured the point; all processes agree on it."""
@@ -57,10 +59,12 @@ class Run:
         (self.options.out / "finished").touch()
 
 
-def begin(
+@contextlib.contextmanager
+def open_run(
     folder: Path, settings: Row, argv: Sequence[str], check: Callable[[Row], object] = of_a_point, *others: str
-) -> Rows:
-    """Makes a folder ready: a run that was left there with the same settings goes on, another one is put aside.
+) -> Iterator[Rows]:
+    """A run's folder, kept from other runs: a run that was left there with the same settings goes on, another one is
+    put aside.
 
     Args:
         folder: of the run.
@@ -69,26 +73,46 @@ def begin(
         check: of a row, see `benchmarks.rows.read`.
         others: files that the run keeps beside the rows, to be forgotten with them.
 
-    Returns:
+    Yields:
         The rows that are there already.
 
     Raises:
-        InputError: damaged rows, or a folder that cannot be written.
+        InputError: damaged rows, a folder that cannot be written, or that another run is in.
     """
-    settings = settings | {"commit": commit(), "changes": _digest(changes())}
+    settings = settings | {"commit": commit(), "changes": digest(changes())}
     marker = folder / "settings.json"
-    try:
-        if folder.exists() and ((folder / "finished").exists() or _load(marker) != settings):
-            Rows(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
-            put_aside(folder)
-            for name in ("chip.toml", "finished", *others):
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
-        marker.write_text(json.dumps(settings, indent=1))
-        return Rows(folder / "rows.jsonl", check)
-    except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+    with contextlib.ExitStack() as held:
+        try:
+            with claim(folder):
+                if (folder / "finished").exists() or _load(marker) != settings:
+                    Rows(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
+                    put_aside(folder)
+                    for name in ("chip.toml", "finished", *others):
+                        (folder / name).unlink(missing_ok=True)
+            held.enter_context(claim(folder))
+            (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
+            marker.write_text(json.dumps(settings, indent=1))
+            rows = Rows(folder / "rows.jsonl", check)
+        except OSError as error:
+            raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+        yield rows
+
+
+def options_of(parser: Parser, argv: Sequence[str], quick: Mapping[str, Any]) -> argparse.Namespace:
+    """The options of a run; `--quick` fills in those that were left alone, also where the default was given.
+
+    Raises:
+        InputError: others beside `--resume` than those of where rows go.
+    """
+    options, given = parser.parse_args(argv), parser.given(argv)
+    if options.resume and (others := given.keys() - {"resume", "out", "json"}):
+        named = ", ".join(given[name] for name in sorted(others))
+        raise InputError(f"{named} beside --resume: a run goes on as it was started; leave one of them out")
+    if options.quick:
+        for name, value in quick.items():
+            if name not in given:
+                setattr(options, name, value)
+    return options
 
 
 def _without(argv: list[str], *names: str) -> list[str]:
@@ -109,7 +133,8 @@ def _load(path: Path) -> object:
         return None
 
 
-def _digest(text_: str) -> str:
+def digest(text_: str) -> str:
+    """A short name of a text."""
     return hashlib.sha256(text_.encode()).hexdigest()[:16]
 
 
@@ -160,7 +185,7 @@ def unfinished(folder: Path) -> list[str]:
     settings, argv = _load(folder / "settings.json"), _load(folder / "argv.json")
     if not isinstance(settings, dict) or not isinstance(argv, list) or (folder / "finished").exists():
         raise InputError(f"out={str(folder)!r} holds no unfinished run; start it without --resume")
-    if (settings.get("commit"), settings.get("changes")) != (commit(), _digest(changes())):
+    if (settings.get("commit"), settings.get("changes")) != (commit(), digest(changes())):
         raise InputError(
             f"out={str(folder)!r} was measured with the code of commit {settings.get('commit')}, which is not what is "
             "here; start it anew without --resume"

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import processes, serve_ladder
+from benchmarks import processes, run_folder, serve_ladder
 from benchmarks.cli import InputError, Parser, guarded, path
 from benchmarks.rows import Row, Rows, environment, line
-from benchmarks.run_folder import begin, unfinished
 from benchmarks.serve_ladder import Rung, Setting
 from partitioning.point import WEIGHTS
 from serving.policies import POLICIES
@@ -93,19 +92,12 @@ def parser() -> Parser:
 
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `--quick` fills in those that were left alone."""
-    options, given = parser().parse_args(argv), parser().given(argv)
+    options, given = run_folder.options_of(parser(), argv, QUICK), parser().given(argv)
     for name in given:
         if getattr(options, name) == "":
             raise InputError(f"{name}='' must not be empty")
-    if options.resume and (others := given.keys() - {"resume", "out", "json"}):
-        named = ", ".join(given[name] for name in sorted(others))
-        raise InputError(f"{named} beside --resume: a run goes on as it was started; leave one of them out")
     if options.checkpoint and "model" in given:
         raise InputError("--model stands beside --checkpoint, which says which model it is; leave one of them out")
-    if options.quick:
-        for name, value in QUICK.items():
-            if name not in given:
-                setattr(options, name, value)
     return options
 
 
@@ -114,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = options_of(argv)
     if options.resume:
-        argv = unfinished(options.out)
-        options = options_of([*argv, "--out", str(options.out), *(["--json"] if options.json else [])])
+        argv = [*run_folder.unfinished(options.out), "--out", str(options.out), *(["--json"] if options.json else [])]
+        options = options_of(argv)
     try:
         setting = serve_ladder.read(options)
         own = (setting.arrivals.rate,) if setting.arrivals.rate else None
@@ -125,11 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fits(setting)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    ladder = Ladder(options, argv, setting, asked)
-    failed = ladder.climb()
-    ladder.report()
-    if not failed:
-        (ladder.folder / "finished").touch()
+    settings = setting.to_json() | {"rungs": [rung.name for rung in setting.rungs], "rates": asked}
+    # as JSON has it: what is read back from the folder must be equal
+    settings = json.loads(json.dumps(settings))
+    with run_folder.open_run(options.out.resolve(), settings, argv, of_a_run, RATES) as rows:
+        ladder = Ladder(options, rows, setting, asked)
+        failed = ladder.climb()
+        ladder.report()
+        if not failed:
+            (ladder.folder / "finished").touch()
     for row in failed:
         print(
             f"failed: {row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: {row['error']}",
@@ -176,19 +172,16 @@ class Ladder:
     """All runs, those that an interrupted command has left included.
 
     Args:
-        options, argv: of the command.
-        setting: read from them.
+        options: of the command.
+        rows: of its folder.
+        setting: read from the options.
         asked: the rates, if they were given.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, argv: Sequence[str], setting: Setting, asked: tuple[float, ...] | None
-    ):
+    def __init__(self, options: argparse.Namespace, rows: Rows, setting: Setting, asked: tuple[float, ...] | None):
         self.setting, self.folder, self._json = setting, options.out.resolve(), options.json
         self._asked, self._timeline = asked, options.timeline
-        settings = setting.to_json() | {"rungs": [rung.name for rung in setting.rungs], "rates": asked}
-        # as JSON has it: what is read back from the folder must be equal
-        self.rows: Rows = begin(self.folder, json.loads(json.dumps(settings)), argv, of_a_run, RATES)
+        self.rows = rows
         self.environment = environment(0)
         if self._json:
             for row in self.rows.rows:

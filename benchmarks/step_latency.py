@@ -10,6 +10,7 @@ continues where it stopped when it is started again with the same options; a fin
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import sys
@@ -20,12 +21,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import processes
+from benchmarks import processes, run_folder
 from benchmarks.chip_file import calibrated
-from benchmarks.cli import InputError, Parser, guarded
+from benchmarks.cli import InputError, Parser, guarded, path
 from benchmarks.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
 from benchmarks.rows import Row, Rows
-from benchmarks.run_folder import Run, chip_of, unfinished
+from benchmarks.run_folder import Run
 from models import text
 from partitioning.dataflow import REMAT
 from partitioning.layouts import LAYOUTS
@@ -42,7 +43,7 @@ QUICK = {"attention": "batch", "batches": "8", "lengths": "64", "repeats": 5, "b
 N_PROFILED_STEPS = 3
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The options."""
     p = Parser(prog="toruslab bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order (default: %(default)s)")
@@ -98,19 +99,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
     p.add_argument("--processes", type=int, default=1, help="local processes over one mesh (default: %(default)s)")
-    p.add_argument("--out", type=Path, default=Path("results/bench"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=path, default=Path("results/bench"), help="folder (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of tables")
     return p
 
 
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
     """The options; `--quick` fills in those that were left alone."""
-    options, defaults = parser().parse_args(argv), parser().parse_args([])
-    if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == getattr(defaults, name):
-                setattr(options, name, value)
-    return options
+    return run_folder.options_of(parser(), argv, QUICK)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     options = options_of(argv)
     if options.resume:
-        argv = unfinished(options.out)
-        options = options_of([*argv, "--out", str(options.out), *(["--json"] if options.json else [])])
+        argv = [*run_folder.unfinished(options.out), "--out", str(options.out), *(["--json"] if options.json else [])]
+        options = options_of(argv)
     for field, least in (("repeats", 1), ("processes", 1), ("seed", 0)):
         if getattr(options, field) < least:
             raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
@@ -142,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if options.points == "-":
             raise InputError("points='-' cannot be shared by several processes; put the points in a file")
-        Rows(options.out / "rows.jsonl")  # refuses damaged results before anything starts
+        with _opened(options, argv, points, corpus):  # refuses the folder before anything starts
+            pass
         return processes.start_locally("benchmarks.step_latency", argv, options.processes)
     processes.join(platform, first.n_chips, options.processes)
     try:
@@ -153,25 +150,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     speaks = jax.process_index() == 0
-    run = Run(options, argv, speaks, [p.to_json() for p in points], corpus)
-    console = Console(stderr=True, quiet=not speaks)
-    run.chip = chip_of(options, run.folder, mesh, dtypes, speaks, console)
+    with _opened(options, argv, points, corpus) if speaks else contextlib.nullcontext() as rows:
+        run = Run(options, rows)
+        console = Console(stderr=True, quiet=not speaks)
+        run.chip = run_folder.chip_of(options, run.folder, mesh, dtypes, speaks, console)
+        _measure(groups, run, corpus, console)
+        return _report(run) if rows else 0
+
+
+def _opened(
+    options: argparse.Namespace, argv: list[str], points: list[Point], corpus: str
+) -> contextlib.AbstractContextManager[Rows]:
+    """The folder of the run."""
+    left_out = ("out", "json", "points", "text", "resume")
+    settings: Row = {k: str(v) for k, v in vars(options).items() if k not in left_out}
+    settings |= {"points": [p.to_json() for p in points], "text": run_folder.digest(corpus)}
+    return run_folder.open_run(options.out.resolve(), settings, argv)
+
+
+def _measure(groups: list[list[Point]], run: Run, corpus: str, console: Console) -> None:
+    """All points, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("points", total=len(points))
+        task = progress.add_task("points", total=sum(map(len, groups)))
         for group in groups:
             for point in run_group(group, run, corpus):
                 progress.update(task, advance=1, description=f"{point.phase} {point.layout}/{point.attention}")
-    if not run.rows:
-        return 0
-    if not options.json:
+
+
+def _report(run: Run) -> int:
+    """Prints the tables, unless rows were asked for, and writes the pictures; 1 when a point failed."""
+    assert run.rows
+    rows = run.rows.rows
+    if not run.options.json:
         from benchmarks.report import show, write
 
-        show(run.rows.rows, Console(width=None if sys.stdout.isatty() else 120))
-        for path in write(run.rows.rows, options.out):
-            print(path)
+        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        for written in write(rows, run.options.out):
+            print(written)
     run.finish()
-    failed = [r for r in run.rows.rows if "error" in r and not run.rows.find(Point.from_json(r["point"]), r["source"])]
+    failed = [r for r in rows if "error" in r and not run.rows.find(Point.from_json(r["point"]), r["source"])]
     for row in failed:
         print(f"failed: {row['point']['layout']}/{row['point']['attention']} {row['error']}", file=sys.stderr)
     return 1 if failed else 0

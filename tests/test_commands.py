@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from points import POINT
 
-from benchmarks import cli, explain, generate, ratio, step_latency
+from benchmarks import cli, explain, generate, ratio, run_folder, step_latency
 from benchmarks.grid import grid
 from benchmarks.report import groups, markdown, write
 from benchmarks.rows import DamagedResults, Rows
@@ -321,3 +321,18 @@ def test_a_quick_bench_is_small():
     options = step_latency.options_of(["--quick"])
     assert sum(map(len, grid(options))) == 14 and options.repeats == 5
     assert step_latency.options_of(["--quick", "--repeats", "9"]).repeats == 9
+    assert step_latency.options_of(["--quick", "--lengths", "16,256"]).lengths == "16,256"  # the default, but given
+
+
+def test_resume_stands_alone(capsys, tmp_path):
+    out = ["--resume", "--out", str(tmp_path)]
+    assert "--batches beside --resume" in refused(capsys, step_latency.main, *out, "--batches", "8")
+
+
+def test_a_run_in_a_folder_that_another_one_uses_is_refused(capsys, tmp_path):
+    out = tmp_path / "run"
+    for more in ([], ["--processes", "2"]):
+        with run_folder.claim(out):
+            sentence = refused(capsys, step_latency.main, *SMALL, "--out", str(out), *more)
+        assert f"out={str(out)!r} is in use by another run" in sentence
+    assert not list(out.iterdir())
