@@ -21,6 +21,7 @@ from benchmarks.microbench import Block
 from models.attention import attend, rope
 from models.cache import write
 from models.decoder import Block as Layer
+from models.decoder import matmul
 from models.presets import model
 from partitioning.machine import Sample
 from partitioning.mesh import AXES
@@ -95,7 +96,7 @@ def matmuls(dtype: str, most_macs: float, quick: bool) -> Iterator[Block]:
         if rows * inner * outer <= most_macs:
 
             def turn(x, w, i):
-                return _keep(x, jnp.einsum("te,ec->tc", x, w.astype(x.dtype)))
+                return _keep(x, matmul("te,ec->tc", x, w, ()))
 
             yield Block(
                 sample=_sample("matmul", dtype, rows=rows, inner=inner, outer=outer),
@@ -112,7 +113,7 @@ def copies(dtype: str, platform: str) -> Iterator[Block]:
     size = jnp.dtype(weight).itemsize
 
     def product(x, w, i):
-        return _keep(x, jnp.einsum("te,ec->tc", x, w.astype(x.dtype)))
+        return _keep(x, matmul("te,ec->tc", x, w, ()))
 
     carry = [_shape(act, 1, inner)]
     alone = Block(sample=_sample("work", dtype), turn=product, carry=carry, constants=[_shape(weight, inner, outer)])

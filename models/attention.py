@@ -5,11 +5,14 @@ over blocks of positions with a running maximum and sum, so that the scores of a
 whole.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from models.cache import pad_width
+from partitioning.precision import exact
 
 BLOCK = 512
 """Cached positions per block in prefill, four times as many in decode, where scores are few and every block costs a TPU
@@ -58,13 +61,14 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     b, length, h, width = q.shape
     kv_heads = k.shape[1]
     q = q.reshape(b, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [b, k, g, L, Q]
+    product = functools.partial(jnp.einsum, precision=exact(q.dtype))
 
     def rows(q: jax.Array, first: jax.Array | int) -> jax.Array:
         """Of queries [b, k, g, n, Q] at the positions from `first` on."""
-        s = jnp.einsum("bkgnq,bkmq->bkgnm", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
+        s = product("bkgnq,bkmq->bkgnm", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
         seen = jnp.arange(length) <= first + jnp.arange(q.shape[3])[:, None]
         p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
-        return jnp.einsum("bkgnm,bkmq->bkgnq", p.astype(q.dtype), v)
+        return product("bkgnm,bkmq->bkgnq", p.astype(q.dtype), v)
 
     if length <= 2 * BLOCK:
         o = rows(q, 0)
@@ -117,7 +121,7 @@ def attend(
 
     def dot(x, y, contract, **kwargs):
         """Batched over b and k, in the order that needs no transposed copy of the cache."""
-        return lax.dot_general(x, y, (((3,), (contract,)), ((0, 1), (0, 1))), **kwargs)
+        return lax.dot_general(x, y, (((3,), (contract,)), ((0, 1), (0, 1))), precision=exact(q.dtype), **kwargs)
 
     def read(cache, first, size):
         """[b, k, size, Q] of the layer, in q's dtype."""

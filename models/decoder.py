@@ -22,6 +22,7 @@ from models.rows import Aligned, Rows, index, place, row_ladder, split_axes
 from partitioning.collectives import follow, follow_together, local, on_a_chip
 from partitioning.dataflow import norm_ladder
 from partitioning.layouts import Axes, Ladder, Layout, axes_of, entries
+from partitioning.precision import exact
 from partitioning.rings import after, before, loops, multiply
 
 Initializer = Callable[..., jax.Array]
@@ -300,7 +301,7 @@ def product(
 def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
     """`x @ w`, left as the ladder begins: partial sums stay where they are."""
     at = ladder[0] if ladder and not on_a_chip() else None
-    return jnp.einsum(subscripts, x, w.astype(x.dtype), out_sharding=at)
+    return jnp.einsum(subscripts, x, w.astype(x.dtype), precision=exact(x.dtype), out_sharding=at)
 
 
 def scaled(out: jax.Array, scale: jax.Array | None, ladder: Ladder) -> jax.Array:

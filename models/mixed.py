@@ -9,6 +9,7 @@ Decides the list's form, and how attention reads and writes pages. Which request
 Source: Orca (OSDI 2022), section 3.2; pages as in vLLM (SOSP 2023).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from models.config import ModelConfig
 from models.rows import arrays, heads_read, place
 from partitioning.collectives import follow, local
 from partitioning.layouts import Layout, axes_of, entries
+from partitioning.precision import exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,18 +196,19 @@ def attend_pages(
         c = q.shape[0]
         q = pad_width(q, k.shape[-1]).reshape(c, n_kv, group, -1).transpose(1, 2, 0, 3).reshape(n_kv, group * c, -1)
         reach = jnp.tile(start + jnp.arange(c), group)  # gc
+        product = functools.partial(jnp.einsum, precision=exact(q.dtype), preferred_element_type=jnp.float32)
 
         def page(i, running):
             top, total, acc = running
             keys, values = read(k, table[i]).astype(q.dtype), read(v, table[i]).astype(q.dtype)
             written = i * form.page + jnp.arange(form.page) < start + length
             values = jnp.where(written[:, None], values, 0)  # a NaN left by another request is one times 0, too
-            s = jnp.einsum("kcq,kpq->kcp", q, keys, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
+            s = product("kcq,kpq->kcp", q, keys) / jnp.sqrt(jnp.float32(width))
             seen = i * form.page + jnp.arange(form.page) <= reach[:, None]
             s = jnp.where(seen, s, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(s, axis=-1))
             old, p = jnp.exp(top - new_top), jnp.exp(s - new_top[..., None])
-            weighed = jnp.einsum("kcp,kpq->kcq", p.astype(q.dtype), values, preferred_element_type=jnp.float32)
+            weighed = product("kcp,kpq->kcq", p.astype(q.dtype), values)
             return new_top, total * old + jnp.sum(p, axis=-1), acc * old[..., None] + weighed
 
         zero = q.astype(jnp.float32) * 0  # of the mesh axes that q varies over

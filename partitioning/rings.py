@@ -33,6 +33,7 @@ from jax import lax
 
 from partitioning.collectives import Move, moves, on_a_chip
 from partitioning.layouts import Axes, Ladder, Layout
+from partitioning.precision import exact
 from partitioning.variants import LOOPED
 
 Side = Literal["x", "w", "out"]
@@ -115,7 +116,7 @@ def matmul_scatter(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x @ w` in float32."""
-    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.matmul(x, w.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _part(array: jax.Array, *, index: jax.Array | int, offset: int, n: int, width: int, dim: int) -> jax.Array:
