@@ -28,7 +28,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 docs: $(VENV)/.bench  ## the commands' help and the generated tables of README and docs are up to date
-	$(BIN)/python -m benchmarks.docs --check README.md docs/tpu_compiler.md docs/loops.md docs/training.md
+	$(BIN)/python -m benchmarks.docs.generate --check README.md docs/tpu_compiler.md docs/loops.md docs/training.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

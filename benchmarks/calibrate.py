@@ -21,11 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import chip_file, processes
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.rows import environment
-from partitioning.machine import Machine
-from partitioning.mesh import AXES, Slice, attach, mesh_shape
+from toruslab.benchmarks.measure import chip_file
+from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import environment
+from toruslab.partitioning.torus.calibrated import Machine
+from toruslab.partitioning.torus.mesh import AXES, Slice, attach, mesh_shape
 
 OUT = Path("results/calibrate")
 REPEATS, QUICK_REPEATS = 6, 3
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if slice_.n_chips % options.processes:
         raise InputError(f"processes={options.processes} does not divide the {slice_.n_chips} chips of the slice")
     if options.processes > 1 and not processes.is_started():
-        return processes.start_locally("benchmarks.calibrate", argv, options.processes)
+        return processes.start_locally("toruslab.benchmarks.calibrate", argv, options.processes)
     processes.join(platform, slice_.n_chips, options.processes)
     try:
         mesh = attach(shape, chip=slice_.chip)
@@ -115,8 +116,8 @@ def calibrate(mesh: Any, dtypes: Sequence[str], repeats: int, console: Console, 
         console: where progress goes.
         quick: fewer sizes, and at most `QUICK_REPEATS`.
     """
-    from benchmarks.building_blocks import blocks
-    from benchmarks.microbench import dispatch, measure
+    from toruslab.benchmarks.measure.blocks import blocks
+    from toruslab.benchmarks.measure.looped import dispatch, measure
 
     platform = mesh.devices.flat[0].platform
     dtypes = list(dict.fromkeys(d for asked in dtypes for d in (asked, *(["bf16"] if asked == "int8" else []))))

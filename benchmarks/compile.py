@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import point_options
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.lines import read_lines
-from benchmarks.rows import Row
-from partitioning.chips import PLATFORMS, chip
-from partitioning.mesh import Slice, fake_cpu_devices
-from partitioning.point import Point
+from toruslab.benchmarks.runs import point_options
+from toruslab.benchmarks.runs.lines import read_lines
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.torus.chip import PLATFORMS, chip
+from toruslab.partitioning.torus.mesh import Slice, fake_cpu_devices
 
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
 """What of the environment changes programs."""
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _points(options: argparse.Namespace) -> tuple[list[Point], int]:
     """The points that were asked for, and how many lines of a file were refused."""
-    from partitioning.targets import check
+    from toruslab.partitioning.torus.described import check
 
     if options.points is not None:
         point_options.refuse_beside("--points", options)
@@ -136,7 +136,7 @@ def _prepare(points: Sequence[Point], attached: bool) -> None:
     """This process's devices: as many fake ones as a point wants; none of an accelerator that only is described."""
     import jax
 
-    from partitioning.targets import mismatch
+    from toruslab.partitioning.torus.described import mismatch
 
     if any(p.chip == "cpu" for p in points):
         fake_cpu_devices(max(p.n_chips for p in points if p.chip == "cpu"))
@@ -161,8 +161,8 @@ def _row(point: Point, options: argparse.Namespace) -> Row:
 
 
 def _evidence(point: Point, options: argparse.Namespace) -> Row:
-    from partitioning.compiled import evidence
-    from partitioning.targets import versions
+    from toruslab.models.programs.compiled import evidence
+    from toruslab.partitioning.torus.described import versions
 
     path = None
     if options.hlo:
@@ -176,7 +176,7 @@ def _evidence(point: Point, options: argparse.Namespace) -> Row:
 
 
 def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
-    from partitioning import compiled, compiled_limits
+    from toruslab.models.programs import compiled, compiled_limits
 
     def fits(changed: Point) -> bool:
         found = _kept(options, changed, "fits", lambda: {"fits": compiled.fits(changed, attached=options.attached)})
@@ -206,7 +206,7 @@ def _kept(options: argparse.Namespace, point: Point, what: str, make: Callable[[
 
 def _key(point: Point, what: str, options: argparse.Namespace) -> str:
     """A name for what these versions, this code and these flags make of the point."""
-    from partitioning.targets import versions
+    from toruslab.partitioning.torus.described import versions
 
     slice_ = Slice.parse(point.slice)
     config = repr(point.config)  # the file behind a model's name may have changed
@@ -225,7 +225,7 @@ def _key(point: Point, what: str, options: argparse.Namespace) -> str:
 def _source() -> str:
     """A digest of the code that decides programs and how they are read."""
     root = Path(__file__).parent.parent
-    files = sorted(f for folder in ("partitioning", "models") for f in (root / folder).glob("*.py"))
+    files = sorted(f for folder in ("partitioning", "models") for f in (root / folder).rglob("*.py"))
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import point_options
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.lines import read_lines
-from partitioning.cost import Estimate, estimate, estimate_many
-from partitioning.limits import largest_batch, longest_context
-from partitioning.point import Point
+from toruslab.benchmarks.runs import point_options
+from toruslab.benchmarks.runs.lines import read_lines
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.partitioning.cost.estimate import estimate, estimate_many
+from toruslab.partitioning.cost.forward import Estimate
+from toruslab.partitioning.cost.limits import largest_batch, longest_context
+from toruslab.partitioning.plan.point import Point
 
 
 def main(argv: Sequence[str] | None = None) -> int:

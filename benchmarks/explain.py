@@ -17,15 +17,15 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import point_options
-from benchmarks.cli import InputError, Parser, guarded
-from partitioning.chips import PLATFORMS
-from partitioning.collectives import Move, moves
-from partitioning.cost import estimate
-from partitioning.dataflow import TRANSPOSED, Stage, bytes_of, letters, tensors
-from partitioning.layouts import axes_of, entries
-from partitioning.mesh import AXES
-from partitioning.point import Point
+from toruslab.benchmarks.runs import point_options
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.layouts.layout import axes_of, entries
+from toruslab.partitioning.layouts.moves import Move, moves
+from toruslab.partitioning.plan.plan import TRANSPOSED, Stage, bytes_of, letters, tensors
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.torus.chip import PLATFORMS
+from toruslab.partitioning.torus.mesh import AXES
 
 LETTERS = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
 WHAT = {

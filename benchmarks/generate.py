@@ -16,14 +16,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks import checkpoint_option, processes
-from benchmarks.cli import InputError, Parser, guarded
-from models.sampling import Sampler
-from models.tokenizer import Tokenizer
-from partitioning.layouts import Layout
-from partitioning.mesh import Slice, mesh_shape
-from partitioning.point import CACHES, WEIGHTS
-from partitioning.variants import layout
+from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.runs import weights_option as checkpoint_option
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.models.decoder.sampling import Sampler
+from toruslab.models.weights.tokenizer import Tokenizer
+from toruslab.partitioning.layouts.layout import Layout
+from toruslab.partitioning.layouts.variants import layout
+from toruslab.partitioning.plan.point import CACHES, WEIGHTS
+from toruslab.partitioning.torus.mesh import Slice, mesh_shape
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
     processes.join(platform, slice_.n_chips, 1)
     import jax.numpy as jnp
 
-    from models.generate import Generator, batch_multiple
-    from partitioning.mesh import attach
+    from toruslab.models.programs.generate import Generator, batch_multiple
+    from toruslab.partitioning.torus.mesh import attach
 
     multiple = batch_multiple(*pair, shape=shape)
     batch = -(-len(prompts) // multiple) * multiple

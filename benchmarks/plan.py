@@ -22,11 +22,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import out_folder
-from benchmarks.cli import InputError, Parser, guarded
-from partitioning.cost import estimate
-from partitioning.planner import BATCHES, GOALS, PHASES, PLANNED, Plan, Space, Workload, pareto, read_slices, search
-from partitioning.point import CACHES
+from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.cost.planner import (
+    BATCHES,
+    GOALS,
+    PHASES,
+    PLANNED,
+    Plan,
+    Space,
+    Workload,
+    pareto,
+    read_slices,
+    search,
+)
+from toruslab.partitioning.plan.point import CACHES
 
 WITHIN = {"latency": "lowest latency", "cost": "lowest cost", "batch": "largest batch"}
 

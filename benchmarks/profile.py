@@ -19,15 +19,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import point_options, processes
-from benchmarks.calibrate import OUT
-from benchmarks.cells import traced
-from benchmarks.chip_file import calibrated, fits_here, name_of
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.rows import Row, environment
-from models import text
-from partitioning.mesh import AXES, attach
-from partitioning.point import Point
+from toruslab.benchmarks.calibrate import OUT
+from toruslab.benchmarks.measure.chip_file import calibrated, fits_here, name_of
+from toruslab.benchmarks.reports.cells import traced
+from toruslab.benchmarks.runs import point_options, processes
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row, environment
+from toruslab.models.weights import text
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.torus.mesh import AXES, attach
 
 LATENCY_REPEATS, LATENCY_BUDGET_S = 20, 1.5
 
@@ -96,16 +96,16 @@ def predicted(point: Point, path: Path) -> Row:
     Raises:
         InputError: the file is none of `toruslab calibrate`.
     """
-    from benchmarks.contenders import analytic
+    from toruslab.benchmarks.measure.contenders import analytic
 
     return analytic(point, calibrated(path, [point.weights]))
 
 
 def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
     """A point's row: `profile` as `profiling.Profile.to_json` has it, beside the latency without the profiler."""
-    from benchmarks.contenders import clear, prepare
-    from benchmarks.profiling import profile
-    from benchmarks.timing import interleaved
+    from toruslab.benchmarks.measure.contenders import clear, prepare
+    from toruslab.benchmarks.measure.profiling import profile
+    from toruslab.benchmarks.measure.timing import interleaved
 
     row: Row = {"point": point.to_json(), "source": "measured"}
     try:

@@ -4,7 +4,7 @@
     toruslab published --fit
     toruslab published --points mine.jsonl --json
 
-The numbers are in `partitioning/data/published/`, each with its table or figure of Pope et al. 2022. The layers of
+The numbers are in `partitioning/published/data/`, each with its table or figure of Pope et al. 2022. The layers of
 Tables 2 and 3 and Figure B.1 are what the chip's constants were fitted on; everything else is predicted. A file of your
 own holds a row a line (or a JSON array): {"source": "where it is from", "point": {...}, "stack_s": 0.1}, with
 "published_s" for the whole pass, "stack_s" for the layers alone (the one that is compared where both are given), and
@@ -23,14 +23,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import out_folder
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.published_figures import write
-from partitioning.chips import chip
-from partitioning.cost import constants_of, estimate
-from partitioning.fitting import fit, leave_one_out
-from partitioning.point import Point
-from partitioning.published import CALIBRATION, Published, Row, answer, calibration, closed_form_rows, figures, parse
+from toruslab.benchmarks.reports.published_figures import write
+from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.cost.forward import constants_of
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.published.fit import fit, leave_one_out
+from toruslab.partitioning.published.numbers import (
+    CALIBRATION,
+    Published,
+    Row,
+    answer,
+    calibration,
+    closed_form_rows,
+    figures,
+    parse,
+)
+from toruslab.partitioning.torus.chip import chip
 
 
 def read(where: str) -> tuple[list[Published], dict[int, str]]:

@@ -17,14 +17,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import report_bars, report_pictures, report_words
-from benchmarks.cells import Line, Row, groups
-from benchmarks.cli import InputError, Parser, guarded
-from benchmarks.prediction import quality
-from benchmarks.report_html import report as html_report
-from benchmarks.report_style import Picture, save
-from benchmarks.report_torus import torus
-from benchmarks.rows import Rows
+from toruslab.benchmarks.reports import bars as report_bars
+from toruslab.benchmarks.reports import pictures as report_pictures
+from toruslab.benchmarks.reports import words as report_words
+from toruslab.benchmarks.reports.cells import Line, Row, groups
+from toruslab.benchmarks.reports.html import report as html_report
+from toruslab.benchmarks.reports.prediction import quality
+from toruslab.benchmarks.reports.style import Picture, save
+from toruslab.benchmarks.reports.torus import torus
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Rows
 
 PICTURES = {
     "latency": report_pictures.latency,
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [load(folder) for folder in folders]
     console = Console(width=None if sys.stdout.isatty() else 120)
     if len(runs) > 1:
-        from benchmarks import report_compare
+        from toruslab.benchmarks.reports import compare as report_compare
 
         return report_compare.run(folders, runs, options.out or Path("results/compare"), options.json, console)
     try:

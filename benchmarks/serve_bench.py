@@ -22,17 +22,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import processes, run_folder, serve_ladder
-from benchmarks.cli import InputError, Parser, guarded, path
-from benchmarks.rows import Row, Rows, environment, line
-from benchmarks.serve_ladder import Rung, Setting
-from partitioning.point import WEIGHTS
-from serving.policies import POLICIES
-from serving.reservation import RESERVATIONS
-from serving.traces import ARRIVALS, TRACES
+from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import processes, serve_ladder
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
+from toruslab.benchmarks.runs.rows import Row, Rows, environment, line
+from toruslab.benchmarks.runs.serve_ladder import Rung, Setting
+from toruslab.partitioning.plan.point import WEIGHTS
+from toruslab.serving.scheduling.policies import POLICIES
+from toruslab.serving.scheduling.reservation import RESERVATIONS
+from toruslab.serving.traffic.traces import ARRIVALS, TRACES
 
 if TYPE_CHECKING:
-    from serving.engine import Engine
+    from toruslab.serving.engine.engine import Engine
 
 QUICK = {"model": "toy-s", "requests": 32, "seeds": 1, "max_bs": 8, "policies": "request-level-early,orca"}
 """What `--quick` takes for options that were left alone."""
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _attached(setting: Setting) -> None:
     """Refuses a slice that is not here."""
-    from partitioning.mesh import attach
+    from toruslab.partitioning.torus.mesh import attach
 
     try:
         attach((setting.slice.n_chips, 1, 1), chip=setting.slice.chip)
@@ -148,7 +149,7 @@ def _fits(setting: Setting) -> None:
     """Refuses what the chips' memory cannot hold: a host that runs out of it ends the process without a word."""
     import jax
 
-    from benchmarks.chip_file import memory_of
+    from toruslab.benchmarks.measure.chip_file import memory_of
 
     device, n = jax.devices()[0], setting.slice.n_chips
     there = memory_of(device, jax.device_count()) * n
@@ -211,7 +212,7 @@ class Ladder:
                     failed += [row] if "error" in row else []
                 bar.advance(task)
             for rung in self._missing():
-                from benchmarks.serve_runs import timeline
+                from toruslab.benchmarks.measure.serving_run import timeline
 
                 bar.update(task, description=f"timeline of {rung.name}")
                 drawn = timeline(setting, made, rung, rates[len(rates) // 2])
@@ -221,7 +222,7 @@ class Ladder:
 
     def report(self) -> None:
         """Prints the table, unless rows were asked for; writes it and the pictures."""
-        from benchmarks.serve_figures import show, write
+        from toruslab.benchmarks.reports.serve_figures import show, write
 
         traces = {r.name: _read(self._drawn(r)) for r in self.setting.rungs if self._drawn(r).exists()}
         if not self._json:
@@ -232,7 +233,7 @@ class Ladder:
     @contextmanager
     def _engine(self, bar: Progress) -> "Iterator[Engine]":
         """Compiled, warm, and closed at the end."""
-        from benchmarks.serve_runs import engine, warm
+        from toruslab.benchmarks.measure.serving_run import engine, warm
 
         task = bar.add_task("compiling", total=None)
         try:
@@ -246,7 +247,7 @@ class Ladder:
             yield made
 
     def _rates_of(self, made: "Engine") -> tuple[float, ...]:
-        from benchmarks.serve_runs import capacity
+        from toruslab.benchmarks.measure.serving_run import capacity
 
         found = self._rates
         if found is None:
@@ -267,7 +268,7 @@ class Ladder:
             raise InputError(f"{kept} does not hold the run's rates; mend it, or choose another --out") from None
 
     def _run(self, made: "Engine", rung: Rung, rate: float, seed: int) -> Row:
-        from benchmarks.serve_runs import Invalid, measure
+        from toruslab.benchmarks.measure.serving_run import Invalid, measure
 
         numbers: dict[str, Any]
         try:

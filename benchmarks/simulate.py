@@ -7,7 +7,7 @@
     toruslab simulate --figure orca-10b --out results/orca             Orca's Figure 10(b), beside the paper's points
 
 The scheduler is the engine's own. Latencies are of requests that arrived in the steady window: without the warm-up, and
-until the last arrival; the words are those of `serving.metrics`. A run at a rate above the peak never settles.
+until the last arrival; the words are those of `serving.results.metrics`. A run at a rate above the peak never settles.
 """
 
 import sys
@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import out_folder
-from benchmarks import simulate_options as asked
-from benchmarks.cli import InputError, guarded
-from benchmarks.rows import line
-from benchmarks.simulate_options import Case
-from serving.batch import Batch
-from serving.observer import Observer
-from serving.request import Request
-from serving.scenario import SHARE, highest_rate
-from serving.timeline import Timeline
-from serving.traces import Pattern
+from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import simulate_options as asked
+from toruslab.benchmarks.runs.options import InputError, guarded
+from toruslab.benchmarks.runs.rows import line
+from toruslab.benchmarks.runs.simulate_options import Case
+from toruslab.serving.results.timeline import Timeline
+from toruslab.serving.scheduling.batch import Batch
+from toruslab.serving.scheduling.observer import Observer
+from toruslab.serving.scheduling.request import Request
+from toruslab.serving.simulation.scenario import SHARE, highest_rate
+from toruslab.serving.traffic.traces import Pattern
 
 Row = dict[str, Any]
 PEAK_REQUESTS = 2000
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in _front(rows):
         row["pareto"] = True
     if options.out is not None:
-        from benchmarks.simulate_figures import draw_front
+        from toruslab.benchmarks.reports.simulate_figures import draw_front
 
         drawn = {} if options.capacity else {"pareto": draw_front(rows)}
         for path in out_folder.write(options.out, "rows", rows, drawn):
@@ -245,7 +245,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _figure(options: Any, console: Console) -> int:
-    from benchmarks import orca_figure as orca
+    from toruslab.benchmarks.studies import orca as orca
 
     n, seed = options.requests, options.seed
     with _progress("the paper's points, the ladder, other models", 50) as tick:
@@ -253,7 +253,7 @@ def _figure(options: Any, console: Console) -> int:
         rows += orca.ladder(n, seed, tick)
         rows += orca.predict([m for m in orca.PANELS if m != "orca-175b"], n, seed, tick)
         if options.out is not None:
-            from benchmarks.simulate_figures import draw_ladder, draw_orca
+            from toruslab.benchmarks.reports.simulate_figures import draw_ladder, draw_orca
 
             drawn = {"orca_10b": draw_orca(n, seed), "ladder": draw_ladder(rows)}
             for path in out_folder.write(options.out, "rows", rows, drawn):

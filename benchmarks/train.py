@@ -22,17 +22,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import out_folder, processes
-from benchmarks.cli import InputError, Parser, guarded, path
-from benchmarks.rows import Row, line
-from benchmarks.run_folder import claim, put_aside
-from benchmarks.train_setting import DTYPES, Setting, Texts, resumed
-from partitioning.dataflow import REMAT
-from partitioning.layouts import LAYOUTS
-from partitioning.mesh import Slice
+from toruslab.benchmarks.runs import out_folder, processes
+from toruslab.benchmarks.runs.folder import claim, put_aside
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
+from toruslab.benchmarks.runs.rows import Row, line
+from toruslab.benchmarks.runs.train_setting import DTYPES, Setting, Texts, resumed
+from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:
-    from benchmarks.train_run import Run, Signals
+    from toruslab.benchmarks.measure.training_run import Run, Signals
 
 
 def parser() -> Parser:
@@ -105,8 +105,8 @@ def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Settin
         if options.warm_up is None:
             options.warm_up = min(50, options.steps // 10)
         return Setting.of(options), None
-    from benchmarks.train_run import CHECKPOINTS
-    from models import checkpoint_folder
+    from toruslab.benchmarks.measure.training_run import CHECKPOINTS
+    from toruslab.models.programs import checkpoint_folder
 
     folder = options.out / CHECKPOINTS
     if not checkpoint_folder.steps(folder):
@@ -119,14 +119,14 @@ def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Settin
 
 def _recipe(setting: Setting) -> None:
     """Refuses what the optimiser does."""
-    from models.train import Recipe
+    from toruslab.models.programs.training import Recipe
 
     Recipe(**setting.recipe)
 
 
 def _attached(setting: Setting) -> None:
     """Refuses a slice that is not here."""
-    from partitioning.mesh import attach
+    from toruslab.partitioning.torus.mesh import attach
 
     try:
         attach(setting.shape, chip=Slice.parse(setting.slice).chip, explicit=setting.layout_value.explicit)
@@ -158,7 +158,7 @@ class _Command:
         self.loss = self.held_out = ""
 
     def run(self) -> int:
-        from benchmarks.train_run import Run, Signals
+        from toruslab.benchmarks.measure.training_run import Run, Signals
 
         signals = Signals()
         try:
@@ -226,8 +226,8 @@ class _Command:
         self.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _conclude(self, final: Row) -> None:
-        from benchmarks import train_figure
-        from benchmarks.train_run import rows
+        from toruslab.benchmarks.measure.training_run import rows
+        from toruslab.benchmarks.reports import train_figure
 
         out = Console(width=None if sys.stdout.isatty() else 120)
         rate = final["tokens_per_s"]

@@ -1,7 +1,7 @@
 """What a decoder is: its sizes and its variants, as one frozen record.
 
 Decides the names of the sizes, the legality of a model by itself, and its counts (parameters, KV bytes).
-Leaves to others how it is split over chips (`partitioning.layouts`) and what it computes (`models.decoder`).
+Leaves to others how it is split over chips (`partitioning.layouts.layout`) and what it computes (`models.decoder.decoder`).
 Imports no JAX.
 """
 

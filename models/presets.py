@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from models.config import Mlp, ModelConfig
+from toruslab.models.config import Mlp, ModelConfig
 
 
 def _palm(name: str, n_layers: int, d_model: int, n_heads: int) -> ModelConfig:

@@ -1,7 +1,7 @@
 """What every layout must pass, whatever its name: a layout added to `LAYOUTS` inherits all of it.
 
 Sizes are pairwise distinct and different from every axis, so that a mix-up of dimensions cannot hide. The reference
-is `models.reference`, in NumPy and float64.
+is `models.decoder.reference`, in NumPy and float64.
 """
 
 import functools
@@ -13,22 +13,22 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from models.cache import Cache, cache_shape, cache_spec, empty_cache
-from models.config import ModelConfig
-from models.decoder import Tokens
-from models.parameters import everywhere, load
-from models.quantise import dequantise, quantise
-from models.reference import init
-from models.reference import logits as reference_logits
-from models.sampling import Sampler
-from models.weights import pack, unpack
-from partitioning.dataflow import Pass, plan
-from partitioning.evidence import compare
-from partitioning.hlo import copies, read
-from partitioning.layouts import LAYOUTS, NoAxisLeft
-from partitioning.mesh import AXES, Shape, attach
-from partitioning.program import GREEDY, Compiled, Program
-from partitioning.variants import layout
+from toruslab.models.config import ModelConfig
+from toruslab.models.decoder.cache import Cache, cache_shape, cache_spec, empty_cache
+from toruslab.models.decoder.decoder import Tokens
+from toruslab.models.decoder.parameters import everywhere, load
+from toruslab.models.decoder.quantise import dequantise, quantise
+from toruslab.models.decoder.reference import init
+from toruslab.models.decoder.reference import logits as reference_logits
+from toruslab.models.decoder.sampling import Sampler
+from toruslab.models.programs.program import GREEDY, Compiled, Program
+from toruslab.models.weights.packing import pack, unpack
+from toruslab.partitioning.hlo.collectives import copies, read
+from toruslab.partitioning.hlo.compare import compare
+from toruslab.partitioning.layouts.layout import LAYOUTS, NoAxisLeft
+from toruslab.partitioning.layouts.variants import layout
+from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 TOLERANCE = {"float32": 1e-5}
 """Largest error of a logit, relative to the largest logit. Never raised to make a test pass."""

@@ -1,6 +1,6 @@
 """Runs that save checkpoints, in processes of their own: to be killed, to find the disk full, to be two.
 
-`python -m tests.checkpoint_runs WHAT FOLDER ...`; `benchmarks.processes` starts several and connects them.
+`python -m tests.checkpoint_runs WHAT FOLDER ...`; `benchmarks.runs.processes` starts several and connects them.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import processes
-from models.checkpoints import Checkpoints, named
-from models.config import ModelConfig
-from models.parameters import abstract, shardings
-from partitioning.mesh import Shape, attach
-from partitioning.variants import layout
 from tests import battery
+from toruslab.benchmarks.runs import processes
+from toruslab.models.config import ModelConfig
+from toruslab.models.decoder.parameters import abstract, shardings
+from toruslab.models.programs.checkpoints import Checkpoints, named
+from toruslab.partitioning.layouts.variants import layout
+from toruslab.partitioning.torus.mesh import Shape, attach
 
 CONFIG = battery.model("serial", 16)
 LARGE = dataclasses.replace(CONFIG, d_model=256, d_ff=512, n_layers=2)

@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-from partitioning.mesh import fake_cpu_devices
+from toruslab.partitioning.torus.mesh import fake_cpu_devices
 
 fake_cpu_devices(8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

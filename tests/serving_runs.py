@@ -4,9 +4,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serving.batch import Batch
-from serving.request import Request
-from serving.scheduler import Scheduler
+from toruslab.serving.scheduling.batch import Batch
+from toruslab.serving.scheduling.request import Request
+from toruslab.serving.scheduling.scheduler import Scheduler
 
 
 @dataclass

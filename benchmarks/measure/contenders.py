@@ -1,0 +1,166 @@
+"""The three kinds of evidence for one point, as rows hold them: planned, compiled, and the step that is measured."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from toruslab.benchmarks.measure.chip_file import data_sheet
+from toruslab.benchmarks.measure.timing import Step, stepper, training_stepper
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.models.decoder.parameters import initial
+from toruslab.models.programs.compiled import planned, program
+from toruslab.models.programs.program import Program
+from toruslab.models.programs.training import Trainer
+from toruslab.models.weights import text
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.cost.measured import Terms, terms, with_collectives
+from toruslab.partitioning.cost.sizes import Numbers
+from toruslab.partitioning.cost.training import training_terms
+from toruslab.partitioning.hlo.collectives import read
+from toruslab.partitioning.hlo.compare import compare
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.torus.chip import PLATFORMS, Chip
+from toruslab.partitioning.torus.mesh import AXES, Shape, attach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A point that is compiled and ready to be timed; `text` is its optimised program."""
+
+    point: Point
+    compiled_row: Row
+    step: Step
+    text: str
+
+
+def analytic(point: Point, chip: Chip | None = None) -> Row:
+    """What the layout alone says: its collectives, the bytes that one chip receives in a pass, and what the pass takes,
+    by a calibrated `chip` or by the data sheet of the point's own."""
+    found = planned(point)
+    explicit = point.layout_value.explicit
+    priced = estimate(point).to_json() if explicit and point.chip not in PLATFORMS else {}
+    numbers = {k: v for k, v in priced.items() if k not in ("point", "source", "collectives")}
+    collectives = [dataclasses.asdict(p) for p in found]
+    if chip and explicit:
+        numbers |= _predicted(point, chip, collectives)
+    return numbers | {
+        "collectives": collectives,
+        "collective_bytes": sum(p.bytes * p.count for p in found),
+        "n_collectives": sum(p.count for p in found if not p.rides),
+    }
+
+
+def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
+    """A pass priced from a calibrated chip; each collective gets its seconds."""
+    found = _terms(point, chip)
+    taken = [(m.scope, m.kind, m.axes, float(np.ravel(s)[0])) for m, _, s in found.collectives]
+    for c in collectives:
+        c["seconds"] = next((s for *key, s in taken if key == [c["scope"], c["kind"], c["axes"]]), None)
+    seconds = {k: float(np.ravel(v)[0]) for k, v in found.seconds.items()}
+    return {
+        "latency_s": sum(seconds.values()),
+        "terms": seconds,
+        "chip": chip.name,
+        "flops": float(np.ravel(found.flops)[0]),
+        "memory_bytes": float(np.ravel(found.memory_bytes)[0]),
+        "roofline": _roofline(point, chip),
+    }
+
+
+def _roofline(point: Point, chip: Chip) -> Row:
+    """Of all chips together: their data sheet where the devices have one, else the best that was measured."""
+    import jax
+
+    sheet = data_sheet(jax.devices()[0].device_kind)
+    peaks = (sheet or chip).peak_flops_per_s
+    rate = peaks.get("f32" if point.weights == "f32" else "bf16", max(peaks.values()))
+    return {
+        "flops_per_s": rate * point.n_chips,
+        "bytes_per_s": (sheet or chip).hbm_bytes_per_s * point.n_chips,
+        "of": f"the data sheet of {sheet.name}" if sheet else "the calibration",
+    }
+
+
+def shares(row: Row, latency_s: float) -> Row:
+    """What a measured pass reaches of the roofline: of the rate of multiply-adds, and of the memory bandwidth.
+
+    Args:
+        row: of `analytic`; without a calibrated chip it has no roofline, and there are no shares.
+        latency_s: as it was measured.
+    """
+    if "roofline" not in row:
+        return {}
+    roof = row["roofline"]
+    return {
+        "flops_share": row["flops"] / latency_s / roof["flops_per_s"],
+        "bandwidth_share": row["memory_bytes"] / latency_s / roof["bytes_per_s"],
+    }
+
+
+def _terms(point: Point, chip: Chip) -> Terms[Any]:
+    assert chip.machine
+    if point.phase == "train":
+        return training_terms(point, chip)
+    return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
+
+
+def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> Contender:
+    """Compiles a point for the devices that are here, holds it against the plan, and places weights and text.
+
+    `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
+    """
+    layout = point.layout_value
+    made = program(point, point.config, _mesh(point.mesh_shape, point.chip, layout.explicit))
+    compiled = made.compile()
+    collectives = read(compiled.text, dict(zip(AXES, point.mesh_shape, strict=True)))
+    steps = point.steps_per_call
+    matched = compare(planned(point), collectives, steps=steps)
+    row = {
+        "compile_s": compiled.compile_s,
+        "peak_bytes_per_chip": compiled.peak_bytes,
+        "collectives": [dataclasses.asdict(m) for m in matched],
+        "collective_bytes": sum((m.bytes or 0) * m.count for m in matched),
+        "n_collectives": round(sum(c.trips / c.n_merged for c in collectives) / point.steps_per_call),
+        "unexplained": sum(not m.explained for m in matched),
+        "rematerialisations": len(compiled.warnings),
+    }
+    if chip and chip.machine and not layout.explicit:
+        work = _terms(dataclasses.replace(point, layout="ws2d"), chip)
+        seconds = with_collectives(work, collectives, chip.machine, point.n_chips)
+        row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
+    if isinstance(made, Trainer):
+        ids = text.windows(text.encode(corpus, bos=False), point.batch, point.length, seed, 0)
+        step = training_stepper(made, compiled.executable, made.initial(seed), ids)
+    else:
+        ids = text.prompts(point.batch, point.length, seed, corpus)
+        step = stepper(made, compiled.executable, _params(point, made, seed), ids, point.start)
+    return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
+
+
+_placed: dict[tuple, nnx.State] = {}
+
+
+def _params(point: Point, program: Program, seed: int) -> nnx.State:
+    """Weights at rest, kept for the next layout that wants them in the same places."""
+    layout = point.layout_value
+    rest = (layout.table, layout.w_in[0], layout.w_kv[0], layout.w_out[0], layout.explicit)
+    key = (point.model, point.weights, seed, rest, point.mesh_shape)
+    if key not in _placed:
+        made = initial(point.config, layout, program.mesh, seed=seed, dtype=program.dtype, int8=program.int8)
+        _placed[key] = made
+    return _placed[key]
+
+
+def clear() -> None:
+    """Lets go of the weights that were kept."""
+    _placed.clear()
+
+
+@functools.lru_cache(maxsize=8)
+def _mesh(shape: Shape, chip: str, explicit: bool) -> Mesh:
+    return attach(shape, chip=chip, explicit=explicit)

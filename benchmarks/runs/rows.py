@@ -1,0 +1,139 @@
+"""Result rows: one JSON object a line, written as they are made and never rewritten.
+
+A row is a point, the `source` of its numbers (analytic, compiled, measured, published), the numbers, and where they
+were taken. Whoever draws tables or pictures only reads rows.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from toruslab.benchmarks.runs.options import InputError
+from toruslab.partitioning.plan.point import Point
+
+Row = dict[str, Any]
+
+
+class DamagedResults(InputError):
+    """A results file that holds something else than rows."""
+
+
+def of_a_point(row: Row) -> None:
+    """Refuses what has no point, or no source."""
+    Point.from_json(row["point"])
+    if not isinstance(row["source"], str):
+        raise TypeError
+
+
+class Rows:
+    """A file of rows that grows.
+
+    Args:
+        path: the `.jsonl` file; made on the first `add`.
+        check: see `read`.
+
+    Raises:
+        DamagedResults: a line that is no row. A last line without its newline is what an interrupted run leaves; it is
+            dropped.
+    """
+
+    def __init__(self, path: Path, check: Callable[[Row], object] = of_a_point):
+        self.path = path
+        self.rows = list(read(path, check)) if path.exists() else []
+
+    def add(self, row: Row) -> None:
+        """Appends a row, on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_bytes() if self.path.exists() else b""
+        with self.path.open("r+b" if text else "wb") as file:
+            file.seek(text.rfind(b"\n") + 1)  # over what an interrupted write left
+            file.truncate()
+            file.write(line(row).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+
+    def find(self, point: Point, source: str) -> Row | None:
+        """The row of a point from a source, unless it failed."""
+        key = point.to_json()
+        return next((r for r in self.rows if r["point"] == key and r["source"] == source and "error" not in r), None)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row as JSON, without its newline.
+
+    Raises:
+        ValueError: a number that JSON does not have, NaN or an infinity.
+
+    Example:
+        >>> line({"rate": 2.0, "missing": None})
+        '{"rate": 2.0, "missing": null}'
+    """
+    return json.dumps(row, allow_nan=False)
+
+
+def read(path: Path, check: Callable[[Row], object] = of_a_point) -> Iterator[Row]:
+    """The rows of a file.
+
+    Args:
+        path: of the file.
+        check: raises ValueError, KeyError or TypeError of what is no row.
+
+    Raises:
+        DamagedResults: names the file and the line.
+    """
+    lines = path.read_bytes().split(b"\n")
+    for number, text in enumerate(lines[:-1], 1):
+        try:
+            row = json.loads(text)
+            check(row)
+        except (ValueError, KeyError, TypeError):
+            raise DamagedResults(
+                f"{path}, line {number} is not a result row; mend or move the file, nothing was changed in it"
+            ) from None
+        yield row
+
+
+def environment(seed: int) -> Row:
+    """Versions, platform, device kind, cores, load, commit, date, seed. Initialises the JAX backend."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        **{name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "python": platform.python_version(),
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "n_devices": jax.device_count(),
+        "n_processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+    }
+
+
+def commit() -> str | None:
+    """The checkout's commit, `+` behind it when files differ; None outside a checkout."""
+    head = _git("rev-parse", "--short=12", "HEAD")
+    return head.strip() + ("+" if changes() else "") if head else None
+
+
+def changes() -> str:
+    """What differs from the commit."""
+    return _git("diff", "HEAD")
+
+
+def _git(*args: str) -> str:
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,149 @@
+"""What `toruslab train` trains: model, text, layout and recipe as one record, checked before any device is touched.
+
+Decides which options a run that goes on may change: those that say where and how often, not what is computed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from toruslab.models.config import ModelConfig
+from toruslab.models.presets import model
+from toruslab.models.weights import text
+from toruslab.partitioning.layouts.layout import Layout
+from toruslab.partitioning.layouts.variants import layout
+from toruslab.partitioning.plan.plan import Pass, Training, check
+from toruslab.partitioning.torus.mesh import Shape, Slice, mesh_shape
+
+DTYPES = {"f32": 4, "bf16": 2}
+"""Weights and activations, bytes per element; moments, and master weights beside bf16 ones, are float32."""
+FREE = ("slice", "mesh", "layout", "attention", "accumulate", "remat")
+"""May differ in a run that goes on: where and how it is computed. Results then differ by rounding only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A training run; fields are the command's options.
+
+    Raises:
+        ValueError: field, value and rule.
+    """
+
+    model: str
+    text: str | None
+    slice: str
+    mesh: str | None
+    layout: str
+    attention: str
+    weights: str
+    batch: int
+    length: int
+    accumulate: int
+    remat: str
+    steps: int
+    learning_rate: float
+    warm_up: int
+    weight_decay: float
+    clip: float
+    seed: int
+
+    def __post_init__(self):
+        if self.weights not in DTYPES:
+            raise ValueError(f"weights={self.weights!r} must be one of {', '.join(DTYPES)}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        config = self.config
+        if config.vocab < text.VOCAB:
+            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+        if config.n_padding_heads:
+            raise ValueError(f"n_padding_heads={config.n_padding_heads} must be 0 to train: they would become real")
+        check(self.layout_value, config, self.pass_, self.shape)
+
+    @classmethod
+    def of(cls, options: argparse.Namespace | Mapping[str, Any]) -> "Setting":
+        """The setting of a command's options, or of those that were kept."""
+        given = vars(options) if isinstance(options, argparse.Namespace) else options
+        return cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)})
+
+    @property
+    def config(self) -> ModelConfig:
+        return model(self.model)
+
+    @property
+    def shape(self) -> Shape:
+        return mesh_shape(Slice.parse(self.slice), self.mesh)
+
+    @property
+    def layout_value(self) -> Layout:
+        return layout(self.layout, self.attention, self.shape, self.config.n_kv_heads)
+
+    @property
+    def pass_(self) -> Pass:
+        return Pass(
+            batch=self.batch,
+            length=self.length,
+            capacity=self.length,
+            itemsize=DTYPES[self.weights],
+            weight_itemsize=DTYPES[self.weights],
+            all_logits=True,
+            training=Training(accumulate=self.accumulate, remat=self.remat),
+        )
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments of `models.programs.training.Recipe`."""
+        names = ("steps", "learning_rate", "warm_up", "weight_decay", "clip")
+        return {name: getattr(self, name) for name in names}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as JSON has them."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What is trained on, and what never is: ids [n], and [groups, rows, L + 1] in groups that one call evaluates.
+
+    `digest`: of the whole text; `unigram`: what byte frequencies alone lose on the held-out part, nats a byte.
+    """
+
+    train: text.Ids
+    held_out: text.Ids
+    digest: str
+    unigram: float
+
+    @classmethod
+    def of(cls, setting: Setting) -> "Texts":
+        """Reads the text.
+
+        Raises:
+            ValueError, OSError: a file that cannot be read, or is too short.
+        """
+        whole = text.encode(text.corpus(setting.text), bos=False)
+        train, rest = text.split(whole)
+        held_out = text.in_order(rest, setting.length, setting.pass_.rows)
+        digest = hashlib.sha256(whole.astype("uint8").tobytes()).hexdigest()[:16]
+        return cls(
+            train=train, held_out=held_out, digest=digest, unigram=text.unigram_loss(train, held_out[:, :, 1:].ravel())
+        )
+
+
+def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> Setting:
+    """The setting of a run that goes on: as it was kept, but for what may change.
+
+    Args:
+        kept: `to_json` of the run.
+        given: the options that were given now.
+
+    Raises:
+        ValueError: one that cannot change, or what the setting refuses.
+    """
+    for name, value in given.items():
+        if name in kept and name not in FREE and value != kept[name]:
+            raise ValueError(f"{name}={value!r} cannot change in a run that goes on, which has {kept[name]!r}")
+    if "slice" in given and "mesh" not in given:
+        kept = {**kept, "mesh": None}
+    return Setting.of({**kept, **{name: value for name, value in given.items() if name in kept}})

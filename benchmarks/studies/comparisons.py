@@ -1,0 +1,297 @@
+"""Serial against parallel blocks, and kinds of attention over context: analytic beside published, measured if asked.
+
+    toruslab comparisons
+    toruslab comparisons --measure
+    toruslab comparisons --contexts 128,2048,32768 --json
+
+Block: the decode step of PaLM 540B on 64 TPU v4 at batch 512, where the paper found the serial block 14% slower.
+Attention: Figure 8 of the paper, 8 layers of it at batch 256: multihead and multiquery split over heads, multiquery
+split over batch, from short contexts to long ones, and where memory runs out. Multihead has heads of half the width, so
+that attention has as many parameters (suffix -mha).
+With --measure the bench's own model on 8 fake CPU devices as well, kinds in turn.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.models.presets import model, suffixed
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.cost.limits import longest_context
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.published import closed_forms
+from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.torus.chip import chip
+
+BLOCKS: dict[str, tuple[str, ...]] = {"parallel": (), "serial": ("-serial",)}
+"""Suffixes of the model."""
+KINDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "multihead over heads": (("-mha",), "heads"),
+    "multiquery over heads": ((), "heads"),
+    "multiquery over batch": ((), "batch"),
+}
+"""Suffixes of the model, and what attention is split over."""
+MEASURED = ("measured_model", "measured_batch", "measured_contexts", "repeats", "seed")
+"""Options that say something with --measure only."""
+KV_FRACTION = 0.3
+"""Of a chip's memory, for K and V: the rule of the paper's Table 1 and Figure 8."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = Parser(prog="toruslab comparisons", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--model", default="palm-540b-h64", help="preset, multiquery and parallel (default: %(default)s)")
+    p.add_argument("--slice", default="v4:4x4x4", help="default: %(default)s")
+    p.add_argument("--weights", default="bf16", help="default: %(default)s")
+    p.add_argument("--layers", type=int, default=8, help="of the attention's comparison (default: %(default)s)")
+    p.add_argument("--batch", type=int, default=256, help="of the attention's comparison (default: %(default)s)")
+    p.add_argument("--contexts", default="128,256,512,1024,2048,4096,8192,16384,32768", help="default: %(default)s")
+    p.add_argument("--measure", action="store_true", help="also on 8 fake CPU devices, with a small model")
+    p.add_argument("--measured-model", default="toy", help="as --model (default: %(default)s)")
+    p.add_argument("--measured-batch", type=int, default=16, help="default: %(default)s")
+    p.add_argument("--measured-contexts", default="128,512,2048,4096", help="default: %(default)s")
+    p.add_argument("--repeats", type=int, default=20, help="times each step is timed (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--out", type=Path, help="folder of the rows and pictures (default: results/comparisons; with --json none)"
+    )
+    p.add_argument("--json", action="store_true", help="one JSON row a line on standard output instead of tables")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1 when a step could not be measured."""
+    options = parser().parse_args(argv)
+    folder = options.out or (None if options.json else Path("results/comparisons"))
+    try:
+        _check(options)
+        rows = analytic(options)
+        measured = _measured_points(options) if options.measure else []
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if folder:
+        out_folder.check(folder)
+    if measured:
+        rows += measure(measured, options)
+    if options.json:
+        print("\n".join(map(json.dumps, rows)))
+    else:
+        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+    if folder:
+        from toruslab.benchmarks.reports.comparisons_figures import write
+
+        for path in write(rows, folder):
+            print(path, file=sys.stderr)
+    failed = [r for r in rows if "error" in r]
+    for row in failed:
+        print(f"failed: {row['kind']} at context {row['point']['context']}: {row['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses options that make no sense, before names are made of them.
+
+    Raises:
+        ValueError: field, value and rule.
+    """
+    for field, least in (("repeats", 1), ("seed", 0), ("layers", 1)):
+        if getattr(options, field) < least:
+            raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
+    for field in MEASURED if not options.measure else ():
+        if getattr(options, field) != parser().get_default(field):
+            raise ValueError(f"{field}={getattr(options, field)!r} is of what is measured; give --measure, too")
+    for field in ("model", "measured_model"):
+        name = getattr(options, field)
+        try:
+            config, _ = model(name), suffixed(name)
+        except ValueError as error:
+            said = str(error)
+            raise ValueError(said if field == "model" else said.replace("model=", f"{field}=", 1)) from None
+        if config.block != "parallel" or config.n_kv_heads != 1:
+            raise ValueError(
+                f"{field}={name!r} must be parallel and multiquery, to be compared with its serial and multihead "
+                f"forms; it is {config.block}, with n_kv_heads={config.n_kv_heads}"
+            )
+
+
+def _point(name: str, slice_: str, batch: int, context: int, attention: str, weights: str) -> Point:
+    sizes = {"batch": batch, "context": context, "weights": weights}
+    return Point(model=name, slice=slice_, phase="decode", layout="ws2d", attention=attention, **sizes)
+
+
+def _numbers(field: str, text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise InputError(f"{field}={text!r} must be integers with commas between them") from None
+
+
+def analytic(options: argparse.Namespace) -> list[Row]:
+    """The rows that need no device: both comparisons, what is published, and how far memory goes.
+
+    Raises:
+        ValueError: what a point or the cost model refuses.
+    """
+    paper = data("serial_parallel")
+    found = []
+    for kind, suffixes in BLOCKS.items():
+        name = suffixed(options.model, *suffixes)
+        point = _point(name, options.slice, paper["batch"], 2048, "batch", options.weights)
+        found.append(_row(point, "block", kind))
+    found[1]["ratio"] = found[1]["latency_s"] / found[0]["latency_s"]
+    published = {"point": found[1]["point"], "source": "published", "comparison": "block", "kind": "serial"}
+    if (options.model, options.slice, options.weights) == ("palm-540b-h64", "v4:4x4x4", "bf16"):
+        found.append(published | {"ratio": paper["ratio"], "citation": paper["source"]})
+    contexts = _numbers("contexts", options.contexts)
+    for kind, (suffixes, attention) in KINDS.items():
+        few, whole = (suffixed(options.model, *more, *suffixes) for more in ((f"-{options.layers}l",), ()))
+        points = [_point(few, options.slice, options.batch, n, attention, options.weights) for n in sorted(contexts)]
+        found += [_row(p, "attention", kind) for p in points]
+        found.append(_memory(options, few, whole, attention, kind))
+    return found
+
+
+def _row(point: Point, comparison: str, kind: str) -> Row:
+    e = estimate(point)
+    names = ("latency_s", "stack_latency_s", "compute_s", "memory_s", "collective_s", "hbm_bytes_per_chip", "fits")
+    numbers = {name: getattr(e, name) for name in names}
+    return {"point": point.to_json(), "source": "analytic", "comparison": comparison, "kind": kind, **numbers}
+
+
+def _memory(options: argparse.Namespace, few: str, whole: str, attention: str, kind: str) -> Row:
+    """How long the context may be: of the few layers and of the whole model with all memory, and by Table 1's rule."""
+    few_layers, all_layers = (
+        _point(m, options.slice, options.batch, 1, attention, options.weights) for m in (few, whole)
+    )
+    config, n_chips = all_layers.config, all_layers.n_chips
+    n_shards = n_chips if attention == "batch" else math.gcd(config.n_kv_heads, n_chips)
+    kv_bytes = closed_forms.kv_bytes_per_token(config.n_layers, config.n_kv_heads, config.d_head)
+    rule = closed_forms.longest_context(chip(all_layers.chip).hbm_bytes, n_shards, options.batch, kv_bytes, KV_FRACTION)
+    return {
+        "point": all_layers.to_json(),
+        "source": "analytic",
+        "comparison": "memory",
+        "kind": kind,
+        "max_context_few_layers": longest_context(few_layers),
+        "max_context": longest_context(all_layers),
+        "max_context_by_rule": int(rule),
+    }
+
+
+Measured = tuple[Point, str, str]
+"""A point, its comparison and its kind."""
+
+
+def _measured_points(options: argparse.Namespace) -> list[list[Measured]]:
+    """In groups that are timed in turn."""
+    contexts = _numbers("measured_contexts", options.measured_contexts)
+
+    def point(suffixes: Sequence[str], context: int, attention: str) -> Point:
+        name = suffixed(options.measured_model, *suffixes)
+        return _point(name, "cpu:2x2x2", options.measured_batch, context, attention, "f32")
+
+    blocks = [(point(suffixes, 256, "batch"), "block", kind) for kind, suffixes in BLOCKS.items()]
+    return [
+        blocks,
+        *(
+            [(point(suffixes, n, attention), "attention", kind) for kind, (suffixes, attention) in KINDS.items()]
+            for n in sorted(contexts)
+        ),
+    ]
+
+
+def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -> list[Row]:
+    """Times the members of every group in turn; the ratio of the blocks is the median over repetitions."""
+    import statistics
+
+    from toruslab.benchmarks.runs import processes
+
+    processes.join("cpu", 8, 1)
+
+    from toruslab.benchmarks.measure.contenders import clear, prepare
+    from toruslab.benchmarks.measure.timing import interleaved
+    from toruslab.benchmarks.runs.rows import environment
+    from toruslab.models.weights import text
+
+    found = []
+    for group in groups:
+        rows, steps = [], []
+        for point, comparison, kind in group:
+            row: Row = {"point": point.to_json(), "source": "measured", "comparison": comparison, "kind": kind}
+            rows.append(row | {"environment": environment(options.seed)})
+            try:
+                steps.append((rows[-1], prepare(point, options.seed, text.corpus()).step))
+            except Exception as error:
+                rows[-1]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        timings = interleaved([step for _, step in steps], repeats=options.repeats, budget_s=5)
+        for (row, _), timing in zip(steps, timings, strict=True):
+            row |= timing.numbers()
+        if group[0][1] == "block" and len(steps) == len(rows):
+            pairs = zip(rows[1]["times_s"], rows[0]["times_s"], strict=False)
+            rows[1]["ratio"] = statistics.median([serial / parallel for serial, parallel in pairs])
+        clear()
+        found += rows
+    return found
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Both comparisons for a person."""
+    blocks = Table(title="Decode step, serial against parallel block", title_justify="left", title_style="bold")
+    for heading in ("point", "source", "block", "ms a step", "serial / parallel"):
+        blocks.add_column(heading, justify="right" if heading in ("ms a step", "serial / parallel") else "left")
+    for r in (r for r in rows if r["comparison"] == "block"):
+        p = r["point"]
+        where = f"{p['model']}, {p['slice']}, batch {p['batch']}, context {p['context']}"
+        taken = f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else ""
+        blocks.add_row(where, r["source"], r["kind"], taken, f"{r['ratio']:.3f}" if "ratio" in r else "")
+    console.print(blocks)
+    parallel, serial = (r for r in rows if (r["comparison"], r["source"]) == ("block", "analytic"))
+    more, moved = (serial[n] - parallel[n] for n in ("latency_s", "collective_s"))
+    console.print(
+        f"analytic: the second norm, gather and reduce-scatter of a serial block cost {more * 1e3:,.2f} ms a step, of "
+        f"which {moved * 1e3:,.2f} ms are collectives, none of them hidden: what hides some lowers the ratio"
+    )
+    for source in ("analytic", "measured"):
+        members = [r for r in rows if (r["comparison"], r["source"]) == ("attention", source)]
+        if members:
+            console.print(_over_context(members, source))
+    memory = Table(title="Longest context that memory allows", title_justify="left", title_style="bold")
+    for heading in ("attention", "few layers", "whole model", f"whole model, {KV_FRACTION:.0%} of memory for K, V"):
+        memory.add_column(heading, justify="left" if heading == "attention" else "right")
+    for r in (r for r in rows if r["comparison"] == "memory"):
+        names = ("max_context_few_layers", "max_context", "max_context_by_rule")
+        memory.add_row(r["kind"], *("none" if r[n] is None else f"{r[n]:,}" for n in names))
+    console.print(memory)
+
+
+def _over_context(members: Sequence[Row], source: str) -> Table:
+    p = members[0]["point"]
+    model = p["model"].replace("-mha", "")
+    title = f"Decode step over context, ms, {source}: {model} on {p['slice']}, batch {p['batch']}"
+    caption = None if all(r.get("fits", True) for r in members) else "(in brackets: does not fit the chips)"
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
+    table.add_column("context", justify="right")
+    for kind in KINDS:
+        table.add_column(kind, justify="right")
+    known = {(r["kind"], r["point"]["context"]): r for r in members}
+    for context in sorted({r["point"]["context"] for r in members}):
+        cells = []
+        for kind in KINDS:
+            r = known[kind, context]
+            taken = f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else "failed"
+            cells.append(taken if r.get("fits", True) else f"({taken})")
+        table.add_row(f"{context:,}", *cells)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,238 @@
+"""A pass over tokens of many requests and both phases at once: Orca's selective batching under static shapes.
+
+Everything with parameters sees one flat list of tokens. It begins with single tokens of requests that decode, and goes
+on with pieces of prompts, all of one length; where the layout splits attention's rows over chips, each chip's part of
+the list is laid out so, and holds tokens of its own requests. Only attention knows requests: each single token and each
+piece attends over the pages of its own request. Tokens that fill a list up are computed and kept nowhere.
+
+Decides the list's form, and how attention reads and writes pages. Which request is where is `serving.engine.engine`'s.
+Source: Orca (OSDI 2022), section 3.2; pages as in vLLM (SOSP 2023).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from toruslab.models.config import ModelConfig
+from toruslab.models.decoder.attention import rope, rope_tables
+from toruslab.models.decoder.cache import Cache, cache_spec, pad_width
+from toruslab.models.decoder.rows import arrays, heads_read, place
+from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
+from toruslab.partitioning.layouts.moves import follow, local
+from toruslab.partitioning.layouts.precision import exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The static sizes of a pass; per part of the list, of which there are `parts`.
+
+    Args:
+        parts: chips' groups that the layout splits attention's rows over.
+        singles: tokens that stand alone.
+        pieces, length: pieces of prompts, and tokens in each.
+        pages: of a request, at most.
+        page: positions in a page.
+    """
+
+    parts: int
+    singles: int
+    pieces: int
+    length: int
+    pages: int
+    page: int
+
+    @property
+    def tokens(self) -> int:
+        """T of one part."""
+        return self.singles + self.pieces * self.length
+
+    @property
+    def segments(self) -> int:
+        """Single tokens and pieces of one part; each gives one row of logits, of its last token."""
+        return self.singles + self.pieces
+
+    @property
+    def width(self) -> int:
+        """Integers that describe one part."""
+        return self.tokens + self.segments * (3 + self.pages)
+
+    def describe(self) -> "Control":
+        """An empty list, to be filled in: `Control` of views into one array `whole` [parts, width]."""
+        whole = np.zeros((self.parts, self.width), np.int32)
+        return self.read(whole)
+
+    def read(self, whole: Any) -> "Control":
+        """The parts of `whole` [..., width]."""
+        at, fields = 0, []
+        for n in (self.tokens, self.segments, self.segments, self.segments):
+            fields.append(whole[..., at : at + n])
+            at += n
+        ids, starts, lengths, requests = fields
+        tables = whole[..., at:].reshape(*whole.shape[:-1], self.segments, self.pages)
+        return Control(whole, ids, starts, lengths, requests, tables)
+
+
+class Control(NamedTuple):
+    """What a pass is told, integers: `whole` [parts, width] is all of it, the others are parts of it.
+
+    `ids` [parts, tokens]; of each segment [parts, segments]: `starts`, the position of its first token, `lengths`, its
+    tokens (0: it is not there), `requests`, whose random numbers it samples with; `tables` [parts, segments, pages]:
+    its request's pages, in their order, as far as they are written or read.
+    """
+
+    whole: Any
+    ids: Any
+    starts: Any
+    lengths: Any
+    requests: Any
+    tables: Any
+
+
+class Mixed(NamedTuple):
+    """Rows of such a pass (see `models.decoder.rows.Rows`): `control` [n, width] of the parts that a chip holds, RoPE's `cos`
+    and `sin` [t, Q/2]."""
+
+    form: Form
+    control: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, whole: jax.Array, form: Form, config: ModelConfig, layout: Layout) -> "Mixed":
+        """Of `whole` [parts, width], whole on every chip."""
+        split = entries(layout.cache)[0]
+        by_part = () if not layout.explicit else (P(None, None), P(split, None)) if axes_of(split) else (P(None, None),)
+        by_token = place(layout, P(split, None))
+        control = follow(whole, by_part)
+
+        def tables(control):
+            positions = jax.vmap(lambda row: token_positions(form, form.read(row)))(control)
+            return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
+
+        return cls(form, control, *local(tables, [by_part], [by_token, by_token])(control))
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
+    ) -> tuple[jax.Array, Cache]:
+        """See `models.decoder.rows.Rows`; the cache is of pages, [n_layers, N, K, page, Q]."""
+        form = self.form
+
+        def on_shards(q, kv, layer, control, cos, sin, k, v):
+            t, h, width = q.shape
+            told = form.read(control[0])
+            kv = kv.reshape(t, -1, 2, width)
+            k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
+            pages, offsets = where(form, told, k.shape[1])
+            k, v = (
+                c.at[layer, pages, :, offsets].set(pad_width(new.astype(c.dtype), c.shape[-1]), mode="drop")
+                for c, new in ((k, k_new), (v, v_new))
+            )
+            which = heads_read(config, layout, h, k.shape[2])
+            o = attend_pages(form, rope(q, cos, sin), k, v, layer, told, which)
+            return o, k, v
+
+        split = P(entries(layout.cache)[0], None)
+        held = [place(layout, cache_spec(layout))] * 2
+        ins = [layout.q, layout.kv, place(layout, P()), *[place(layout, split)] * 3, *held]
+        arguments = (q, kv, layer, self.control, self.cos, self.sin, *arrays(cache))
+        o, *stored = local(on_shards, ins, [layout.o, *held])(*arguments)
+        return o, Cache(*stored)
+
+
+def token_positions(form: Form, told: Control) -> jax.Array:
+    """[tokens] of one part, in the order of the list."""
+    singles = told.starts[: form.singles]
+    pieces = told.starts[form.singles :, None] + jnp.arange(form.length)
+    return jnp.concatenate([singles, pieces.reshape(-1)])
+
+
+def where(form: Form, told: Control, n_pages: int) -> tuple[jax.Array, jax.Array]:
+    """The page and the place in it of each token of one part, [tokens] each; of tokens that are not there the page is
+    `n_pages`, which there is none of."""
+    within = jnp.concatenate([jnp.zeros(form.singles, jnp.int32), jnp.tile(jnp.arange(form.length), form.pieces)])
+    segment = jnp.concatenate(
+        [jnp.arange(form.singles), jnp.repeat(form.singles + jnp.arange(form.pieces), form.length)]
+    )
+    positions = token_positions(form, told)
+    page = told.tables[segment, jnp.minimum(positions // form.page, form.pages - 1)]
+    return jnp.where(within < told.lengths[segment], page, n_pages), positions % form.page
+
+
+def attend_pages(
+    form: Form, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, told: Control, which: Any
+) -> jax.Array:
+    """Softmax attention of every token of one part over its request's positions up to its own.
+
+    One segment after the other, each over as many pages as it has: nothing is read for others, and no page is moved.
+
+    Args:
+        q: [t, h, Q], turned by RoPE; k, v: [n_layers, N, K, page, Q], the new positions already written.
+        which: KV heads of these q heads, as `models.decoder.rows.heads_read` says.
+
+    Returns:
+        [t, h, Q]; what stands for tokens that are not there means nothing.
+    """
+    h, width = q.shape[1], q.shape[2]
+
+    def read(pool: jax.Array, at: jax.Array) -> jax.Array:
+        """[k, page, Q], of a page of the layer."""
+        size = (1, 1, *pool.shape[2:])
+        if isinstance(which, jax.Array):
+            return lax.dynamic_slice(pool, (layer, at, 0, 0, 0), size)[0, 0][which]
+        first, n = which
+        return lax.dynamic_slice(pool, (layer, at, first, 0, 0), (1, 1, n, *pool.shape[3:]))[0, 0]
+
+    n_kv = h if isinstance(which, jax.Array) else which[1]
+    group = h // n_kv
+
+    def segment(q: jax.Array, table: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
+        """[c, h, Q] of the tokens of one segment, of which `length` are there."""
+        c = q.shape[0]
+        q = pad_width(q, k.shape[-1]).reshape(c, n_kv, group, -1).transpose(1, 2, 0, 3).reshape(n_kv, group * c, -1)
+        reach = jnp.tile(start + jnp.arange(c), group)  # gc
+        product = functools.partial(jnp.einsum, precision=exact(q.dtype), preferred_element_type=jnp.float32)
+
+        def page(i, running):
+            top, total, acc = running
+            keys, values = read(k, table[i]).astype(q.dtype), read(v, table[i]).astype(q.dtype)
+            written = i * form.page + jnp.arange(form.page) < start + length
+            values = jnp.where(written[:, None], values, 0)  # a NaN left by another request is one times 0, too
+            s = product("kcq,kpq->kcp", q, keys) / jnp.sqrt(jnp.float32(width))
+            seen = i * form.page + jnp.arange(form.page) <= reach[:, None]
+            s = jnp.where(seen, s, -jnp.inf)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            old, p = jnp.exp(top - new_top), jnp.exp(s - new_top[..., None])
+            weighed = product("kcp,kpq->kcq", p.astype(q.dtype), values)
+            return new_top, total * old + jnp.sum(p, axis=-1), acc * old[..., None] + weighed
+
+        zero = q.astype(jnp.float32) * 0  # of the mesh axes that q varies over
+        begin = (zero[..., 0] - 1e30, zero[..., 0], zero)
+        n_pages = jnp.where(length > 0, (start + length - 1) // form.page + 1, 0)
+        _, total, acc = lax.fori_loop(0, n_pages, page, begin)
+        o = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
+        return o.reshape(n_kv, group, c, -1).transpose(2, 0, 1, 3).reshape(c, h, -1)[..., :width]
+
+    parts = []
+    for first, n, c in ((0, form.singles, 1), (form.singles, form.pieces, form.length)):
+        if n:
+            here = slice(first, first + n)
+            rows = q[first : first + n * c].reshape(n, c, h, width)
+            each = (rows, told.tables[here], told.starts[here], told.lengths[here])
+            parts.append(lax.map(lambda a: segment(*a), each).reshape(n * c, h, width))
+    return jnp.concatenate(parts)
+
+
+def last_of_segments(form: Form, x: jax.Array, control: jax.Array) -> tuple[jax.Array]:
+    """[n * tokens, e] -> [n * segments, e]: of `control` [n, width] each segment's last token that is there."""
+    x = x.reshape(len(control), form.tokens, x.shape[-1])
+    lengths = form.read(control).lengths[:, form.singles :]
+    ends = jnp.maximum(lengths - 1, 0) + jnp.arange(form.pieces) * form.length + form.singles
+    at = jnp.concatenate([jnp.broadcast_to(jnp.arange(form.singles), (len(control), form.singles)), ends], axis=1)
+    found = jnp.take_along_axis(x, at[..., None], axis=1)
+    return (found.reshape(-1, x.shape[-1]),)

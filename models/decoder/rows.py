@@ -1,0 +1,164 @@
+"""What attention needs to know of the rows of a pass, and attention itself on each chip's own rows and heads.
+
+A pass hands the layers one value that can `attend`: `Aligned` here, rows of equal length over a cache of their own;
+`Causal` here, whole sequences and no cache; or `models.decoder.mixed.Mixed`, tokens of many requests over shared pages. The
+layers do not know which.
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from toruslab.models.config import ModelConfig
+from toruslab.models.decoder.attention import attend, causal, rope, rope_tables
+from toruslab.models.decoder.cache import Cache, cache_spec, store
+from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, entries
+from toruslab.partitioning.layouts.moves import follow, local
+
+
+class Rows(Protocol):
+    """Whoever knows where the keys and values of a pass's tokens are."""
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
+    ) -> tuple[jax.Array, Cache]:
+        """RoPE, cache update and attention of one layer.
+
+        Args:
+            q: [T, H, Q] as `layout.q` ends; kv: [T, D] as `layout.kv` ends.
+
+        Returns:
+            [T, H, Q] as `layout.o` begins, and the cache.
+        """
+        ...
+
+
+class Aligned(NamedTuple):
+    """T = B*L tokens, batch-major: `starts` [b], RoPE's `cos` and `sin` [t, Q/2], as attention holds its rows."""
+
+    starts: jax.Array
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, starts: jax.Array, length: int, config: ModelConfig, layout: Layout) -> "Aligned":
+        """Of `starts` [B], whole on every chip, and so many tokens a row."""
+        by_row, by_token = row_ladder(layout, layout.cache), _by_token(layout)
+        starts = follow(starts, by_row)
+
+        def tables(starts):
+            positions = starts[:, None] + jnp.arange(length)
+            return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
+
+        return cls(starts, *local(tables, [by_row], [by_token, by_token])(starts))
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
+    ) -> tuple[jax.Array, Cache]:
+        """See `Rows`."""
+
+        def on_shards(q, kv, layer, starts, cos, sin, *held):
+            t, h, width = q.shape
+            b = starts.shape[0]
+            kv = kv.reshape(t, -1, 2, width)
+            k_new, v_new = rope(kv[:, :, 0], cos, sin), kv[:, :, 1]
+            k_new, v_new = (n.reshape(b, t // b, -1, width) for n in (k_new, v_new))
+            stored = store(Cache(*held), k_new, v_new, layer, starts)
+            q = rope(q, cos, sin).reshape(b, t // b, h, width)
+
+            def read(cache, layer, *which):
+                scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+                return attend(q, cache.k, cache.v, layer, starts, *which, **scales)
+
+            found = heads_read(config, layout, h, stored.k.shape[2])
+            if isinstance(found, jax.Array):  # one KV head for each
+                of_layer = jax.tree.map(lambda c: lax.dynamic_index_in_dim(c, layer, 0)[:, :, found], stored)
+                o = read(of_layer, jnp.zeros_like(layer))
+            else:
+                o = read(stored, layer, *found)
+            return o.reshape(t, h, width), *arrays(stored)
+
+        by_row, by_token = row_ladder(layout, layout.cache), _by_token(layout)
+        held = [place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in arrays(cache)]
+        ins = [layout.q, layout.kv, place(layout, P()), by_row, by_token, by_token, *held]
+        o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *self, *arrays(cache))
+        return o, Cache(*stored)
+
+
+class Causal(NamedTuple):
+    """T = B*L tokens of whole sequences; nothing is cached (`models.programs.training`). RoPE's `cos` and `sin` [L, Q/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, length: int, config: ModelConfig) -> "Causal":
+        return cls(*rope_tables(jnp.arange(length), config.d_head, config.rope_theta))
+
+    def attend(
+        self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
+    ) -> tuple[jax.Array, Cache]:
+        """See `Rows`."""
+        length = self.cos.shape[0]
+
+        def on_shards(q, kv, cos, sin):
+            t, h, width = q.shape
+            q = rope(q.reshape(-1, length, h, width), cos, sin)
+            kv = kv.reshape(t // length, length, -1, 2, width)
+            k, v = rope(kv[:, :, :, 0], cos, sin).transpose(0, 2, 1, 3), kv[:, :, :, 1].transpose(0, 2, 1, 3)
+            found = heads_read(config, layout, h, k.shape[1])
+            if isinstance(found, jax.Array):
+                k, v = k[:, found], v[:, found]
+            else:
+                k, v = (lax.dynamic_slice_in_dim(a, *found, axis=1) for a in (k, v))
+            return (causal(q, k, v).reshape(t, h, width),)
+
+        whole = place(layout, P(None, None))
+        (o,) = local(on_shards, [layout.q, layout.kv, whole, whole], [layout.o])(q, kv, *self)
+        return o, cache
+
+
+def heads_read(config: ModelConfig, layout: Layout, h: int, here: int) -> tuple[jax.Array | int, int] | jax.Array:
+    """Which of the `here` KV heads that a chip holds its `h` query heads read: a run of them, (the first, how many);
+    or, for a run of queries that begins or ends within a group, one for each [h]."""
+    heads, kv_heads = split_axes(layout.q[-1:], 1), split_axes(layout.kv[-1:], 1)
+    group, first = config.n_heads // config.n_kv_heads, index(heads) * h
+    if here == 1 or h == here * group:
+        return 0, here
+    if h % group == 0 or group % h == 0:  # more KV heads here than these heads read
+        return first // group - index(kv_heads) * here, max(1, h // group)
+    return (first + jnp.arange(h)) // group - index(kv_heads) * here
+
+
+def arrays(cache: Cache) -> list[jax.Array]:
+    """Those that are there: K and V, and their scales where these are int8."""
+    return [a for a in cache if a is not None]
+
+
+def split_axes(ladder: Ladder, dim: int) -> Axes:
+    """The axes that dimension `dim` is split over where the ladder ends; none where nothing is constrained."""
+    return axes_of(entries(ladder[-1])[dim]) if ladder else ()
+
+
+def place(layout: Layout, spec: P) -> Ladder:
+    """A ladder of one rung, or none for a layout without constraints."""
+    return (spec,) if layout.explicit else ()
+
+
+def row_ladder(layout: Layout, like: P) -> Ladder:
+    """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
+    rows = entries(like)[0]
+    return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)
+
+
+def index(axes: Axes) -> jax.Array | int:
+    """Which part of a dimension split over `axes` this chip holds."""
+    return lax.axis_index(axes) if axes else 0
+
+
+def _by_token(layout: Layout) -> Ladder:
+    """Of [T, ...], as attention holds its rows."""
+    return place(layout, P(entries(layout.cache)[0], None))

@@ -1,0 +1,199 @@
+"""What lies in a folder of checkpoints, and whether it is whole: steps, records, sums.
+
+A checkpoint is a folder named by its step. In it: the arrays of the parameters (`params`) and of all else (`rest`), as
+orbax writes them, and a record of ours, `toruslab.json`: the model, every array's shape and dtype, every file's length
+and sum, and the caller's facts. What is being written, or deleted, has a name that is no step's. Writes and reads no
+arrays: `models.programs.checkpoints` does. Imports no JAX.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toruslab.models.config import ModelConfig
+
+RECORD, FORMAT = "toruslab.json", 1
+PARTS = ("params", "rest")
+_LEFT_OVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a checkpoint says of itself.
+
+    Args:
+        step: of training, when it was made.
+        config: the model's.
+        arrays: shape and dtype by name, such as `params.layer.w_in`.
+        files: length in bytes and CRC-32 by path inside the checkpoint's folder.
+        facts: what the caller gave, as JSON.
+    """
+
+    step: int
+    config: ModelConfig
+    arrays: Mapping[str, tuple[tuple[int, ...], str]]
+    files: Mapping[str, tuple[int, int]]
+    facts: Mapping[str, Any]
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the files on disk, this record left out."""
+        return sum(length for length, _ in self.files.values())
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps of which there is a checkpoint, in order; none where there is no folder.
+
+    Raises:
+        ValueError: a file, not a folder.
+    """
+    if not folder.exists():
+        return []
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint={str(folder)!r} is a file, not a folder of checkpoints")
+    return sorted(int(path.name) for path in folder.iterdir() if re.fullmatch(r"0|[1-9]\d{0,17}", path.name))
+
+
+def read(folder: Path, step: int | None = None) -> Record:
+    """The record of a checkpoint: of the latest, or of the one named.
+
+    Raises:
+        ValueError: there is none, or its record is damaged, of something else, or of another format.
+    """
+    found = steps(folder)
+    if not found:
+        what = "has no checkpoint in it" if folder.exists() else "is not there"
+        raise ValueError(f"checkpoint={str(folder)!r} {what}: it must be a folder that training wrote")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise ValueError(f"step={step} is not in checkpoint={str(folder)!r}; there are {', '.join(map(str, found))}")
+    path = folder / str(step) / RECORD
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise ValueError(
+            f"checkpoint={str(path.parent)!r} has no {RECORD}: it is not one of ours, or damaged"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from None
+    try:
+        whole = json.loads(text)
+        format_, record = whole["format"], whole["record"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{str(path)!r} is damaged: it must be a JSON object with a format and a record") from None
+    if format_ != FORMAT:
+        raise ValueError(f"{str(path)!r} has format={str(format_)[:40]}, but must have {FORMAT} to be read here")
+    if whole.get("crc32") != zlib.crc32(_text(record).encode()):
+        raise ValueError(f"{str(path)!r} is damaged: its sum is not that of what it says")
+    try:
+        config = ModelConfig(**record["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} describes no model that is known here: {error}") from None
+    return Record(
+        step=record["step"],
+        config=config,
+        arrays={name: (tuple(shape), dtype) for name, (shape, dtype) in record["arrays"].items()},
+        files={name: (length, crc) for name, (length, crc) in record["files"].items()},
+        facts=record["facts"],
+    )
+
+
+def write(
+    directory: Path,
+    *,
+    step: int,
+    config: ModelConfig,
+    arrays: Mapping[str, tuple[tuple[int, ...], str]],
+    facts: Mapping[str, Any],
+) -> None:
+    """Sums up the files of a checkpoint's folder and writes its record, to the disk itself."""
+    files = {}
+    for part in PARTS:
+        for path in sorted((directory / part).rglob("*")):
+            if path.is_file():
+                files[path.relative_to(directory).as_posix()] = _sum(path)
+    record = {"step": step, "config": dataclasses.asdict(config), "arrays": arrays, "files": files, "facts": facts}
+    text = _text(record)
+    with open(directory / RECORD, "w") as out:
+        out.write(f'{{"format": {FORMAT}, "crc32": {zlib.crc32(text.encode())}, "record": {text}}}\n')
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def damage(directory: Path, record: Record, parts: Iterable[str], share: int = 0, shares: int = 1) -> tuple[int, str]:
+    """The first file of some parts of a checkpoint that is not as it was written, and what is wrong with it.
+
+    Args:
+        share, shares: looks at every `shares`-th file, from number `share` on.
+
+    Returns:
+        The file's number among the record's, or how many there are and no words where all are well.
+    """
+    parts = set(parts)
+    for number, (name, (length, crc)) in enumerate(record.files.items()):
+        if number % shares != share or name.split("/")[0] not in parts:
+            continue
+        path = directory / name
+        try:
+            found = _sum(path)
+        except OSError as error:
+            return number, f"{name} {'is missing' if isinstance(error, FileNotFoundError) else error.strerror}"
+        if found[0] != length:
+            return number, f"{name} has {found[0]} bytes, but {length} were written"
+        if found[1] != crc:
+            return number, f"{name} has other bytes than were written (CRC-32 {found[1]:08x}, not {crc:08x})"
+    return len(record.files), ""
+
+
+def differences(there: ModelConfig, here: ModelConfig) -> str:
+    """The fields in which two models differ, but for their names: `d_model=512 there, 256 wanted`; else no words."""
+    fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "name"]
+    differ = [(f, getattr(there, f), getattr(here, f)) for f in fields if getattr(there, f) != getattr(here, f)]
+    return "; ".join(f"{name}={a!r} there, {b!r} wanted" for name, a, b in differ)
+
+
+def clean(folder: Path) -> None:
+    """Removes what a save that was killed, or that failed, left behind, and what was being deleted."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _LEFT_OVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all checkpoints but the newest `keep`; each is either there or not, whenever this is killed."""
+    for step in steps(folder)[:-keep]:
+        gone = folder / f"{step}.deleted"
+        os.replace(folder / str(step), gone)
+        shutil.rmtree(gone)
+
+
+def _sum(path: Path) -> tuple[int, int]:
+    """Length in bytes and CRC-32 of a file."""
+    length = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            length, crc = length + len(block), zlib.crc32(block, crc)
+    return length, crc
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record)
+
+
+def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the facts, as they will be read.
+
+    Raises:
+        ValueError: what JSON cannot hold.
+    """
+    try:
+        return json.loads(json.dumps(facts))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"facts must be what JSON can hold: {error}") from None

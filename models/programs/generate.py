@@ -1,0 +1,205 @@
+"""Generation: prefill under one layout, decode under another, over the same cache and weights.
+
+Decides how prompts of different lengths become passes of equal shapes, and what moves between the two layouts.
+Leaves the pass to `models.decoder.decoder` and who asks for what to `benchmarks.generate` and `serving`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+
+from toruslab.models.config import ModelConfig
+from toruslab.models.decoder.cache import Cache, cache_shardings, empty_cache
+from toruslab.models.decoder.decoder import Tokens
+from toruslab.models.decoder.parameters import abstract, everywhere, shardings
+from toruslab.models.decoder.sampling import Sampler
+from toruslab.models.programs.program import Program
+from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
+from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.torus.mesh import AXES, Shape, attach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """Two programs over one mesh of devices.
+
+    Args:
+        config: the model.
+        prefill, decode: layouts made for `shape`. Where they place weights or cache differently, these are moved
+            between the phases, once.
+        shape, chip: the mesh, as `partitioning.torus.mesh.attach` takes them.
+        capacity: cached positions per sequence.
+        chunk: new tokens per sequence in one prefill pass; longer prompts take several.
+        sampler: how tokens are chosen.
+        steps_per_call: decode steps in one call of the program, at most; what is left over takes a shorter one.
+        itemsize: bytes per element of activations, and of weights and cache that are not int8: 4 or 2.
+        int8, int8_cache: whether the matrices, and the cache, are int8.
+
+    Raises:
+        ValueError: sizes that a layout cannot divide, or a chunk that does not fit the cache.
+    """
+
+    config: ModelConfig
+    prefill: Layout
+    decode: Layout
+    shape: Shape
+    chip: str
+    batch: int
+    capacity: int
+    chunk: int
+    sampler: Sampler
+    itemsize: int = 4
+    steps_per_call: int = 1
+    int8: bool = False
+    int8_cache: bool = False
+
+    def __post_init__(self):
+        if self.chunk > self.capacity:
+            raise ValueError(f"chunk={self.chunk} does not fit a cache of {self.capacity} positions")
+        if self.steps_per_call < 1:
+            raise ValueError(f"steps_per_call={self.steps_per_call} must be at least 1")
+        _ = self.first, self.second
+
+    @functools.cached_property
+    def first(self) -> Program:
+        """The prefill pass of one chunk."""
+        return self._program(self.prefill, self.chunk)
+
+    @functools.cached_property
+    def second(self) -> Program:
+        """The decode pass of one step."""
+        return self._program(self.decode, 1)
+
+    @functools.cached_property
+    def _longer(self) -> dict[tuple[int, int | None], Program]:
+        return {}
+
+    def decoding(self, steps: int, stop: int | None) -> Program:
+        """The decode pass of so many steps; it ends early where all rows have stopped."""
+        if steps == 1:
+            return self.second
+        if (steps, stop) not in self._longer:
+            self._longer[steps, stop] = self._program(self.decode, 1, steps, stop)
+        return self._longer[steps, stop]
+
+    def _program(self, layout: Layout, length: int, steps: int = 1, stop: int | None = None) -> Program:
+        pass_ = Pass(
+            batch=self.batch,
+            length=length,
+            capacity=self.capacity,
+            itemsize=self.itemsize,
+            weight_itemsize=1 if self.int8 else self.itemsize,
+            int8_cache=self.int8_cache,
+            steps=steps,
+        )
+        mesh = attach(self.shape, chip=self.chip, explicit=layout.explicit)
+        return Program(config=self.config, layout=layout, mesh=mesh, pass_=pass_, sampler=self.sampler, stop=stop)
+
+    def __call__(
+        self,
+        params: nnx.State,
+        prompts: Sequence[np.ndarray],
+        n_new: int,
+        *,
+        stop: int | None = None,
+        each: Callable[[np.ndarray], None] = lambda ids: None,
+    ) -> list[np.ndarray]:
+        """Continues every prompt.
+
+        Args:
+            params: at rest as the prefill layout places them.
+            prompts: `batch` arrays of token ids.
+            n_new: tokens to add, at most.
+            stop: an id that ends a sequence; it is not returned.
+            each: called with the ids [B, steps] of every call of a program; after a row's stop they mean nothing.
+
+        Returns:
+            The new ids of every prompt.
+
+        Raises:
+            ValueError: an empty prompt, ids outside the vocabulary, or a prompt that with its new tokens is longer
+                than the cache.
+        """
+        self._check(prompts, n_new)
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        requests = np.arange(self.batch, dtype=np.int32)
+        mesh, dtype = self.first.mesh, self.first.dtype
+        cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, mesh, dtype, self.int8_cache)
+
+        picked = np.zeros(self.batch, np.int32)
+        for begin in range(0, int(lengths.max()), self.chunk):
+            # a row's last chunk slides back to be full, and is run again until all rows are through: the same values
+            # go to the same places, and the last pass picks the first new token of every row
+            starts = np.maximum(np.minimum(begin, lengths - self.chunk), 0)
+            now = np.minimum(lengths - starts, self.chunk)
+            ids = np.zeros((self.batch, self.chunk), np.int32)
+            for row, prompt in enumerate(prompts):
+                ids[row, : now[row]] = prompt[starts[row] : starts[row] + now[row]]
+            picked, cache = self._run(self.first, params, ids, starts, now, cache, requests)
+
+        params, cache = self._hand_over(params, cache, self.second)
+        columns = picked[:, None]
+        each(columns)
+        while (ran := columns.shape[1] - 1) < n_new - 1:
+            if stop is not None and all((columns == stop).any(axis=1)):
+                break
+            program = self.decoding(min(self.steps_per_call, n_new - 1 - ran), stop)
+            ones = np.ones(self.batch, np.int32)
+            out, cache = self._run(program, params, columns[:, -1:], lengths + ran, ones, cache, requests)
+            columns = np.concatenate([columns, out.reshape(self.batch, -1)], axis=1)
+            each(out.reshape(self.batch, -1))
+        ends = [int(np.flatnonzero(row == stop)[0]) if stop in row else len(row) for row in columns]
+        return [row[:end] for row, end in zip(columns, ends, strict=True)]
+
+    def _check(self, prompts: Sequence[np.ndarray], n_new: int) -> None:
+        if len(prompts) != self.batch:
+            raise ValueError(f"{len(prompts)} prompts for batch={self.batch}")
+        if n_new < 1:
+            raise ValueError(f"max_new_tokens={n_new} must be at least 1")
+        for number, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise ValueError(f"prompt {number} is empty")
+            bad = np.flatnonzero((prompt < 0) | (prompt >= self.config.vocab))
+            if len(bad):
+                raise ValueError(
+                    f"prompt {number}: token id {prompt[bad[0]]} is outside the vocabulary of {self.config.vocab}"
+                )
+            if len(prompt) + n_new - 1 > self.capacity:
+                raise ValueError(
+                    f"prompt {number} of {len(prompt)} tokens with {n_new} new ones is longer than "
+                    f"the cache of {self.capacity} positions"
+                )
+
+    def _run(self, program: Program, params: nnx.State, ids, starts, lengths, cache: Cache, requests):
+        mesh = program.mesh
+        tokens = Tokens(*[everywhere(mesh, np.asarray(a, np.int32)) for a in (ids, starts, lengths)])
+        out, cache = program(params, tokens, cache, everywhere(mesh, requests))
+        return np.asarray(out), cache
+
+    def _hand_over(self, params: nnx.State, cache: Cache, to: Program) -> tuple[nnx.State, Cache]:
+        """Weights and cache where the decode layout wants them; what lies there already is not copied."""
+        stored = cache_shardings(to.layout, to.mesh, self.int8_cache)
+        wanted = shardings(abstract(self.config, to.dtype, to.int8)[1], to.layout, to.mesh)
+        return jax.device_put((params, cache), (wanted, stored))
+
+
+def batch_multiple(*layouts: Layout, shape: Shape) -> int:
+    """The number that batches must be multiples of under all of the layouts.
+
+    Example:
+        >>> from toruslab.partitioning.layouts.variants import layout
+        >>> batch_multiple(layout("ws2d", "batch", (2, 2, 2), 1), layout("wgx", "heads", (2, 2, 2), 1), shape=(2, 2, 2))
+        8
+    """
+    sizes = dict(zip(AXES, shape, strict=True))
+    splits = [
+        math.prod(sizes[axis] for axis in axes_of(entries(spec)[0]))
+        for layout in layouts
+        for spec in (layout.cache, *layout.x[:1], *layout.tokens[-1:])
+    ]
+    return math.lcm(*splits)

@@ -1,0 +1,95 @@
+"""Canonical weights <-> the decoder's fused matrices, in NumPy.
+
+Canonical weights are one array per matrix of the literature (`models.decoder.reference` lists them). The decoder fuses what
+shares an input: Q with gate and up, K with V, attention-out with down. A chip must hold matching columns of all of
+them whatever the mesh, so the fused columns are interleaved: by head for attention, by `ModelConfig.mlp_groups` for
+the MLP of a serial block.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from toruslab.models.config import ModelConfig
+
+Canonical = Mapping[str, np.ndarray]
+
+
+def pack(config: ModelConfig, weights: Canonical) -> dict:
+    """The decoder's parameters, nested by module, from canonical weights; same dtype.
+
+    Returns:
+        `table` [V', E], `unembed` [V', E] if untied, `final_norm` [E], and per block (`layer`, or `attention` and
+        `mlp`): `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D] (where it attends), `w_out` [n, G, E].
+        V' = `vocab_rows`; the rows past the vocabulary are zero.
+    """
+    n, e, h, groups = config.n_layers, config.d_model, config.n_heads, config.mlp_groups
+    f = config.d_ff // groups
+
+    def columns(name: str) -> np.ndarray:
+        return weights[name].reshape(n, e, groups, f)
+
+    mlp_in = [columns("w_gate"), columns("w_up")] if config.gated else [columns("w_up")]
+    mlp_out = [weights["w_down"].reshape(n, groups, f, e)]
+    attention = {"w_kv": np.concatenate([weights["wk"], weights["wv"]], axis=-1).reshape(n, e, -1)}
+
+    def fused(norm: str, ins: list[np.ndarray], outs: list[np.ndarray]) -> dict:
+        return {
+            "norm": weights[norm],
+            "w_in": np.concatenate(ins, axis=-1).reshape(n, e, -1),
+            "w_out": np.concatenate(outs, axis=2).reshape(n, -1, e),
+        }
+
+    wq, wo = weights["wq"].reshape(n, e, h, -1), weights["wo"]
+    packed: dict = {"table": _padded(weights["embed"], config.vocab_rows), "final_norm": weights["final_norm"]}
+    if not config.tied:
+        packed["unembed"] = _padded(weights["unembed"], config.vocab_rows)
+    if config.block == "parallel":
+        packed["layer"] = fused("norm", [wq, *mlp_in], [wo, *mlp_out]) | attention
+    else:
+        packed["attention"] = fused("norm", [wq], [wo]) | attention
+        packed["mlp"] = fused("mlp_norm", mlp_in, mlp_out)
+    return packed
+
+
+def layers(packed: Mapping, first: int, n: int) -> dict:
+    """Packed parameters with so many layers, from the `first` on; what is in no layer is whole."""
+    return {
+        name: {key: array[first : first + n] for key, array in found.items()} if isinstance(found, Mapping) else found
+        for name, found in packed.items()
+    }
+
+
+def unpack(config: ModelConfig, packed: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `pack`."""
+    n, e, h, q = config.n_layers, config.d_model, config.n_heads, config.d_head
+    groups, f = config.mlp_groups, config.d_ff // config.mlp_groups
+    weights = {"embed": packed["table"][: config.vocab], "final_norm": packed["final_norm"]}
+    if not config.tied:
+        weights["unembed"] = packed["unembed"][: config.vocab]
+    if config.block == "parallel":
+        block = packed["layer"]
+        w_in, w_out = block["w_in"].reshape(n, e, h, -1), block["w_out"].reshape(n, h, -1, e)
+        wq, mlp_in, wo, mlp_out = w_in[..., :q], w_in[..., q:], w_out[:, :, :q], w_out[:, :, q:]
+    else:
+        block, mlp = packed["attention"], packed["mlp"]
+        wq, wo = block["w_in"].reshape(n, e, h, q), block["w_out"].reshape(n, h, q, e)
+        mlp_in, mlp_out = mlp["w_in"].reshape(n, e, groups, -1), mlp["w_out"].reshape(n, groups, f, e)
+        weights["mlp_norm"] = mlp["norm"]
+    kv = block["w_kv"].reshape(n, e, config.n_kv_heads, 2 * q)
+    if config.gated:
+        weights["w_gate"] = mlp_in[..., :f].reshape(n, e, -1)
+        mlp_in = mlp_in[..., f:]
+    return weights | {
+        "norm": block["norm"],
+        "wq": wq,
+        "wk": kv[..., :q],
+        "wv": kv[..., q:],
+        "wo": wo,
+        "w_up": mlp_in.reshape(n, e, -1),
+        "w_down": mlp_out.reshape(n, -1, e),
+    }
+
+
+def _padded(table: np.ndarray, rows: int) -> np.ndarray:
+    return np.pad(table, ((0, rows - len(table)), (0, 0)))

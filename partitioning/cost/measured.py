@@ -1,0 +1,273 @@
+"""What a pass takes on a machine that was measured: the plan's collectives and the decoder's own blocks, added up.
+
+The counterpart of `partitioning.cost.forward` for chips that `toruslab calibrate` has written. Nothing in it is fitted to
+steps. Fake devices share their cores, so nothing hides behind anything: all terms add up. Attention to an int8 cache
+is priced as if that were of the activations' dtype, of which there are samples.
+
+    step = dispatch + layers x (matmuls + weights out of the stack + attention + the rest + collectives) + both ends
+
+`auto` has no plan: `with_collectives` takes those of its compiled program, and the work of ws2d, whose weights lie
+where its do.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from toruslab.partitioning.cost.memory import matmuls
+from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
+from toruslab.partitioning.layouts.rings import loops
+from toruslab.partitioning.plan.plan import stages
+from toruslab.partitioning.torus.calibrated import AT, At, Machine
+from toruslab.partitioning.torus.mesh import AXES, Shape
+
+DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
+"""Bytes of a weight -> dtype of weights and of activations."""
+TERMS = ("matmul_s", "weights_s", "attention_s", "other_s", "collective_s", "dispatch_s")
+
+
+C = TypeVar("C")
+"""What is known of a collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A collective of the plan with its sizes left open, see `partitioning.cost.traffic.Entry`."""
+
+    scope: str
+    kind: str
+    axes: Axes
+    at: At
+    n_group: int
+    other_split: int
+    dims: tuple[str, ...]
+    dtype: str
+    factor: float
+    in_layer: bool
+    rides: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms(Generic[C]):
+    """Seconds of a pass by what they go into (arrays, one number a point), and what it computes and reads.
+
+    Args:
+        seconds: by `TERMS`, of the whole pass; they add up.
+        layers_s: of the layers alone.
+        flops, memory_bytes: of all devices: multiply-adds count two; weights and cache that are read.
+        collectives: with bytes that one device receives and seconds, of one execution.
+    """
+
+    seconds: Mapping[str, Any]
+    layers_s: Any
+    flops: Any
+    memory_bytes: Any
+    collectives: tuple[tuple[C, Any, Any], ...]
+
+    @property
+    def latency_s(self) -> Any:
+        return sum(self.seconds.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
+    """The collectives of a pass."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    found = []
+    for stage in stages(layout, block, 1, True):
+        for kind, axes, share, move in stage.collectives(sizes):
+            k = move.group(sizes)
+            if k == 1:
+                continue
+            held = move.dst if move.kind == "all-gather" else move.src
+            split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
+            dim = move.source if move.kind == "all-gather" else move.target
+            parts = math.prod(sizes[a] for a in axes_of(entries(layout.logits[-1])[1])) if "n" in stage.dims else 1
+            found.append(
+                Moved(
+                    scope=stage.scope,
+                    kind=kind,
+                    axes=tuple(a for a in axes if sizes[a] > 1),
+                    at=AT[min(max(dim, 0), 1)],
+                    n_group=sizes[axes[0]] if kind == "collective-permute" else k,
+                    other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
+                    dims=tuple(d for d in stage.dims if d != "n"),
+                    dtype=stage.dtype,
+                    factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
+                    in_layer=stage.in_layer,
+                    rides=stage.rides,
+                )
+            )
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
+    """Weight -> into how many pieces the rows, the inner and the outer dimension of its looped matmul are cut."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    found = {}
+    for target, loop in loops(layout).items():
+        k = loop.move.group(sizes)
+        if loop.move.kind == "reduce-scatter":
+            at, k = 2 * loop.move.target, 2 * k
+        else:
+            at = loop.move.source + loop.name.startswith("w_")
+        found[{"h": "w_in", "kv": "w_kv", "out": "w_out"}[target]] = tuple(k if i == at else 1 for i in range(3))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def splits(layout: Layout, mesh: Shape) -> Mapping[tuple[str, int], tuple[int, ...]]:
+    """(field of the layout, rung) -> into how many parts each dimension is split; rungs 0, 1 and -1."""
+    sizes = dict(zip(AXES, mesh, strict=True))
+    found = {}
+    fields = ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "out", "rows", "embed", "logits")
+    for name in fields:
+        value = getattr(layout, name)
+        ladder = value if isinstance(value, tuple) else (value,)
+        for rung, spec in ((0, ladder[0]), (1, ladder[min(1, len(ladder) - 1)]), (-1, ladder[-1])):
+            found[name, rung] = tuple(math.prod(sizes[a] for a in axes_of(e)) for e in entries(spec))
+    return found
+
+
+def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> Terms[Moved]:
+    """Seconds of passes of one layout on one mesh.
+
+    Args:
+        layout: made for the mesh, with a plan.
+        block: `parallel` or `serial`.
+        mesh: extents.
+        n: the sizes of the passes (`partitioning.cost.sizes.Numbers`).
+        machine: what was measured.
+    """
+    dtypes = [DTYPES[int(w)] for w in np.unique(n.weight)]
+    each = [_terms(layout, block, mesh, n, machine, *dtype) for dtype in dtypes]
+    if len(each) == 1:
+        return each[0]
+
+    def pick(*arrays: Any) -> Any:
+        """Of each point the number that belongs to its weights' dtype."""
+        return np.select([np.asarray(n.weight) == w for w in np.unique(n.weight)], np.broadcast_arrays(*arrays))
+
+    return Terms(
+        seconds={k: pick(*(t.seconds[k] for t in each)) for k in TERMS},
+        layers_s=pick(*(t.layers_s for t in each)),
+        flops=each[0].flops,
+        memory_bytes=each[0].memory_bytes,
+        collectives=each[0].collectives,  # of any dtype, priced by their bytes
+    )
+
+
+def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, weight: str, act: str) -> Terms[Moved]:
+    split, size, n_chips = splits(layout, mesh), n.size, math.prod(mesh)
+    suffixes = ("",) if block == "parallel" else ("", "_mlp")
+
+    # the layers' matmuls, and their weights out of the stack
+    layer = dict.fromkeys(TERMS, np.float64(0.0))
+    at_rest = [size[a] * size[b] / math.prod(split[w, 0]) * n.weight for a, b, w, _ in matmuls(block)]
+    stack = sum(at_rest) * n.n_layers
+    flops = read = np.float64(0.0)
+    pieces = cuts(layout, mesh)
+    for (inner, outer, name, rows), held in zip(matmuls(block), at_rest, strict=True):
+        (a, b), t = split[name, -1], size["T"] / split[rows, -1][0]
+        cut = pieces.get(name, (1, 1, 1))
+        one = machine.matmul_s(t / cut[0], size[inner] / a / cut[1], size[outer] / b / cut[2], weight)
+        layer["matmul_s"] = layer["matmul_s"] + math.prod(cut) * one
+        layer["weights_s"] = layer["weights_s"] + machine.copy_s(held, stack, weight)
+        flops = flops + 2 * t * size[inner] * size[outer] / (a * b)
+        read = read + size[inner] * size[outer] / (a * b) * n.weight
+
+    # element by element
+    stream = size["T"] * size["E"] / math.prod(split["x", -1])
+    for s in suffixes:
+        hidden = size["T"] * size["C" + s] / math.prod(split["h", -1])
+        layer["other_s"] = layer["other_s"] + machine.elements_s("norm", stream, act)
+        layer["other_s"] = layer["other_s"] + machine.elements_s("activation", hidden, act)
+    heads = size["H"] / split["q", -1][1]
+    rows = size["T"] / split["q", -1][0]
+    layer["other_s"] = layer["other_s"] + machine.elements_s("rope", rows * heads * size["Q"], act)
+
+    # attention
+    seen = n.first + n.length
+    b_split, k_split = split["cache", -1][:2]
+    cache = 2 * size["B"] / b_split * size["K"] / k_split * seen * size["Q"]
+    scores = rows * heads * seen
+    macs = 2 * scores * size["Q"]
+    sequences = size["B"] / b_split
+    layer["attention_s"] = machine.attention_s(
+        rows=sequences, cache=cache, scores=scores, macs=macs, length=n.length, dtype=act
+    )
+    flops, read = flops + 2 * macs, read + cache / size["Q"] * n.cached_bytes(size["Q"])
+
+    # collectives
+    element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
+    found, outside = [], np.float64(0.0)
+    each = [(m, m.factor * element[m.dtype] * math.prod(size[d] for d in m.dims)) for m in moved(layout, block, mesh)]
+    for m, n_bytes in each:
+        columns = size[m.dims[1]] / m.other_split if len(m.dims) == 2 else 0
+        whole = n_bytes + sum(b for other, b in each if other.rides and other.scope == m.scope)
+        args = (m.kind, m.n_group, m.at, whole, columns, "".join(m.axes))
+        taken = 0.0 if m.rides else collective_s(machine, *args)
+        found.append((m, n_bytes, taken))
+        if m.in_layer:
+            layer["collective_s"] = layer["collective_s"] + taken
+        else:
+            outside = outside + taken
+
+    # both ends
+    v, e = split["table", -1]
+    r = size["R"] / split["rows", -1][0]
+    head_in, head_out = size["E"] / split["rows", -1][1], size["V"] / split["logits", 0][1]
+    head = machine.matmul_s(r, head_in, head_out, act)
+    ends = machine.elements_s("norm", r * head_in, act)
+    ends = ends + machine.elements_s("norm", size["T"] / split["embed", 0][0] * size["E"] / e, act)
+    layers_s = n.n_layers * sum(layer.values())
+    total = {k: n.n_layers * v for k, v in layer.items()}
+    total["matmul_s"] = total["matmul_s"] + head
+    total["other_s"] = total["other_s"] + ends
+    total["collective_s"] = total["collective_s"] + outside
+    scale = machine.scale(n_chips)
+    total = {k: v * scale for k, v in total.items()}
+    total["dispatch_s"] = machine.of("dispatch", "f32")[0].cost_s * np.ones_like(layers_s) * scale / n.steps
+    return Terms(
+        seconds=total,
+        layers_s=layers_s * scale,
+        flops=n_chips * (n.n_layers * flops + 2 * r * head_in * head_out),
+        memory_bytes=n_chips * (n.n_layers * read + size["V"] * size["E"] / (v * e) * n.act),
+        collectives=tuple((m, n_bytes, taken * scale) for m, n_bytes, taken in found),
+    )
+
+
+def collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+    """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
+    measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
+    if kind == "collective-permute":
+        rings = {s.sizes["group"] for s in machine.samples if s.what == kind}
+        if rings:
+            k = min(rings, key=lambda n: (abs(n - k), n))
+        else:
+            warnings.warn(
+                "the calibration has no collective-permute: sends are priced as all-to-alls of two; run toruslab "
+                "calibrate again",
+                stacklevel=2,
+            )
+            kind, k, columns, axes = "all-to-all", 2, 0, ""
+    return machine.collective_s(kind, k, at, n_bytes, columns, axes)
+
+
+def with_collectives(found: Terms[Any], collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
+    """The seconds of a pass, by `TERMS`, with other collectives: those of a compiled program (`hlo.Collective`).
+
+    The program does not say along which dimension it gathers and scatters; columns are assumed.
+    """
+    taken = 0.0
+    for c in collectives:
+        if c.group_size > 1 or c.kind == "collective-permute":
+            at = "rows" if c.kind == "all-reduce" else "columns"
+            taken += c.trips * float(collective_s(machine, c.kind, c.group_size, at, c.bytes)) * machine.scale(n_chips)
+    return {name: float(np.ravel(s)[0]) for name, s in found.seconds.items()} | {"collective_s": taken}

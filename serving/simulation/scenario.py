@@ -1,0 +1,168 @@
+"""One way to serve, and one run of it: pipeline, policy, memory; a trace in, figures out.
+
+Decides what is measured: a run at a rate, the throughput when requests never run out, and the highest rate that keeps
+its promises. Draws and prints nothing. Imports no JAX backend.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from toruslab.serving.results.metrics import Limits, Metrics, Summary
+from toruslab.serving.scheduling.batch import Batch
+from toruslab.serving.scheduling.observer import Observer
+from toruslab.serving.scheduling.policies import ORCA, Policy
+from toruslab.serving.scheduling.request import Request
+from toruslab.serving.scheduling.reservation import OWN, Reservation
+from toruslab.serving.scheduling.scheduler import Scheduler
+from toruslab.serving.simulation.apart import Side, simulate_apart
+from toruslab.serving.simulation.simulator import Simulation, StageTimes, simulate
+from toruslab.serving.traffic.arrivals import At
+from toruslab.serving.traffic.workload import Workload
+
+SHARE = 0.9
+"""Of the requests that must keep within the limits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A slice, or several in a row, and how it is scheduled.
+
+    Args:
+        times: see `serving.simulation.simulator.StageTimes`.
+        n_stages, n_chips: of the whole pipeline.
+        max_bs, slots, policy, reservation: see `serving.scheduling.scheduler.Scheduler`.
+        in_flight: batches in flight at most; None: one for each stage.
+        host_s: seconds of host work for each batch.
+    """
+
+    times: StageTimes
+    n_stages: int
+    n_chips: int
+    max_bs: int
+    slots: int
+    policy: Policy = ORCA
+    reservation: Reservation = OWN
+    in_flight: int | None = None
+    host_s: float = 0.0
+
+    def scheduler(self) -> Scheduler:
+        """An empty one.
+
+        Raises:
+            ValueError: a size below one.
+        """
+        return Scheduler(
+            max_bs=self.max_bs,
+            n_slots=self.slots,
+            n_workers=self.n_stages if self.in_flight is None else self.in_flight,
+            policy=self.policy,
+            reservation=self.reservation,
+        )
+
+    @property
+    def side(self) -> Side:
+        """For `serving.simulation.apart`."""
+        return Side(scheduler=self.scheduler(), times=self.times, host_s=self.host_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """What serves: one server, or one for prompts and another for what follows.
+
+    Args:
+        server: for everything; of two, for the tokens after the first.
+        prefill: for prompts; None: none apart.
+        kv_bytes: of one token's K and V in all layers.
+        kv_bytes_per_s: between the two servers.
+        kv_start_s: seconds before the first byte of a request arrives.
+    """
+
+    server: Server
+    prefill: Server | None = None
+    kv_bytes: float = 0.0
+    kv_bytes_per_s: float = math.inf
+    kv_start_s: float = 0.0
+
+    def __post_init__(self):
+        for server in (self.server, self.prefill):
+            if self.prefill and server and not (server.policy is ORCA or server.policy.token_budget):
+                raise ValueError(
+                    f"policy={server.policy.name!r} cannot go on from prompts run elsewhere: orca and chunked-N can"
+                )
+
+    @property
+    def n_chips(self) -> int:
+        return self.server.n_chips + (self.prefill.n_chips if self.prefill else 0)
+
+    def transfer_s(self, tokens: int) -> float:
+        """Seconds in which K and V of a prompt go from one server to the other."""
+        return self.kv_start_s + tokens * self.kv_bytes / self.kv_bytes_per_s
+
+    def simulate(self, workload: Workload, observers: Sequence[Observer] = ()) -> tuple[Simulation, ...]:
+        """Runs a trace; of two servers, both runs."""
+        if self.prefill is None:
+            server = self.server
+            requests, scheduler = workload.requests(), server.scheduler()
+            return (simulate(requests, scheduler, server.times, host_s=server.host_s, observers=observers),)
+        return simulate_apart(workload.requests(), self.prefill.side, self.server.side, self.transfer_s, observers)
+
+    def run(
+        self,
+        workload: Workload,
+        *,
+        warm_up: float = 0.2,
+        limits: Limits | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> tuple[Summary, tuple[Simulation, ...]]:
+        """Figures of the steady window (`Workload.window_s`), and of the whole run."""
+        metrics = Metrics(max_bs=self.server.max_bs, window_s=workload.window_s(warm_up), limits=limits)
+        runs = self.simulate(workload, [metrics, *observers])
+        return metrics.summary(), runs
+
+    def peak_per_s(self, workload: Workload, observers: Sequence[Observer] = ()) -> float:
+        """Requests per second when all are there from the beginning, from the first fifth of them to the last."""
+        returns = _Returns()
+        at_once = replace(workload, arrivals=At(times_s=(0.0,) * workload.n))
+        self.simulate(at_once, [returns, *observers])
+        times_s = returns.times_s
+        if not times_s:
+            raise ValueError(f"slots={self.server.slots} are too few: every request was refused")
+        first, last = len(times_s) // 5, len(times_s) - 1 - len(times_s) // 5
+        if times_s[last] <= times_s[first]:
+            first, last = 0, len(times_s) - 1
+        taken_s = times_s[last] - times_s[first]
+        return (last - first) / taken_s if taken_s > 0 else len(times_s) / times_s[-1]
+
+
+class _Returns(Observer):
+    """Keeps when requests return."""
+
+    def __init__(self):
+        self.times_s: list[float] = []
+
+    def completed(self, batch: Batch, now_s: float, back: list[Request], reserved: int, used: int) -> None:
+        self.times_s += [now_s] * len(back)
+
+
+def highest_rate(good: Callable[[float], bool], top: float, *, precision: float = 0.01) -> float | None:
+    """The highest rate that is good, by bisection between a hundredth of `top` and `top`.
+
+    Args:
+        good: whether a rate is; rates above a bad one are taken to be bad.
+        top: the highest that is tried.
+        precision: the answer is good, and this share more is not, or is `top`.
+
+    Example:
+        >>> round(highest_rate(lambda rate: rate < 3.0, 10.0), 1), highest_rate(lambda rate: False, 10.0)
+        (3.0, None)
+    """
+    low, high = top / 100, top
+    if good(high):
+        return high
+    if not good(low):
+        return None
+    while high > low * (1 + precision):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if good(middle) else (low, middle)
+    return low

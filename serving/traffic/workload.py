@@ -1,0 +1,125 @@
+"""Traffic: which requests come when, drawn from a seed, and the text of their prompts.
+
+Requests are made one after another, so that a million need no list, and the first of them are the same however many
+follow. Arrivals, prompts and outputs have random streams of their own: the same lengths come at any rate.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from toruslab.models.weights import text
+from toruslab.serving.scheduling.request import Request
+from toruslab.serving.traffic.arrivals import Arrivals, At
+from toruslab.serving.traffic.lengths import Lengths
+
+_BLOCK = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A trace, as a value.
+
+    Args:
+        n: requests.
+        arrivals: when they come.
+        prompt, output: how long they are; `output` is what a request will produce.
+        max_output: what every request declares as its maximum, and where longer outputs are cut; None: each declares
+            what it will produce, as in Orca's trace.
+        seed: of all random streams.
+
+    Raises:
+        ValueError: field, value and rule.
+
+    Example:
+        >>> from toruslab.serving.traffic.arrivals import At
+        >>> from toruslab.serving.traffic.lengths import Fixed
+        >>> trace = Workload(n=2, arrivals=At(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
+        >>> [(request.id, request.arrival_s, request.prompt, request.output) for request in trace.requests()]
+        [(0, 0.0, 8, 3), (1, 1.5, 8, 3)]
+    """
+
+    n: int
+    arrivals: Arrivals
+    prompt: Lengths
+    output: Lengths
+    max_output: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1 request")
+        if self.max_output is not None and self.max_output < 1:
+            raise ValueError(f"max_output={self.max_output} must be at least 1 token")
+        if isinstance(self.arrivals, At) and self.n > len(self.arrivals.times_s):
+            raise ValueError(f"n={self.n} must be at most the number of times, {len(self.arrivals.times_s)}")
+
+    def requests(self) -> Iterator[Request]:
+        """The requests in order of arrival, with ids 0, 1, ...; the same ones on every call."""
+        arrivals, prompts, outputs = self._streams()
+        times = self.arrivals.times(arrivals)
+        for start in range(0, self.n, _BLOCK):
+            # Whole blocks, so that the numbers of one do not depend on n.
+            prompt = self.prompt.draw(prompts, _BLOCK).tolist()
+            output = self.output.draw(outputs, _BLOCK).tolist()
+            for i in range(min(_BLOCK, self.n - start)):
+                declared = output[i] if self.max_output is None else self.max_output
+                yield Request(
+                    id=start + i,
+                    arrival_s=next(times),
+                    prompt=prompt[i],
+                    max_output=declared,
+                    output=min(output[i], declared),
+                )
+
+    def last_arrival_s(self) -> float:
+        """When the last request comes."""
+        return next(islice(self.arrivals.times(self._streams()[0]), self.n - 1, None))
+
+    def window_s(self, warm_up: float = 0.2) -> tuple[float, float]:
+        """A steady window: without the first share `warm_up` of the time in which requests come, and without the drain
+        after the last of them.
+
+        Raises:
+            ValueError: a share outside [0, 1).
+        """
+        if not 0 <= warm_up < 1:
+            raise ValueError(f"warm_up={warm_up} must be a share of the time, 0 <= warm_up < 1")
+        last_s = self.last_arrival_s()
+        return warm_up * last_s, last_s
+
+    def scaled(self, factor: float) -> "Workload":
+        """The same traffic with all lengths times `factor`, for a smaller model."""
+        cap = self.max_output
+        return replace(
+            self,
+            prompt=self.prompt.scaled(factor),
+            output=self.output.scaled(factor),
+            max_output=cap if cap is None else max(1, round(cap * factor)),
+        )
+
+    def _streams(self) -> list[np.random.Generator]:
+        return [np.random.default_rng(seed) for seed in np.random.SeedSequence(self.seed).spawn(3)]
+
+
+def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.text`); a
+    prompt longer than the corpus goes on at its beginning.
+
+    Example:
+        >>> ids = prompt_ids(Request(id=3, arrival_s=0.0, prompt=5, max_output=1))
+        >>> ids.shape, bool((ids == prompt_ids(Request(id=3, arrival_s=9.0, prompt=5, max_output=8))).all())
+        ((5,), True)
+    """
+    corpus = _corpus()
+    start = int(np.random.default_rng((seed, request.id)).integers(corpus.size))
+    return corpus.take(np.arange(start, start + request.prompt), mode="wrap")
+
+
+@functools.cache
+def _corpus() -> np.ndarray[Any, np.dtype[np.int32]]:
+    return text.encode(text.corpus(), bos=False)
