@@ -22,8 +22,8 @@ from toruslab.models.decoder.rows import Aligned, Rows, index, place, row_ladder
 from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, follow_together, local, on_a_chip
 from toruslab.partitioning.layouts.precision import exact
-from toruslab.partitioning.layouts.rings import after, before, loops, multiply
-from toruslab.partitioning.plan.plan import norm_ladder
+from toruslab.partitioning.layouts.rings import after, before, looped_steps, multiply
+from toruslab.partitioning.plan.tensors import norm_ladder
 
 Initializer = Callable[..., jax.Array]
 scope = jax.named_scope
@@ -232,7 +232,7 @@ class Decoder(nnx.Module):
     def through_layers(
         self, x: jax.Array, cache: Cache, rows: Rows, layout: Layout, *, remat: str = "none"
     ) -> tuple[jax.Array, Cache]:
-        """All layers on the residual stream; `remat`: what is worked out again for gradients (`dataflow.REMAT`)."""
+        """All layers on the residual stream; `remat`: what is worked out again for gradients (`partitioning.plan.passes.REMAT`)."""
         config = self.config
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
@@ -289,7 +289,7 @@ def product(
         names: of the ladders of x, of w and of what comes out.
     """
     to = after(layout, names[2])
-    if names[2] in loops(layout):
+    if names[2] in looped_steps(layout):
         out = multiply(x, w, layout, names)
     else:
         with scope(names[2]):

@@ -21,8 +21,8 @@ import numpy as np
 
 from toruslab.partitioning.cost.memory import matmuls
 from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
-from toruslab.partitioning.layouts.rings import loops
-from toruslab.partitioning.plan.plan import stages
+from toruslab.partitioning.layouts.rings import looped_steps
+from toruslab.partitioning.plan.tensors import forward_tensors
 from toruslab.partitioning.torus.calibrated import AT, At, Machine
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
@@ -79,28 +79,28 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
     """The collectives of a pass."""
     sizes = dict(zip(AXES, mesh, strict=True))
     found = []
-    for stage in stages(layout, block, 1, True):
-        for kind, axes, share, move in stage.collectives(sizes):
+    for tensor in forward_tensors(layout, block, 1, True):
+        for kind, axes, share, move in tensor.collectives(sizes):
             k = move.group(sizes)
             if k == 1:
                 continue
             held = move.dst if move.kind == "all-gather" else move.src
             split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
             dim = move.source if move.kind == "all-gather" else move.target
-            parts = math.prod(sizes[a] for a in axes_of(entries(layout.logits[-1])[1])) if "n" in stage.dims else 1
+            parts = math.prod(sizes[a] for a in axes_of(entries(layout.logits[-1])[1])) if "n" in tensor.dims else 1
             found.append(
                 Moved(
-                    scope=stage.scope,
+                    scope=tensor.scope,
                     kind=kind,
                     axes=tuple(a for a in axes if sizes[a] > 1),
                     at=AT[min(max(dim, 0), 1)],
                     n_group=sizes[axes[0]] if kind == "collective-permute" else k,
                     other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
-                    dims=tuple(d for d in stage.dims if d != "n"),
-                    dtype=stage.dtype,
+                    dims=tuple(d for d in tensor.dims if d != "n"),
+                    dtype=tensor.dtype,
                     factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
-                    in_layer=stage.in_layer,
-                    rides=stage.rides,
+                    in_layer=tensor.in_layer,
+                    rides=tensor.fused,
                 )
             )
     return tuple(found)
@@ -111,7 +111,7 @@ def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
     """Weight -> into how many pieces the rows, the inner and the outer dimension of its looped matmul are cut."""
     sizes = dict(zip(AXES, mesh, strict=True))
     found = {}
-    for target, loop in loops(layout).items():
+    for target, loop in looped_steps(layout).items():
         k = loop.move.group(sizes)
         if loop.move.kind == "reduce-scatter":
             at, k = 2 * loop.move.target, 2 * k

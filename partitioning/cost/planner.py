@@ -28,9 +28,11 @@ from toruslab.models.presets import model
 from toruslab.partitioning.cost.forward import Constants, constants_of, price
 from toruslab.partitioning.cost.limits import MOST, batch_step
 from toruslab.partitioning.cost.sizes import Numbers, model_numbers
-from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import ATTENTIONS, Layout, NoAxisLeft, axes_of, entries
 from toruslab.partitioning.layouts.variants import layout, parts_of
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS, Point
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.links import Kind, rate, rings

@@ -12,8 +12,8 @@ from typing import Any
 
 from toruslab.partitioning.cost.measured import splits
 from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
-from toruslab.partitioning.layouts.rings import Loop, before, loops, sends
-from toruslab.partitioning.plan.plan import stages
+from toruslab.partitioning.layouts.rings import LoopedStep, before, looped_steps, sends
+from toruslab.partitioning.plan.tensors import forward_tensors
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.links import rate, ring_step
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice
@@ -72,40 +72,42 @@ def _entries_of(
     dims = _torus(slice_, chip_)
     parts = _parts(entries(layout.logits[-1])[1], sizes)
     found = []
-    for stage in stages(layout, block, 1, True):
+    for tensor in forward_tensors(layout, block, 1, True):
         first = True
-        for kind, axes, share, move in stage.collectives(sizes):
-            is_weight = stage.dtype == "weight"
+        for kind, axes, share, move in tensor.collectives(sizes):
+            is_weight = tensor.dtype == "weight"
             k = move.group(sizes)
             held = move.dst if move.kind == "all-gather" else move.src
             split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
             sent = kind == "collective-permute"
             if sent:
-                per_byte, hops = ring_step(axes[0], mesh, chip_, dims, ways=stage.ways)
+                per_byte, hops = ring_step(axes[0], mesh, chip_, dims, ways=tensor.ways)
             else:
                 per_byte, hops = rate(
                     move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap and not layout.prefetch
                 )
             found.append(
                 Entry(
-                    scope=stage.scope,
+                    scope=tensor.scope,
                     kind=kind,
                     axes=axes,
-                    dims=tuple(d for d in stage.dims if d != "n"),
-                    dtype=stage.dtype,
+                    dims=tuple(d for d in tensor.dims if d != "n"),
+                    dtype=tensor.dtype,
                     factor=(2 if move.kind == "all-reduce" else 1)
                     * (k - 1)
                     / k
                     / split
-                    * (parts if "n" in stage.dims else 1)
+                    * (parts if "n" in tensor.dims else 1)
                     * float(share),
-                    in_layer=stage.in_layer,
+                    in_layer=tensor.in_layer,
                     is_weight=is_weight,
                     s_per_byte=per_byte,
-                    hops=0 if stage.rides else hops,
+                    hops=0 if tensor.fused else hops,
                     n_group=k,
-                    under=(WEIGHT[stage.scope.rsplit("/", 1)[-1]], SUFFIX[stage.scope.split("/")[0]]) if sent else None,
-                    starts=int(not stage.rides and (first or not sent)),
+                    under=(WEIGHT[tensor.scope.rsplit("/", 1)[-1]], SUFFIX[tensor.scope.split("/")[0]])
+                    if sent
+                    else None,
+                    starts=int(not tensor.fused and (first or not sent)),
                 )
             )
             first = first and not sent
@@ -151,7 +153,7 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
     sizes = dict(zip(AXES, mesh, strict=True))
     overlap = layout.prefetch or (overlap and not layout.rings)
     gathered = {}
-    loop_of = {loop.name: loop for loop in loops(layout).values()}
+    loop_of = {loop.name: loop for loop in looped_steps(layout).values()}
     for name in ("w_in", "w_kv", "w_out"):
         ladder = before(layout, name)
         shares = [1 / math.prod(_parts(e, sizes) for e in entries(spec)) for spec in ladder]
@@ -187,7 +189,7 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
     )
 
 
-def _looped(loop: Loop, ways: int, sizes: Mapping[str, int]) -> Looped:
+def _looped(loop: LoopedStep, ways: int, sizes: Mapping[str, int]) -> Looped:
     k = loop.move.group(sizes)
     if loop.move.kind == "reduce-scatter":  # halves, and the weight's columns (or x's rows) cut
         pieces = len(list(sends("reduce-scatter", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 2

@@ -30,9 +30,10 @@ from toruslab.partitioning.cost.sizes import Numbers
 from toruslab.partitioning.cost.traffic import recipe
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.ownership import owned
-from toruslab.partitioning.plan.plan import Planned, letters, parameters, plan
+from toruslab.partitioning.plan.plan import Planned, plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
+from toruslab.partitioning.plan.tensors import letters, parameters
 from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.links import rate, ring_step
@@ -203,13 +204,13 @@ def _seconds(
         per_byte, hops = ring_step(p.axes[0], mesh, chip_, torus, ways=layout.rings)
     else:
         per_byte, hops = rate(p.kind, p.axes, mesh, chip_, torus, one_way=_is_weight(p) and overlap)
-    start = 0.0 if p.rides else c["collective_s"] + hops * c["hop_s"]
+    start = 0.0 if p.fused else c["collective_s"] + hops * c["hop_s"]
     return p.bytes * per_byte / c["link_efficiency"] + start
 
 
 def _measured_s(p: Planned, machine: Machine, mesh: Any) -> float:
     """The same from a calibration; along which dimension is not said: columns are assumed."""
-    if p.rides:
+    if p.fused:
         return 0.0
     k = math.prod(mesh[AXES.index(a)] for a in p.axes)
     at = "rows" if p.kind == "all-reduce" else "columns"
@@ -258,7 +259,7 @@ def held_bytes(point: Point, n: Numbers) -> int:
 
     All the time: the state (parameters; two moments, and beside bfloat16 master weights, float32, where they are
     owned), the gradients of all layers as the backward pass makes them, of a batch in parts also their sums; each
-    layer's input, or all that it made, with the gathered weights or without (`dataflow.REMAT`); and the copy of the
+    layer's input, or all that it made, with the gathered weights or without (`partitioning.plan.passes.REMAT`); and the copy of the
     input projections, laid out for the forward pass, that XLA:TPU makes once a step. Beside these the larger of two:
     the logits, as partial sums, and scattered with their gradient in float32; and a layer's backward pass, of a serial
     layer with what both blocks made.
