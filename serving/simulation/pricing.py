@@ -269,9 +269,9 @@ class Pricing:
         self._body, self._open = parts["body_s"].tolist(), parts["open_s"].tolist()
         self._hidden = float(parts["hidden_s"][0])
         ends = {True: np.zeros_like(at), False: np.zeros_like(at)}
-        for entry, _, seconds in cost.collectives:
-            if not entry.in_layer:
-                ends[entry.scope.startswith("embed")] += seconds
+        for c in cost.collectives:
+            if not c.in_layer:
+                ends[c.scope.startswith("embed")] += c.seconds
         self._first, self._last = ends[True].tolist(), ends[False].tolist()
 
     def _cost(self, tokens: Any, *, detail: bool = False):
