@@ -24,10 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from toruslab.benchmarks.measure.chip_file import calibrated
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import processes
-from toruslab.benchmarks.runs.folder import Run
+from toruslab.benchmarks.runs.folder import BenchRun
 from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
-from toruslab.benchmarks.runs.rows import Row, Rows
+from toruslab.benchmarks.runs.rows import Row, RowFile
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.plan.plan import REMAT
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     speaks = jax.process_index() == 0
     with _opened(options, argv, points, text) if speaks else contextlib.nullcontext() as rows:
-        run = Run(options, rows)
+        run = BenchRun(options, rows)
         console = Console(stderr=True, quiet=not speaks)
         run.chip = run_folder.chip_of(options, run.folder, mesh, dtypes, speaks, console)
         _measure(groups, run, text, console)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _opened(
     options: argparse.Namespace, argv: list[str], points: list[Point], text: str
-) -> contextlib.AbstractContextManager[Rows]:
+) -> contextlib.AbstractContextManager[RowFile]:
     """The folder of the run."""
     left_out = ("out", "json", "points", "text", "resume")
     settings: Row = {k: str(v) for k, v in vars(options).items() if k not in left_out}
@@ -169,7 +169,7 @@ def _opened(
     return run_folder.open_run(options.out.resolve(), settings, argv)
 
 
-def _measure(groups: list[list[Point]], run: Run, text: str, console: Console) -> None:
+def _measure(groups: list[list[Point]], run: BenchRun, text: str, console: Console) -> None:
     """All points, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -179,7 +179,7 @@ def _measure(groups: list[list[Point]], run: Run, text: str, console: Console) -
                 progress.update(task, advance=1, description=f"{point.phase} {point.layout}/{point.attention}")
 
 
-def _report(run: Run) -> int:
+def _report(run: BenchRun) -> int:
     """Prints the tables, unless rows were asked for, and writes the pictures; 1 when a point failed."""
     assert run.rows
     rows = run.rows.rows
@@ -208,7 +208,7 @@ def _text(options: argparse.Namespace, points: list[Point]) -> str:
     return text
 
 
-def run_group(group: list[Point], run: Run, text: str) -> Iterator[Point]:
+def run_group(group: list[Point], run: BenchRun, text: str) -> Iterator[Point]:
     """Plans, compiles and times the points of one group against each other; yields each as it is ready."""
     from toruslab.benchmarks.measure.contenders import Contender, analytic, clear, prepare, shares
     from toruslab.benchmarks.measure.timing import interleaved
@@ -266,7 +266,7 @@ def _profile(contender: "Contender") -> Row:
         return {"error": said}
 
 
-def _try(run: Run, point: Point, source: str, work: Callable):
+def _try(run: BenchRun, point: Point, source: str, work: Callable):
     """A point that fails is a row with its error; the others go on."""
     try:
         return work()

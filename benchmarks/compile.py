@@ -29,8 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from toruslab.benchmarks.runs import point_options
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded, read_lines
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import PLATFORMS, chip

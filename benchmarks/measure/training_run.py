@@ -22,7 +22,7 @@ import numpy as np
 
 from toruslab.benchmarks.runs.folder import all_agree
 from toruslab.benchmarks.runs.rows import Row, environment, line
-from toruslab.benchmarks.runs.train_setting import Setting, Texts
+from toruslab.benchmarks.runs.training_options import Texts, TrainingSetting
 from toruslab.models.decoder.parameters import everywhere
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.checkpoints import Checkpoints
@@ -76,7 +76,7 @@ class Run:
         ValueError: checkpoints of another model.
     """
 
-    setting: Setting
+    setting: TrainingSetting
     texts: Texts
     folder: Path
     evaluate_every: int

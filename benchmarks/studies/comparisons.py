@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.presets import model, suffixed
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     if folder:
-        out_folder.check(folder)
+        run_folder.writable(folder)
     if measured:
         rows += measure(measured, options)
     if options.json:

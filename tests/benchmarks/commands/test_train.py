@@ -14,8 +14,8 @@ from toruslab.benchmarks.measure import serving_run as serve_runs
 from toruslab.benchmarks.measure import training_run as train_run
 from toruslab.benchmarks.reports.train_figure import picture
 from toruslab.benchmarks.runs import folder as run_folder
-from toruslab.benchmarks.runs import serve_ladder
-from toruslab.benchmarks.runs.train_setting import Setting
+from toruslab.benchmarks.runs import serving_setting
+from toruslab.benchmarks.runs.training_options import TrainingSetting
 from toruslab.models.programs import checkpoint_folder
 from toruslab.models.programs.checkpoints import Checkpoints, named
 from toruslab.models.programs.training import Trainer
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_last_digit(capsys, manual, whole, tmp_path
 
 def state(out):
     """The last state that was saved."""
-    setting = Setting.of(train_run.rows(out)[0]["training"])
+    setting = TrainingSetting.of(train_run.rows(out)[0]["training"])
     mesh = attach(setting.shape, chip="cpu")
     made = {"config": setting.config, "layout": setting.layout_value, "mesh": mesh, "pass_": setting.pass_}
     saved = Checkpoints(out / train_run.CHECKPOINTS, setting.config)
@@ -298,7 +298,7 @@ def test_generate_and_serve_bench_take_what_was_trained(capsys, whole, monkeypat
     assert cli.guarded(generate.main, ["--checkpoint", str(damaged), "--prompt", "The"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: checkpoint=") and "params/_METADATA has" in err and err.count("\n") == 1
-    setting = serve_ladder.read(serve_bench.options_of(["--checkpoint", str(whole), "--slice", "cpu:1"]))
+    setting = serving_setting.read(serve_bench.options_of(["--checkpoint", str(whole), "--slice", "cpu:1"]))
     assert setting.config.n_layers == 1 and setting.to_json()["checkpoint"] == str(whole)
     packed = serve_runs.engine_weights(setting)
     for name, array in named(state(whole).params).items():

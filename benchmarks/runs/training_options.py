@@ -25,7 +25,7 @@ FREE = ("slice", "mesh", "layout", "attention", "accumulate", "remat")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TrainingSetting:
     """A training run; fields are the command's options.
 
     Raises:
@@ -63,7 +63,7 @@ class Setting:
         check(self.layout_value, config, self.pass_, self.shape)
 
     @classmethod
-    def of(cls, options: argparse.Namespace | Mapping[str, Any]) -> "Setting":
+    def of(cls, options: argparse.Namespace | Mapping[str, Any]) -> "TrainingSetting":
         """The setting of a command's options, or of those that were kept."""
         given = vars(options) if isinstance(options, argparse.Namespace) else options
         return cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)})
@@ -116,7 +116,7 @@ class Texts:
     unigram: float
 
     @classmethod
-    def of(cls, setting: Setting) -> "Texts":
+    def of(cls, setting: TrainingSetting) -> "Texts":
         """Reads the text.
 
         Raises:
@@ -134,7 +134,7 @@ class Texts:
         )
 
 
-def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> Setting:
+def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingSetting:
     """The setting of a run that goes on: as it was kept, but for what may change.
 
     Args:
@@ -149,4 +149,4 @@ def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> Setting:
             raise ValueError(f"{name}={value!r} cannot change in a run that goes on, which has {kept[name]!r}")
     if "slice" in given and "mesh" not in given:
         kept = {**kept, "mesh": None}
-    return Setting.of({**kept, **{name: value for name, value in given.items() if name in kept}})
+    return TrainingSetting.of({**kept, **{name: value for name, value in given.items() if name in kept}})
