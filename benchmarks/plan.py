@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.planner import (
@@ -315,7 +315,7 @@ def _read(options: argparse.Namespace) -> tuple[Space, Job]:
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.out is not None:
-        out_folder.check(options.out)
+        run_folder.writable(options.out)
     return space, job
 
 
@@ -379,7 +379,7 @@ def write(
 ) -> list[Path]:
     """Writes the rows and, where there is an option at all, the picture; returns their paths."""
     figures = {"plan": draw(plan, front, ranking[0] if ranking else None)} if front else {}
-    return out_folder.write(folder, "plan", objects, figures)
+    return run_folder.save(folder, "plan", objects, figures)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,7 @@ from toruslab.partitioning.plan.point import Point
 
 def commands() -> str:
     """The commands and what they do."""
-    return "\n".join(
-        ["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, (_, w) in COMMANDS.items())]
-    )
+    return "\n".join(["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, w in COMMANDS.items())])
 
 
 def layouts() -> str:

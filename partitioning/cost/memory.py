@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.models.blocks import block_size
+from toruslab.models.attention_blocks import block_size
 from toruslab.partitioning.cost.sizes import PassSizes, matmuls
 from toruslab.partitioning.cost.traffic import Coefficients
 from toruslab.partitioning.layouts.moves import INT8_SUBLANES, LANES, SUBLANES

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError, Parser, path
+from toruslab.benchmarks.runs.options import InputError, Parser, path, read_lines
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS
 from toruslab.partitioning.torus.chip import FITTED, chip
