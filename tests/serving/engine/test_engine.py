@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
 from toruslab.models.decoder import mixed
 from toruslab.models.decoder.mixed import MixedForm
 from toruslab.models.decoder.quantise import dequantise, quantise
 from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.hlo.collectives import copies, read
 from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.layouts.variants import layout
