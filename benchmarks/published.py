@@ -26,14 +26,14 @@ from rich.text import Text
 from toruslab.benchmarks.reports.published_figures import write
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published.fit import fit, leave_one_out
-from toruslab.partitioning.published.numbers import (
+from toruslab.partitioning.published.papers import (
     CALIBRATION,
     Published,
-    Row,
     answer,
     calibration,
     closed_form_rows,
