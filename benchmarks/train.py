@@ -33,7 +33,7 @@ from toruslab.partitioning.plan.plan import REMAT
 from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:
-    from toruslab.benchmarks.measure.training_run import Run, Signals
+    from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
 
 def parser() -> Parser:
@@ -159,11 +159,11 @@ class _Command:
         self.loss = self.held_out = ""
 
     def run(self) -> int:
-        from toruslab.benchmarks.measure.training_run import Run, Signals
+        from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
         signals = Signals()
         try:
-            run = Run(
+            run = TrainingRun(
                 setting=self.setting,
                 texts=self.texts,
                 folder=self.options.out,
@@ -195,7 +195,7 @@ class _Command:
             self._conclude(final)
         return 0 if latest == run.step else 1
 
-    def _train(self, run: "Run", signals: "Signals") -> None:
+    def _train(self, run: "TrainingRun", signals: "Signals") -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
