@@ -27,8 +27,7 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import cache_shape, cache_spec
 from toruslab.models.programs.program import Compiled, Program
 from toruslab.models.programs.training import Trainer
-from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.forward import Estimate
+from toruslab.partitioning.cost.estimate import Estimate, estimate
 from toruslab.partitioning.hlo.collectives import (
     Cycles,
     Module,
