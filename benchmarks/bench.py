@@ -196,7 +196,7 @@ def _report(run: BenchRun) -> int:
     assert run.rows
     rows = run.rows.rows
     if not run.options.json:
-        from toruslab.benchmarks.report import show, write
+        from toruslab.benchmarks.reports.bench_report import show, write
 
         show(rows, Console(width=None if sys.stdout.isatty() else 120))
         for written in write(rows, run.options.out):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from tests.canonical import unpack
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache, cache_shape, cache_spec, empty_cache
 from toruslab.models.decoder.decoder import Tokens
@@ -22,7 +23,7 @@ from toruslab.models.decoder.reference import init
 from toruslab.models.decoder.reference import logits as reference_logits
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.program import GREEDY, Compiled, Program
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.hlo.cycles import copies
