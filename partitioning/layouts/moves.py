@@ -141,11 +141,9 @@ def follow_together(arrays: Sequence[jax.Array], ladders: Sequence[Ladder]) -> l
     def reduce(*shards: jax.Array) -> tuple[jax.Array, ...]:
         return lax.psum(shards, first[0].axes)
 
-    if on_a_chip():
-        summed = reduce(*arrays)
-        return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
     ins, outs = tuple(m.src for m in first), tuple(m.dst for m in first)
-    summed = jax.shard_map(reduce, in_specs=ins, out_specs=outs)(*arrays)
+    run = reduce if on_a_chip() else jax.shard_map(reduce, in_specs=ins, out_specs=outs)
+    summed = run(*arrays)
     return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
 
 

@@ -125,8 +125,8 @@ def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
         NoAxisLeft: attention that this layout cannot have on this mesh.
 
     Example:
-        >>> layout("ws2d", "heads", (4, 2, 1), 1).h
-        (PartitionSpec(None, 'y', unreduced={'x'}), PartitionSpec(None, ('y', 'x')))
+        >>> layout("ws2d", "heads", (4, 2, 1), 1).h == (P(None, "y", unreduced={"x"}), P(None, ("y", "x")))
+        True
     """
     made_by = parts_of(name)
     if attention not in ATTENTIONS:
