@@ -175,8 +175,8 @@ class Point:
         )
 
     def check_chip(self) -> None:
-        """Refuses a slice that cannot be priced: a chip without a data sheet, a mesh that does not fit its torus, a group
-        larger than its switch joins, or weights for which a calibrated chip has no figures.
+        """Refuses a slice that cannot be priced: a chip without a data sheet, a mesh that does not fit its torus, a
+        group larger than its switch joins, or weights for which a calibrated chip has no figures.
 
         Raises:
             ValueError: the rule that is broken.
