@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache, abstract_cache, cache_shardings
 from toruslab.models.decoder.decoder import Tokens
-from toruslab.models.decoder.parameters import abstract, shardings
+from toruslab.models.decoder.parameters import abstract, placed, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.plan.plan import Pass, check
@@ -178,8 +178,7 @@ class Program:
     def arguments(self) -> tuple[nnx.State, Tokens, Cache, jax.ShapeDtypeStruct]:
         """The arguments as shapes with their shardings; nothing is allocated."""
         _, params = abstract(self.config, self.dtype, self.int8)
-        at = shardings(params, self.layout, self.mesh)
-        params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, at)
+        params = placed(params, shardings(params, self.layout, self.mesh))
         whole, pass_ = NamedSharding(self.mesh, P()), self.pass_
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
