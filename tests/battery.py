@@ -24,11 +24,14 @@ from toruslab.models.decoder.reference import logits as reference_logits
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.program import GREEDY, Compiled, Program
 from toruslab.models.weights.packing import pack
-from toruslab.partitioning.hlo.collectives import copies, read
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
-from toruslab.partitioning.layouts.layout import LAYOUTS, NoAxisLeft
+from toruslab.partitioning.hlo.cycles import copies
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 TOLERANCE = {"float32": 1e-5}

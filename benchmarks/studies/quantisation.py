@@ -222,7 +222,7 @@ def variants(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform
     from toruslab.models.decoder.decoder import Tokens
     from toruslab.models.decoder.parameters import as_int8, everywhere
     from toruslab.models.programs.program import Program
-    from toruslab.partitioning.plan.plan import Pass
+    from toruslab.partitioning.plan.passes import Pass
 
     layout, mesh = _alone(config, platform)
     dtype = jax.tree.leaves(params)[0].dtype

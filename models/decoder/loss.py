@@ -13,7 +13,7 @@ from jax import lax
 from toruslab.models.decoder.sequences import batch_ladder, index, split_axes
 from toruslab.partitioning.layouts.layout import Axes, Layout
 from toruslab.partitioning.layouts.moves import follow
-from toruslab.partitioning.plan.plan import norm_ladder
+from toruslab.partitioning.plan.tensors import norm_ladder
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, layout: Layout) -> jax.Array:

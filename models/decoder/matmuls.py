@@ -16,8 +16,8 @@ from toruslab.models.decoder.sequences import split_axes
 from toruslab.partitioning.layouts.layout import Ladder, Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, follow_together, local, on_a_chip
 from toruslab.partitioning.layouts.precision import exact
-from toruslab.partitioning.layouts.rings import after, loops, multiply
-from toruslab.partitioning.plan.plan import norm_ladder
+from toruslab.partitioning.layouts.rings import after, looped_steps, multiply
+from toruslab.partitioning.plan.tensors import norm_ladder
 
 scope = jax.named_scope
 
@@ -34,7 +34,7 @@ def product(
         names: the ladders of x, of w and of the result.
     """
     to = after(layout, names[2])
-    if names[2] in loops(layout):
+    if names[2] in looped_steps(layout):
         out = multiply(x, w, layout, names)
     else:
         with scope(names[2]):

@@ -28,7 +28,8 @@ from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.layouts.layout import entries
 from toruslab.partitioning.layouts.ownership import owned
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, Training, plan
+from toruslab.partitioning.plan.passes import Pass, Training
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
