@@ -194,7 +194,7 @@ def _submit(scheduler: Scheduler, engine: Engine, request: Request, prompt: Call
 
 
 def _check(scheduler: Scheduler, engine: Engine) -> None:
-    if held := scheduler.n_waiting + scheduler.n_rows:
+    if held := scheduler.n_waiting + scheduler.n_started:
         raise ValueError(f"the scheduler holds {held} requests of another run; it must hold none")
     sizes = engine.sizes
     rows = scheduler.max_bs * scheduler.n_workers

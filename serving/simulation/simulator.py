@@ -134,7 +134,7 @@ def simulate(
                 for observer in observers:
                     observer.stage(batch, stage, start_s, left_s)
             flying.append((batch, left_s))
-    assert scheduler.n_waiting == scheduler.n_rows == 0, "requests are left, and nothing runs"
+    assert scheduler.n_waiting == scheduler.n_started == 0, "requests are left, and nothing runs"
     return Simulation(end_s=now_s, batches=batches, tokens=tokens, works=works)
 
 
