@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from toruslab.benchmarks.measure.chip_file import data_sheet
-from toruslab.benchmarks.measure.timing import Step, stepper, training_stepper
+from toruslab.benchmarks.measure.timing import RunOnce, stepper, training_stepper
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.decoder.parameters import initial
 from toruslab.models.programs.compiled import planned, program
@@ -33,7 +33,7 @@ class Contender:
 
     point: Point
     compiled_row: Row
-    step: Step
+    step: RunOnce
     text: str
 
 
@@ -50,7 +50,7 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
     return numbers | {
         "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
-        "n_collectives": sum(p.count for p in found if not p.rides),
+        "n_collectives": sum(p.count for p in found if not p.fused),
     }
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.partitioning.cost.limits import MOST
-from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import ATTENTIONS, Layout
 from toruslab.partitioning.layouts.variants import parts_of
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS
 from toruslab.partitioning.torus.chip import Chip, chip

@@ -20,7 +20,7 @@ from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
 from toruslab.partitioning.cost.planner import GOALS, Goal, pareto, search
 from toruslab.partitioning.cost.space import PLANNED, Job, Space, placements, read_slices
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import chip
 from toruslab.partitioning.torus.mesh import Slice
