@@ -201,10 +201,10 @@ def _block(layout: Layout, scope: str, suffix: str, attends: bool, n: int) -> It
 
     def tensor(name: str, dims: tuple[str, ...], ladder: Ladder | None = None, **more: Any) -> Tensor:
         """In scope `name`, on the layout's ladder of that name if no other is given."""
+        steps: Ladder = getattr(layout, name) if ladder is None else ladder
         loop = loops.get(name) if ladder is None else None
-        ladder = getattr(layout, name) if ladder is None else ladder
         at, ways = f"{scope}/{name}", layout.rings if loop else 0
-        return Tensor(scope=at, dims=dims, ladder=ladder, count=n, in_layer=True, loop=loop, ways=ways, **more)
+        return Tensor(scope=at, dims=dims, ladder=steps, count=n, in_layer=True, loop=loop, ways=ways, **more)
 
     yield tensor("x", ("T", "E"))
     if not layout.together:
