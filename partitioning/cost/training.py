@@ -185,7 +185,8 @@ def held_bytes(point: Point) -> int:
 
     - the state: parameters, two moments, and float32 master weights beside bfloat16 ones, where they are owned;
     - the gradients of all layers as the backward pass makes them, and their sums where the batch is in parts;
-    - what is kept of each layer (`plan.passes.REMAT`): its input, or all that it made, with or without gathered weights;
+    - what is kept of each layer (`plan.passes.REMAT`): its input, or all that it made, with or without the gathered
+      weights;
     - the copy of the input projections, in the layout of the forward pass, that XLA:TPU makes once a step.
 
     Beside these the larger of two: the logits, as partial sums, and scattered with their gradient in float32; or a
