@@ -1,4 +1,4 @@
-"""Stage times fitted on batches: exact where batches take what the fit assumes."""
+"""Stage times fitted to batches: exact if the batches follow the fit's assumptions."""
 
 import random
 
@@ -47,7 +47,7 @@ def test_no_samples():
 
 
 def test_forms_are_the_engines():
-    """The same padding as `Engine.passes`, which needs no device for it."""
+    """The padding is that of `Engine.passes`, which needs no device for it."""
     random.seed(1)
     engine = object.__new__(Engine)
     engine.sizes = test_engine.Sizes(rows=40, n_slots=4000, longest=100, singles=(2, 4), pieces=(0, 2, 4), length=8)

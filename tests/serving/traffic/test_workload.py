@@ -1,4 +1,4 @@
-"""Traffic: what is drawn is what was asked for, and the seed decides it."""
+"""Traffic: draws have the asked distributions, and depend on the seed only."""
 
 from dataclasses import replace
 from itertools import islice, pairwise
