@@ -46,11 +46,7 @@ class Invalid(RuntimeError):
 
 
 def engine(setting: ServingSetting, compiled: Callable[[int, int], None]) -> Engine:
-    """The engine for all schemes of a setting, with compiled programs.
-
-    Args:
-        setting: weights are random, or of its checkpoint.
-        compiled: called after each compiled program with (programs done, all programs).
+    """The engine for all schemes of a setting, with compiled programs. `compiled`: see `Engine`.
 
     Raises:
         ValueError: the devices here do not suffice for the stages.
@@ -102,14 +98,7 @@ def _size(setting: ServingSetting) -> int:
 
 
 def measure(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float, seed: int) -> dict[str, Any]:
-    """Serves one trace and returns the numbers of its row.
-
-    Args:
-        setting: engine, scheduler and traffic.
-        made: the engine.
-        scheme: policy and batches in flight.
-        rate: requests per second.
-        seed: of the traffic.
+    """Serves one trace at a rate (requests per second) and returns the numbers of its row.
 
     Raises:
         Invalid: a program was compiled meanwhile, or a request was lost.
