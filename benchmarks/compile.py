@@ -175,7 +175,7 @@ def _evidence(point: Point, options: argparse.Namespace) -> Row:
 
 
 def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
-    from toruslab.models.programs import compiled, compiled_limits
+    from toruslab.models.programs import compiled, limit_search
 
     def fits(changed: Point) -> bool:
         found = _kept(options, changed, "fits", lambda: {"fits": compiled.fits(changed, attached=options.attached)})
@@ -183,7 +183,7 @@ def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
         print(f"{name}: {size} {'fits' if found['fits'] else 'does not fit'}", file=sys.stderr)
         return found["fits"]
 
-    return {name: getattr(compiled_limits, name)(point, fits)}
+    return {name: getattr(limit_search, name)(point, fits)}
 
 
 def _kept(options: argparse.Namespace, point: Point, what: str, make: Callable[[], Row]) -> Row:

@@ -16,7 +16,7 @@ from toruslab.models.decoder.parameters import initial
 from toruslab.models.programs.compiled import planned, program
 from toruslab.models.programs.program import Program
 from toruslab.models.programs.training import Trainer
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.measured import Terms, terms, with_collectives
 from toruslab.partitioning.cost.sizes import Numbers
@@ -109,7 +109,7 @@ def _terms(point: Point, chip: Chip) -> Terms[Any]:
     return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
 
 
-def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> Contender:
+def prepare(point: Point, seed: int, text: str, chip: Chip | None = None) -> Contender:
     """Compiles a point for the devices that are here, holds it against the plan, and places weights and text.
 
     `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
@@ -134,10 +134,10 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
         seconds = with_collectives(work, collectives, chip.machine, point.n_chips)
         row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
     if isinstance(made, Trainer):
-        ids = text.windows(text.encode(corpus, bos=False), point.batch, point.length, seed, 0)
+        ids = corpus.windows(byte_ids.encode(text, bos=False), point.batch, point.length, seed, 0)
         step = training_stepper(made, compiled.executable, made.initial(seed), ids)
     else:
-        ids = text.prompts(point.batch, point.length, seed, corpus)
+        ids = corpus.prompts(point.batch, point.length, seed, text)
         step = stepper(made, compiled.executable, _params(point, made, seed), ids, point.start)
     return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 from toruslab.benchmarks.runs.weights_option import chosen
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.plan import Pass, check
@@ -154,8 +154,8 @@ def read(options: argparse.Namespace) -> ServingSetting:
         ValueError: field, value and rule.
     """
     config = _config(options.model, options.checkpoint)
-    if config.vocab < text.VOCAB:
-        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+    if config.vocab < byte_ids.VOCAB:
+        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
     if options.weights not in WEIGHTS:
         raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
     for field, least in (("stages", 1), ("max_bs", 1), ("requests", 2), ("seeds", 1)):

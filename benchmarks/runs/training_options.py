@@ -12,7 +12,7 @@ from typing import Any
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.plan import Pass, Training, check
@@ -56,8 +56,8 @@ class TrainingSetting:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
         config = self.config
-        if config.vocab < text.VOCAB:
-            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+        if config.vocab < byte_ids.VOCAB:
+            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
         if config.n_padding_heads:
             raise ValueError(f"n_padding_heads={config.n_padding_heads} must be 0 to train: they would become real")
         check(self.layout_value, config, self.pass_, self.shape)
@@ -110,8 +110,8 @@ class Texts:
     `digest`: of the whole text; `unigram`: what byte frequencies alone lose on the held-out part, nats a byte.
     """
 
-    train: text.Ids
-    held_out: text.Ids
+    train: byte_ids.TokenIds
+    held_out: byte_ids.TokenIds
     digest: str
     unigram: float
 
@@ -122,12 +122,15 @@ class Texts:
         Raises:
             ValueError, OSError: a file that cannot be read, or is too short.
         """
-        whole = text.encode(text.corpus(setting.text), bos=False)
-        train, rest = text.split(whole)
-        held_out = text.in_order(rest, setting.length, setting.pass_.rows)
+        whole = byte_ids.encode(corpus.read(setting.text), bos=False)
+        train, rest = corpus.split(whole)
+        held_out = corpus.in_order(rest, setting.length, setting.pass_.rows)
         digest = hashlib.sha256(whole.astype("uint8").tobytes()).hexdigest()[:16]
         return cls(
-            train=train, held_out=held_out, digest=digest, unigram=text.unigram_loss(train, held_out[:, :, 1:].ravel())
+            train=train,
+            held_out=held_out,
+            digest=digest,
+            unigram=corpus.unigram_loss(train, held_out[:, :, 1:].ravel()),
         )
 
 

@@ -220,7 +220,7 @@ def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -
     from toruslab.benchmarks.measure.contenders import clear, prepare
     from toruslab.benchmarks.measure.timing import interleaved
     from toruslab.benchmarks.runs.rows import environment
-    from toruslab.models.weights import text
+    from toruslab.models.weights import corpus
 
     found = []
     for group in groups:
@@ -229,7 +229,7 @@ def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -
             row: Row = {"point": point.to_json(), "source": "measured", "comparison": comparison, "kind": kind}
             rows.append(row | {"environment": environment(options.seed)})
             try:
-                steps.append((rows[-1], prepare(point, options.seed, text.corpus()).step))
+                steps.append((rows[-1], prepare(point, options.seed, corpus.read()).step))
             except Exception as error:
                 rows[-1]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         timings = interleaved([step for _, step in steps], repeats=options.repeats, budget_s=5)

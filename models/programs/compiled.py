@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from toruslab.models.blocks import n_turns
+from toruslab.models.attention_blocks import n_turns
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import cache_shape, cache_spec
 from toruslab.models.programs.program import Compiled, Program

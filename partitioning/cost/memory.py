@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toruslab.models.blocks import block_size
+from toruslab.models.attention_blocks import block_size
 from toruslab.partitioning.layouts.moves import INT8_SUBLANES
 
 if TYPE_CHECKING:

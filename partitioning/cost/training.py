@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.models.blocks import BLOCK
+from toruslab.models.attention_blocks import BLOCK
 from toruslab.partitioning.cost.forward import CollectiveCost, Constants, Estimate, constants_of, price
 from toruslab.partitioning.cost.measured import Terms, collective_s, splits, terms
 from toruslab.partitioning.cost.memory import matmuls, working_bytes

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.traffic.arrivals import Arrivals, At
 from toruslab.serving.traffic.lengths import Lengths
@@ -107,7 +107,7 @@ class Workload:
 
 
 def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.text`); a
+    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.byte_ids`); a
     prompt longer than the corpus goes on at its beginning.
 
     Example:
@@ -115,11 +115,11 @@ def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.i
         >>> ids.shape, bool((ids == prompt_ids(Request(id=3, arrival_s=9.0, prompt=5, max_output=8))).all())
         ((5,), True)
     """
-    corpus = _corpus()
-    start = int(np.random.default_rng((seed, request.id)).integers(corpus.size))
-    return corpus.take(np.arange(start, start + request.prompt), mode="wrap")
+    text = _corpus()
+    start = int(np.random.default_rng((seed, request.id)).integers(text.size))
+    return text.take(np.arange(start, start + request.prompt), mode="wrap")
 
 
 @functools.cache
 def _corpus() -> np.ndarray[Any, np.dtype[np.int32]]:
-    return text.encode(text.corpus(), bos=False)
+    return byte_ids.encode(corpus.read(), bos=False)

@@ -19,7 +19,7 @@ from toruslab.benchmarks.runs.training_options import TrainingSetting
 from toruslab.models.programs import checkpoint_folder
 from toruslab.models.programs.checkpoints import Checkpoints, named
 from toruslab.models.programs.training import Trainer
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.torus.mesh import attach
 
 SMALL = ["--model", "toy-s-1l", "--batch", "4", "--length", "16", "--steps", "6", "--evaluate-every", "2"]
@@ -38,7 +38,7 @@ def eight_devices(monkeypatch):
 def manual(tmp_path_factory):
     """A short text, so that its held-out part is quickly read."""
     path = tmp_path_factory.mktemp("text") / "text"
-    path.write_bytes(text.corpus().encode("ascii", "ignore")[:20_000])
+    path.write_bytes(corpus.read().encode("ascii", "ignore")[:20_000])
     return str(path)
 
 
@@ -72,14 +72,14 @@ def whole(manual, tmp_path_factory):
 
 def stopped(monkeypatch, at, number=signal.SIGINT):
     """A signal comes while the step after `at` reads its text."""
-    windows = text.windows
+    windows = corpus.windows
 
     def read(ids, batch, length, seed, step):
         if step == at:
             signal.raise_signal(number)
         return windows(ids, batch, length, seed, step)
 
-    monkeypatch.setattr(text, "windows", read)
+    monkeypatch.setattr(corpus, "windows", read)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_json_is_the_rows(capsys, manual, tmp_path):
 
 
 def test_the_held_out_text_is_never_trained_on(manual, tmp_path, monkeypatch):
-    seen, windows = [], text.windows
-    monkeypatch.setattr(text, "windows", lambda ids, *rest: seen.append(ids) or windows(ids, *rest))
+    seen, windows = [], corpus.windows
+    monkeypatch.setattr(corpus, "windows", lambda ids, *rest: seen.append(ids) or windows(ids, *rest))
     assert go(manual, tmp_path) == 0
-    whole = text.encode(text.corpus(manual), bos=False)
+    whole = byte_ids.encode(corpus.read(manual), bos=False)
     assert len(seen) == 6 and all(np.array_equal(ids, whole[:18_000]) for ids in seen)
 
 
@@ -205,11 +205,11 @@ def test_what_would_change_the_result_cannot_change(capsys, manual, tmp_path, mo
 
 def test_another_text_is_refused(capsys, tmp_path, monkeypatch):
     own = tmp_path / "text"
-    own.write_text(text.corpus()[:20_000])
+    own.write_text(corpus.read()[:20_000])
     with monkeypatch.context() as patch:
         stopped(patch, 1)
         go(str(own), tmp_path / "run")
-    own.write_text(text.corpus()[1:20_000])
+    own.write_text(corpus.read()[1:20_000])
     assert resume(tmp_path / "run") == 2
     assert "is not the text that the run in out=" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.traffic import lengths
 from toruslab.serving.traffic.arrivals import At, Gamma, Poisson
@@ -131,13 +131,13 @@ def test_prompts_are_text_of_the_request():
     request = Request(id=11, arrival_s=0.0, prompt=40, max_output=1)
     ids = prompt_ids(request)
     assert ids.shape == (40,) and ids.dtype == np.int32
-    corpus = text.corpus() * 2
-    assert text.decode(ids) in corpus
+    text = corpus.read() * 2
+    assert byte_ids.decode(ids) in text
     longer = prompt_ids(Request(id=11, arrival_s=5.0, prompt=60, max_output=1))
     assert (longer[:40] == ids).all(), "the window begins where the id says, however long"
     assert not (prompt_ids(Request(id=12, arrival_s=0.0, prompt=40, max_output=1)) == ids).all()
     assert not (prompt_ids(request, seed=1) == ids).all()
-    n = text.encode(text.corpus(), bos=False).size
+    n = byte_ids.encode(corpus.read(), bos=False).size
     whole = prompt_ids(Request(id=0, arrival_s=0.0, prompt=n + 5, max_output=1))
     assert (whole[:5] == whole[n:]).all(), "past its end the corpus begins again"
 
