@@ -30,9 +30,9 @@ from toruslab.partitioning.cost.planner import (
     GOALS,
     PHASES,
     PLANNED,
+    Job,
     Plan,
     Space,
-    Workload,
     pareto,
     read_slices,
     search,
@@ -106,7 +106,7 @@ def show(plan: Plan, ranked: Sequence[dict], front: Sequence[dict], goal: str, c
     )
 
 
-def _table(title: str, rows: Sequence[dict], workload: Workload) -> Table:
+def _table(title: str, rows: Sequence[dict], workload: Job) -> Table:
     request = workload.phase == "request"
     table = Table(title=title, title_justify="left", title_style="bold")
     names = ["slice", "mesh", "batch", "weights", *(f"{p} layout" for p in workload.phases), "latency"]
@@ -186,9 +186,9 @@ def speed(repeats: int = 5) -> list[dict[str, Any]]:
     """
     everything = tuple(range(1, 1025))
     grids = {
-        "planner, batches 1..1024, decode": (everything, Workload(phase="decode", prompt=2047)),
-        "planner, the default batches, decode": (BATCHES, Workload(phase="decode", prompt=2047)),
-        "planner, the default batches, request": (BATCHES, Workload(prompt=1984, output=64)),
+        "planner, batches 1..1024, decode": (everything, Job(phase="decode", prompt=2047)),
+        "planner, the default batches, decode": (BATCHES, Job(phase="decode", prompt=2047)),
+        "planner, the default batches, request": (BATCHES, Job(prompt=1984, output=64)),
     }
     spaces = {k: (Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=b), w) for k, (b, w) in grids.items()}
     plan = search(*next(iter(spaces.values())))
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
+def _read(options: argparse.Namespace) -> tuple[Space, Job]:
     """The search that the options ask for."""
     if options.goal not in GOALS:
         raise InputError(f"goal={options.goal!r} must be one of {', '.join(GOALS)}")
@@ -302,7 +302,7 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
         return tuple(filter(None, (part.strip() for part in text.split(","))))
 
     try:
-        workload = Workload(phase=options.phase, prompt=prompt, output=1 if options.phase == "prefill" else output)
+        workload = Job(phase=options.phase, prompt=prompt, output=1 if options.phase == "prefill" else output)
         space = Space(
             model=options.model,
             slices=read_slices(options.slices, options.max_chips),

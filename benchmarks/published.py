@@ -30,7 +30,7 @@ from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published.fit import fit, leave_one_out
-from toruslab.partitioning.published.numbers import (
+from toruslab.partitioning.published.papers import (
     CALIBRATION,
     Published,
     Row,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from toruslab.benchmarks.cli import COMMANDS
 from toruslab.benchmarks.docs import compiled_page, loops_page, training_page
-from toruslab.benchmarks.explain import steps
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.models.presets import SUFFIXES
+from toruslab.partitioning.cost.explain import steps
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point

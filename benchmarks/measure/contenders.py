@@ -19,7 +19,7 @@ from toruslab.models.programs.training import Trainer
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.measured import Terms, terms, with_collectives
-from toruslab.partitioning.cost.sizes import Numbers
+from toruslab.partitioning.cost.sizes import PassSizes
 from toruslab.partitioning.cost.training import training_terms
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
@@ -106,7 +106,7 @@ def _terms(point: Point, chip: Chip) -> Terms[Any]:
     assert chip.machine
     if point.phase == "train":
         return training_terms(point, chip)
-    return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
+    return terms(point.layout_value, point.config.block, point.mesh_shape, PassSizes.of([point]), chip.machine)
 
 
 def prepare(point: Point, seed: int, text: str, chip: Chip | None = None) -> Contender:

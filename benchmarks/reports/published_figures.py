@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate_many
 from toruslab.partitioning.cost.forward import Constants
 from toruslab.partitioning.plan.point import Point
-from toruslab.partitioning.published.numbers import Row, figure_3_bytes, figure_7_point, mfu_of
+from toruslab.partitioning.published.papers import figure_3_bytes, figure_7_point, mfu_of
 
 PICTURES = ("predicted", "figure_3", "figure_6", "figure_7")
 

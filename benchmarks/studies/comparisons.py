@@ -29,7 +29,7 @@ from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import longest_context
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published import closed_forms
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 from toruslab.partitioning.torus.chip import chip
 
 BLOCKS: dict[str, tuple[str, ...]] = {"parallel": (), "serial": ("-serial",)}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
 from toruslab.serving.simulation.scenario import Scenario, Server, highest_rate

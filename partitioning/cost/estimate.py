@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 
 from toruslab.partitioning.cost.forward import Constants, Estimate, price
-from toruslab.partitioning.cost.sizes import Numbers
+from toruslab.partitioning.cost.sizes import PassSizes
 from toruslab.partitioning.cost.training import training_estimate
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import Slice
@@ -49,7 +49,7 @@ def estimate_many(
         together.setdefault(key, []).append(i)
     for (slice_, mesh, layout, block, _), members in together.items():
         group = [points[i] for i in members]
-        numbers = Numbers.of(group)
+        numbers = PassSizes.of(group)
         cost = price(layout, block, Slice.parse(slice_), mesh, numbers, constants, overlap=overlap, detail=True)
         for row, i in enumerate(members):
             found[i] = cost.at(row, points[i])

@@ -33,8 +33,8 @@ import numpy as np
 
 from toruslab.partitioning.cost.measured import Moved, terms
 from toruslab.partitioning.cost.memory import held_bytes, matmuls
-from toruslab.partitioning.cost.sizes import Numbers
-from toruslab.partitioning.cost.traffic import Entry, Recipe, recipe
+from toruslab.partitioning.cost.sizes import PassSizes
+from toruslab.partitioning.cost.traffic import Coefficients, Entry, coefficients
 from toruslab.partitioning.layouts.layout import Axes, Layout
 from toruslab.partitioning.layouts.moves import LANES, SUBLANES
 from toruslab.partitioning.plan.point import Point
@@ -177,7 +177,7 @@ def price(
     block: str,
     slice_: Slice,
     mesh: Shape,
-    numbers: Numbers,
+    numbers: PassSizes,
     constants: Constants | None = None,
     *,
     overlap: bool = True,
@@ -194,7 +194,7 @@ def price(
         constants, overlap: see `estimate`.
         detail: list the collectives, too.
     """
-    plan = recipe(layout, block, slice_, mesh, overlap)
+    plan = coefficients(layout, block, slice_, mesh, overlap)
     chip_ = chip(slice_.chip)
     if chip_.machine:
         return _measured(plan, layout, block, mesh, numbers, chip_)
@@ -302,7 +302,7 @@ def _tile(chip_: Chip) -> tuple[int, int]:
     return (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)
 
 
-def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers, chip_: Chip) -> Cost:
+def _measured(plan: Coefficients, layout: Layout, block: str, mesh: Shape, n: PassSizes, chip_: Chip) -> Cost:
     """The same from a machine that was measured."""
     assert chip_.machine
     found = terms(layout, block, mesh, n, chip_.machine)
@@ -324,7 +324,7 @@ def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers,
     )
 
 
-def _listed(plan: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
+def _listed(plan: Coefficients, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
     """Every collective with its bytes and seconds."""
     found = []
     for e in plan.entries:

@@ -23,7 +23,7 @@ from toruslab.partitioning.cost.memory import matmuls
 from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
 from toruslab.partitioning.layouts.rings import loops
 from toruslab.partitioning.plan.plan import stages
-from toruslab.partitioning.torus.calibrated import AT, At, Machine
+from toruslab.partitioning.torus.calibrated import DIMENSIONS, Machine
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
@@ -42,7 +42,7 @@ class Moved:
     scope: str
     kind: str
     axes: Axes
-    at: At
+    at: str
     n_group: int
     other_split: int
     dims: tuple[str, ...]
@@ -93,7 +93,7 @@ def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
                     scope=stage.scope,
                     kind=kind,
                     axes=tuple(a for a in axes if sizes[a] > 1),
-                    at=AT[min(max(dim, 0), 1)],
+                    at=DIMENSIONS[min(max(dim, 0), 1)],
                     n_group=sizes[axes[0]] if kind == "collective-permute" else k,
                     other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
                     dims=tuple(d for d in stage.dims if d != "n"),
@@ -142,7 +142,7 @@ def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> 
         layout: made for the mesh, with a plan.
         block: `parallel` or `serial`.
         mesh: extents.
-        n: the sizes of the passes (`partitioning.cost.sizes.Numbers`).
+        n: the sizes of the passes (`partitioning.cost.sizes.PassSizes`).
         machine: what was measured.
     """
     dtypes = [DTYPES[int(w)] for w in np.unique(n.weight)]
@@ -243,7 +243,7 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     )
 
 
-def collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+def collective_s(machine: Machine, kind: str, k: int, at: str, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
     """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
     measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
     if kind == "collective-permute":

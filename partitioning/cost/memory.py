@@ -14,7 +14,7 @@ from toruslab.models.attention_blocks import block_size
 from toruslab.partitioning.layouts.moves import INT8_SUBLANES
 
 if TYPE_CHECKING:
-    from toruslab.partitioning.cost.sizes import Numbers
+    from toruslab.partitioning.cost.sizes import PassSizes
 
 
 def matmuls(block: str) -> tuple[tuple[str, str, str, str], ...]:
@@ -29,7 +29,7 @@ def held_bytes(
     splits: Mapping[tuple[str, int], tuple[int, ...]],
     gathered: Mapping[str, float],
     block: str,
-    n: "Numbers",
+    n: "PassSizes",
     tile: tuple[int, int],
     *,
     together: bool = False,
@@ -61,7 +61,7 @@ def held_bytes(
     return n.n_layers * (at_rest + scales + cache) + table + working_bytes(splits, block, n, most)
 
 
-def working_bytes(splits: Mapping[tuple[str, int], tuple[int, ...]], block: str, n: "Numbers", gathered: Any) -> Any:
+def working_bytes(splits: Mapping[tuple[str, int], tuple[int, ...]], block: str, n: "PassSizes", gathered: Any) -> Any:
     """Bytes per chip of the activations and gathered weights that live at once, where they are most.
 
     Besides the residual stream, each step holds what goes in and what comes out: into the input projection (its input

@@ -27,13 +27,13 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.partitioning.cost.forward import Constants, constants_of, price
 from toruslab.partitioning.cost.limits import MOST, batch_step
-from toruslab.partitioning.cost.sizes import Numbers, model_numbers
+from toruslab.partitioning.cost.sizes import PassSizes, model_sizes
 from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries
 from toruslab.partitioning.layouts.variants import layout, parts_of
 from toruslab.partitioning.plan.plan import Pass, check
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS, Point
 from toruslab.partitioning.torus.chip import Chip, chip
-from toruslab.partitioning.torus.links import Kind, rate, rings
+from toruslab.partitioning.torus.links import CollectiveKind, rate, segments
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 
 Goal = Literal["latency", "cost", "batch"]
@@ -46,7 +46,7 @@ BATCHES = tuple(batch for batch in BATCHES if batch <= 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class Job:
     """What is to be served: `output` tokens for a prompt of `prompt`.
 
     Args:
@@ -181,7 +181,7 @@ class Plan:
     """
 
     space: Space
-    workload: Workload
+    workload: Job
     structures: Sequence[Structure]
     columns: Mapping[str, np.ndarray]
     rejected: Sequence[Rejected]
@@ -295,7 +295,7 @@ def placements(slice_: Slice) -> tuple[tuple[Slice, Shape], ...]:
     return (*found, *((each, mesh_shape(each)) for each in turned))
 
 
-def search(space: Space, workload: Workload, constants: Constants | None = None) -> Plan:
+def search(space: Space, workload: Job, constants: Constants | None = None) -> Plan:
     """Prices the whole space.
 
     Args:
@@ -308,7 +308,7 @@ def search(space: Space, workload: Workload, constants: Constants | None = None)
 
     Example: a decode step of PaLM 540B at 512 sequences: two-dimensional weights and attention over the batch.
         >>> plan = search(Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)),
-        ...               Workload(phase="decode", prompt=2047))
+        ...               Job(phase="decode", prompt=2047))
         >>> point = plan.points(plan.order("cost")[0])["decode"]
         >>> point.layout, point.attention
         ('ws2d', 'batch')
@@ -329,15 +329,15 @@ class _Priced:
 class _Search:
     """One run of `search`: the tallies and the blocks of options found so far."""
 
-    def __init__(self, space: Space, workload: Workload, constants: Constants | None):
+    def __init__(self, space: Space, workload: Job, constants: Constants | None):
         self.space, self.workload, self.constants = space, workload, constants
         self.config = space.config
-        self.model_row = model_numbers(self.config)
+        self.model_row = model_sizes(self.config)
         self.batches = np.array(space.batches, np.int64)
         self.structures: list[Structure] = []
         self.blocks: list[dict[str, Any]] = []
         self.rejected: dict[str, Rejected] = {}
-        self.numbers: dict[int, tuple[np.ndarray, Numbers]] = {}
+        self.numbers: dict[int, tuple[np.ndarray, PassSizes]] = {}
         self.n_points = self.n_priced = self.n_considered = self.n_pairs_refused = 0
 
     def run(self) -> Plan:
@@ -391,7 +391,7 @@ class _Search:
         where = {"slice": str(slice_), "mesh": "x".join(map(str, mesh))}
         try:
             if chip_.wrap != "switch":
-                rings(AXES, mesh, chip_, mesh_shape(slice_))
+                segments(AXES, mesh, chip_, mesh_shape(slice_))
         except ValueError as error:
             self._reject("the mesh cannot be laid over the slice", self._per_phase * len(phases), where, str(error))
             return
@@ -455,14 +455,14 @@ class _Search:
             if fits[i].any():
                 yield phase, _Priced(index=len(self.structures) - 1, structure=s, seconds=seconds[i], held=bytes_[i])
 
-    def _numbers(self, step: int) -> tuple[np.ndarray, Numbers]:
+    def _numbers(self, step: int) -> tuple[np.ndarray, PassSizes]:
         """Which batches a step divides, and all passes with them as [phase, weights, batch]."""
         if step not in self.numbers:
             columns = np.flatnonzero(self.batches % step == 0)
             phases = [(self.workload.sizes(phase), phase) for phase in self.workload.phases]
             self.numbers[step] = (
                 columns,
-                Numbers.join(
+                PassSizes.join(
                     self.model_row,
                     batch=self.batches[columns].astype(float),
                     length=np.array([[[sizes["length"]]] for sizes, _ in phases], float),
@@ -574,7 +574,7 @@ def _handoff(src: Layout, dst: Layout, slice_: Slice, mesh: Shape) -> tuple[floa
     axes = tuple(a for a in AXES if a in left)
     k = math.prod(sizes[a] for a in axes)
     share = (1 - 1 / k) / math.prod(sizes[a] for each in new for a in each)
-    kind: Kind = "all-to-all" if left & {a for each in new for a in each} else "all-gather"
+    kind: CollectiveKind = "all-to-all" if left & {a for each in new for a in each} else "all-gather"
     chip_ = chip(slice_.chip)
     dims = None if chip_.wrap == "switch" else mesh_shape(slice_)
     return share, *rate(kind, axes, mesh, chip_, dims)

@@ -15,7 +15,7 @@ from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
 from toruslab.partitioning.layouts.rings import Loop, before, loops, sends
 from toruslab.partitioning.plan.plan import stages
 from toruslab.partitioning.torus.chip import Chip, chip
-from toruslab.partitioning.torus.links import rate, ring_step
+from toruslab.partitioning.torus.links import permute_rate, rate
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice
 
 Where = str | tuple[str, str]
@@ -51,7 +51,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Looped:
+class LoopedMatmul:
     """A matmul with a looped collective: what of the latter its pieces can hide, and what the pieces cost.
 
     Args:
@@ -81,7 +81,7 @@ def _entries_of(
             split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
             sent = kind == "collective-permute"
             if sent:
-                per_byte, hops = ring_step(axes[0], mesh, chip_, dims, ways=stage.ways)
+                per_byte, hops = permute_rate(axes[0], mesh, chip_, dims, ways=stage.ways)
             else:
                 per_byte, hops = rate(
                     move.kind, axes, mesh, chip_, dims, one_way=is_weight and overlap and not layout.prefetch
@@ -113,7 +113,7 @@ def _entries_of(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Coefficients:
     """What layout, block, slice and mesh decide about the cost, worked out once.
 
     Args:
@@ -134,11 +134,11 @@ class Recipe:
     entries: tuple[Entry, ...]
     moving: Mapping[tuple[Where, str, tuple[str, ...]], float]
     fixed: Mapping[Where, tuple[int, float, int]]
-    looped: Mapping[tuple[str, str], Looped]
+    looped: Mapping[tuple[str, str], LoopedMatmul]
 
 
 @functools.lru_cache(maxsize=65536)
-def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool) -> Recipe:
+def coefficients(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool) -> Coefficients:
     """Of a layout on a mesh.
 
     Raises:
@@ -176,7 +176,7 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
         for loop in loop_of.values()
         if (loop.name, suffix) != ("w_kv", "_mlp")
     }
-    return Recipe(
+    return Coefficients(
         chip=chip_,
         splits=splits(layout, mesh),
         gathered=gathered,
@@ -187,14 +187,14 @@ def recipe(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap: bool
     )
 
 
-def _looped(loop: Loop, ways: int, sizes: Mapping[str, int]) -> Looped:
+def _looped(loop: Loop, ways: int, sizes: Mapping[str, int]) -> LoopedMatmul:
     k = loop.move.group(sizes)
     if loop.move.kind == "reduce-scatter":  # halves, and the weight's columns (or x's rows) cut
         pieces = len(list(sends("reduce-scatter", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 2
-        return Looped(hides=1 - 1 / pieces, inputs=pieces if loop.move.target == 1 else 1, sums=0)
+        return LoopedMatmul(hides=1 - 1 / pieces, inputs=pieces if loop.move.target == 1 else 1, sums=0)
     pieces = len(list(sends("all-gather", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 1
     contracts = (loop.name == "g") == (loop.move.source == 1)
-    return Looped(hides=1 - 1 / k, inputs=1 if contracts else pieces, sums=pieces - 1 if contracts else 0)
+    return LoopedMatmul(hides=1 - 1 / k, inputs=1 if contracts else pieces, sums=pieces - 1 if contracts else 0)
 
 
 def _torus(slice_: Slice, chip_: Chip) -> tuple[int, ...] | None:

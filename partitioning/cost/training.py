@@ -26,8 +26,8 @@ from toruslab.models.attention_blocks import BLOCK
 from toruslab.partitioning.cost.forward import CollectiveCost, Constants, Estimate, constants_of, price
 from toruslab.partitioning.cost.measured import Terms, collective_s, splits, terms
 from toruslab.partitioning.cost.memory import matmuls, working_bytes
-from toruslab.partitioning.cost.sizes import Numbers
-from toruslab.partitioning.cost.traffic import recipe
+from toruslab.partitioning.cost.sizes import PassSizes
+from toruslab.partitioning.cost.traffic import coefficients
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.ownership import owned
 from toruslab.partitioning.plan.plan import Planned, letters, parameters, plan
@@ -35,7 +35,7 @@ from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
 from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.chip import Chip, chip
-from toruslab.partitioning.torus.links import rate, ring_step
+from toruslab.partitioning.torus.links import permute_rate, rate
 from toruslab.partitioning.torus.mesh import AXES, Slice
 
 LOSS_PASSES, UPDATE_PASSES = 4, 7
@@ -95,10 +95,10 @@ def _bounds(measured: Terms[Planned]) -> dict[str, Any]:
     }
 
 
-def _forward(point: Point) -> Numbers:
+def _forward(point: Point) -> PassSizes:
     """The sizes of the forward pass of one part of the batch, with all logits."""
     rows = point.batch // point.accumulate
-    n = Numbers.of([dataclasses.replace(point, phase="prefill", batch=rows, accumulate=1, remat="layer")])
+    n = PassSizes.of([dataclasses.replace(point, phase="prefill", batch=rows, accumulate=1, remat="layer")])
     return dataclasses.replace(n, size={**n.size, "R": n.size["T"]})
 
 
@@ -200,7 +200,7 @@ def _seconds(
     """Of one execution."""
     torus = None if chip_.wrap == "switch" else (*slice_.dims, 1, 1)[: max(3, len(slice_.dims))]
     if p.kind == "collective-permute":
-        per_byte, hops = ring_step(p.axes[0], mesh, chip_, torus, ways=layout.rings)
+        per_byte, hops = permute_rate(p.axes[0], mesh, chip_, torus, ways=layout.rings)
     else:
         per_byte, hops = rate(p.kind, p.axes, mesh, chip_, torus, one_way=_is_weight(p) and overlap)
     start = 0.0 if p.rides else c["collective_s"] + hops * c["hop_s"]
@@ -239,7 +239,7 @@ def _part(shape: list[int], spec: Any, sizes: Mapping[str, int]) -> int:
     return math.prod(shape) // math.prod(parts)
 
 
-def _held(point: Point, n: Numbers, field: str, rung: int) -> float:
+def _held(point: Point, n: PassSizes, field: str, rung: int) -> float:
     """Elements of an activation that a chip holds, where its ladder begins (0) or ends (-1)."""
     dims = {"logits": "RV", "rows": "RE", "x": "TE"}[field]
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
@@ -253,7 +253,7 @@ def fits(point: Point) -> bool:
     return held_bytes(point, _forward(point)) <= chip(point.chip).hbm_bytes
 
 
-def held_bytes(point: Point, n: Numbers) -> int:
+def held_bytes(point: Point, n: PassSizes) -> int:
     """Bytes per chip at the peak of a step.
 
     All the time: the state (parameters; two moments, and beside bfloat16 master weights, float32, where they are
@@ -269,12 +269,12 @@ def held_bytes(point: Point, n: Numbers) -> int:
     return int(sum(v for k, v in parts.items() if k not in ("logits", "layer")) + max(parts["logits"], parts["layer"]))
 
 
-def held_parts(point: Point, n: Numbers) -> dict[str, float]:
+def held_parts(point: Point, n: PassSizes) -> dict[str, float]:
     """The parts of `held_bytes`."""
     layout, config = point.layout_value, point.config
     act = 4 if point.weights == "f32" else 2
     resting, mine = _resting_elements(point), _owned_elements(point)
-    found = recipe(layout, config.block, Slice.parse(point.slice), point.mesh_shape, True)
+    found = coefficients(layout, config.block, Slice.parse(point.slice), point.mesh_shape, True)
     used = {
         weight: float(np.ravel(n.size[inner] * n.size[outer])[0]) / math.prod(found.splits[weight, -1]) * act
         for inner, outer, weight, _ in matmuls(config.block)

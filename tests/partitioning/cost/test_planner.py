@@ -21,8 +21,8 @@ from toruslab.partitioning.cost.planner import (
     GOALS,
     PLANNED,
     Goal,
+    Job,
     Space,
-    Workload,
     pareto,
     placements,
     read_slices,
@@ -36,11 +36,11 @@ from toruslab.partitioning.torus.mesh import Slice
 
 MODEL = "palm-8b-4l"
 SMALL = Space(model=MODEL, slices=("v4:2x2x1", "v5e:2x4"), batches=(1, 3, 8, 64), weights=("bf16", "int8"))
-DECODE = Workload(phase="decode", prompt=1023)
-REQUEST = Workload(prompt=256, output=32)
+DECODE = Job(phase="decode", prompt=1023)
+REQUEST = Job(prompt=256, output=32)
 
 
-def brute(space: Space, workload: Workload, phase: str):
+def brute(space: Space, workload: Job, phase: str):
     """Every point of one phase that can be made and fits, with its estimate, one at a time."""
     for text in space.slices:
         for turned, mesh in placements(Slice.parse(text)):
@@ -72,7 +72,7 @@ def brute(space: Space, workload: Workload, phase: str):
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("goal", GOALS)
 def test_choice_is_that_of_brute_force(phase, goal):
-    workload = Workload(phase=phase, prompt=512)
+    workload = Job(phase=phase, prompt=512)
     found = search(SMALL, workload)
     every = [(p, e) for _, p, e in brute(SMALL, workload, phase)]
     assert len(found) == len(every) == found.n_considered
@@ -135,7 +135,7 @@ def test_front_is_what_no_point_dominates(points):
     assert pareto(latency, cost).tolist() == [not d for d in dominated]
 
 
-@pytest.mark.parametrize("workload", [DECODE, REQUEST, Workload(phase="prefill", prompt=100_000)])
+@pytest.mark.parametrize("workload", [DECODE, REQUEST, Job(phase="prefill", prompt=100_000)])
 def test_rejected_and_considered_are_all(workload):
     space = Space(
         model="llama-2-13b",
@@ -180,16 +180,14 @@ def test_weights_rest_in_the_same_places_for_all_but_ws1d_and_replicated():
 
 def best(phase: str, batch: int, size: int, goal: Goal = "latency", **changed) -> Point:
     space = Space(**{"model": "palm-540b-h64", "slices": ("v4:4x4x4",), "batches": (batch,), **changed})
-    found = search(space, Workload(phase=phase, prompt=size))
+    found = search(space, Job(phase=phase, prompt=size))
     return found.points(found.order(goal)[0])[phase]
 
 
 def test_known_answers_for_540b_on_64_chips():
     decode = best("decode", 512, 2047)
     assert (decode.layout, decode.attention) == ("ws2d", "batch")
-    found = search(
-        Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)), Workload(phase="decode", prompt=2047)
-    )
+    found = search(Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)), Job(phase="decode", prompt=2047))
     fastest: dict[str, float] = {}
     for structure, latency in zip(found.columns["decode"], found.columns["latency_s"], strict=True):
         label = found.structures[structure].label
