@@ -5,10 +5,11 @@ Also files of points, and how a point is named in a heading.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from toruslab.benchmarks.runs.options import InputError, read_lines, refused
+from toruslab.benchmarks.runs.options import InputError, at_least, read_lines, refused
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.plan.plan import REMAT
 from toruslab.partitioning.plan.point import CACHES, PHASES, WEIGHTS, Point
@@ -113,6 +114,27 @@ def of_file(where: str, check: Callable[[Point], object] = lambda point: None) -
             yield number, known[text]
         except ValueError as error:
             yield number, error
+
+
+def read_text(points: Sequence[Point], where: str | None, seed: int) -> str:
+    """The text of `--text`, from which the prompts of all points are drawn.
+
+    Raises:
+        InputError: it cannot be read or is too short, or a model's vocabulary lacks bytes.
+    """
+    with refused():
+        text = corpus.read(where)
+        smallest = min(p.config.vocab for p in points)
+        if smallest < byte_ids.VOCAB:
+            raise ValueError(f"vocab={smallest} of the model is smaller than the byte tokenizer's {byte_ids.VOCAB}")
+        corpus.prompts(1, max(p.length for p in points), seed, text)
+    return text
+
+
+def add_text(p: argparse.ArgumentParser) -> None:
+    """Adds `--text` and `--seed`."""
+    p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of weights and prompts (default: %(default)s)")
 
 
 def _refuse_beside(what: str, options: argparse.Namespace, names: tuple[str, ...]) -> None:

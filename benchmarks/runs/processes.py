@@ -3,6 +3,7 @@
 Processes are local ones that this module starts, or one on every host of a slice. All of them run the same program.
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -12,13 +13,34 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.options import InputError, at_least
 from toruslab.partitioning.torus.mesh import Shape, Slice, attach
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
+
+
+def add_mesh(p: argparse.ArgumentParser) -> None:
+    """Adds `--slice`, `--mesh`, `--platform` and `--processes`, for commands that measure on a mesh."""
+    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order (default: %(default)s)")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: cpu or gpu as the slice says, else tpu")
+    p.add_argument(
+        "--processes", type=at_least(1), default=1, help="local processes over one mesh (default: %(default)s)"
+    )
+
+
+def must_start(n_processes: int, n_chips: int) -> bool:
+    """Whether this process must start the others, and not take part itself.
+
+    Raises:
+        InputError: the chips cannot be shared out among so many.
+    """
+    if n_chips % n_processes:
+        raise InputError(f"processes={n_processes} does not divide the {n_chips} chips of the slice")
+    return n_processes > 1 and not is_started()
 
 
 def start_locally(module: str, argv: Sequence[str], n: int) -> int:
@@ -126,6 +148,13 @@ def speaks() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether this process has all devices: a profile of a part of them would not be one of the step."""
+    import jax
+
+    return jax.process_count() == 1
 
 
 def all_agree(value: bool) -> bool:

@@ -45,12 +45,12 @@ class Progress:
 
     def advance(self, n: int = 1, what: str | None = None) -> None:
         """`n` more steps are done; `what` names the next one."""
-        self.reach(self._done + n, what)
+        self.reach(self._done + n, self._total, what)
 
-    def reach(self, done: int, what: str | None = None) -> None:
-        """`done` steps are done in all."""
-        self._done, self._what = done, self._what if what is None else what
-        self.bar.update(self._task, completed=done, description=self._what)
+    def reach(self, done: int, total: int | None, what: str | None = None) -> None:
+        """`done` of `total` steps are done."""
+        self._done, self._total, self._what = done, total, self._what if what is None else what
+        self.bar.update(self._task, completed=done, total=total, description=self._what)
 
     def line(self) -> str:
         """What is being done, how many of how many, the time so far and the time left."""
