@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from toruslab.benchmarks.reports.published_figures import write
+from toruslab.benchmarks.reports.figures import write
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded

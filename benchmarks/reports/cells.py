@@ -10,9 +10,9 @@ Pure Python; touches neither JAX nor the disk.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from toruslab.benchmarks.runs.rows import Row
+
 COMPARATORS = ("replicated", "auto")
 TERMS: tuple[str, ...] = ("matmul_s", "attention_s", "weights_s", "other_s", "collective_s", "dispatch_s")
 
@@ -31,7 +31,7 @@ def seconds(value: object) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Result:
     """One point with everything that is known of it."""
 
     point: Row
@@ -130,12 +130,12 @@ class Line:
         return name.startswith("wg") if name[:2] in ("ws", "wg") else None
 
 
-def groups(rows: Iterable[Row]) -> dict[str, list[Line]]:
+def groups(rows: Iterable[Row]) -> dict[str, list[Result]]:
     """Lines by cell, in the order of the rows. Of several rows of one source the last counts that did not fail."""
-    found: dict[str, dict[str, Line]] = {}
+    found: dict[str, dict[str, Result]] = {}
     for row in rows:
         point = row["point"]
-        line = Line(point=point, rows={})
+        line = Result(point=point, rows={})
         known = found.setdefault(title(point), {}).setdefault(line.label, line).rows
         if "error" not in row or "error" in known.get(row["source"], {"error": None}):
             known[row["source"]] = row
@@ -164,16 +164,16 @@ def _rest(point: Row) -> str:
     return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')}{cached} on {where}"
 
 
-def families(cells: dict[str, list[Line]]) -> dict[str, list[Line]]:
+def families(cells: dict[str, list[Result]]) -> dict[str, list[Result]]:
     """All lines by family, those of few tokens first."""
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[Result]] = {}
     for lines in cells.values():
         for line in lines:
             found.setdefault(line.family, []).append(line)
     return {name: sorted(lines, key=lambda x: x.tokens) for name, lines in found.items()}
 
 
-def labels(lines: Iterable[Line]) -> list[str]:
+def labels(lines: Iterable[Result]) -> list[str]:
     """Layout/attention of the lines, each once."""
     return list(dict.fromkeys(x.label for x in lines))
 

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.models.weights import byte_ids, corpus
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import jax
     from flax import nnx
 
-Row = dict[str, Any]
 VARIANTS = {"float": (False, False), "int8 weights": (True, False), "int8 cache": (False, True), "both": (True, True)}
 """What is int8: weights, cache."""
 
