@@ -72,9 +72,7 @@ def parser() -> Parser:
     p.add_argument("--quick", action="store_true", help="one decode and one prefill cell, few repeats: under a minute")
     p.add_argument("--points", help="a file of JSON points, one a line (- for standard input), instead of the grid")
     point_options.add_text(p)
-    p.add_argument(
-        "--repeats", type=at_least(1), default=20, help="times each step is timed (default: %(default)s)"
-    )
+    p.add_argument("--repeats", type=at_least(1), default=20, help="times each step is timed (default: %(default)s)")
     p.add_argument(
         "--budget", type=seconds, default=1.5, metavar="S", help="seconds of timing per point (default: %(default)s)"
     )
@@ -176,9 +174,7 @@ class _Bench:
         text: to take the tokens from.
     """
 
-    def __init__(
-        self, options: argparse.Namespace, folder: run_folder.RunFolder | None, chip: Chip | None, text: str
-    ):
+    def __init__(self, options: argparse.Namespace, folder: run_folder.RunFolder | None, chip: Chip | None, text: str):
         self.options, self.folder, self.chip, self.text = options, folder, chip, text
         self.environment = environment(options.seed)
 

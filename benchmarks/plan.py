@@ -153,7 +153,9 @@ def _parser() -> Parser:
     p.add_argument("--output", type=int, default=64, help="generated tokens, as many decode steps (default: 64)")
     p.add_argument("--context", type=int, help="decode only: the one context of the step, instead of prompt and output")
     p.add_argument("--goal", type=one_of(GOALS), default="cost", help=", ".join(GOALS) + " (default: cost)")
-    p.add_argument("--max-latency", type=seconds, metavar="S", help="seconds of the phase: request, prefill or one step")
+    p.add_argument(
+        "--max-latency", type=seconds, metavar="S", help="seconds of the phase: request, prefill or one step"
+    )
     p.add_argument("--max-step", type=seconds, metavar="S", help="seconds of one decode step, also within a request")
     p.add_argument("--batches", help="such as 1,2,4 or 1..64 (default: to 1024, sixteen to a doubling)")
     p.add_argument("--weights", default="bf16,int8", help="(default: bf16,int8)")

@@ -139,9 +139,7 @@ def totals(found: Mapping[str, Any], analytic: Mapping[str, float] | None = None
         found: `Profile.to_json`.
         analytic: kind -> seconds of a step by a model, for a column beside; also of `between`, `dispatch` and `step`.
     """
-    listing = output.table(
-        ("kind", *NUMBERS, *(["analytic ms"] if analytic is not None else [])), title="by kind"
-    )
+    listing = output.table(("kind", *NUMBERS, *(["analytic ms"] if analytic is not None else [])), title="by kind")
     lines = {kind: _numbers(spent, found) for kind, spent in found["by_kind"].items()}
     work = _ms(sum(spent["work_s"] for spent in found["by_kind"].values()))
     for name, key in (("between", "between_s"), ("dispatch", "dispatch_s"), ("step", "mean_s")):

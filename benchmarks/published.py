@@ -21,7 +21,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from toruslab.benchmarks.reports.figures import write
+from toruslab.benchmarks.reports import figures as pictures
+from toruslab.benchmarks.reports.style import sheets
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if constants:
             _show_constants(constants, console)
     if folder:
-        output.written(write(rows, folder, constants))
+        output.written(run_folder.save(folder, "rows", rows, sheets(*pictures.published(rows, constants))))
     for line, reason in refused.items():
         print(f"error: {name}, line {line}: {reason}", file=sys.stderr)
     return 1 if refused else 0

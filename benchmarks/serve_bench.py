@@ -39,9 +39,7 @@ RATES, TIMELINES = "rates.json", "timeline"
 def parser() -> Parser:
     """The options."""
     p = Parser("toruslab serve-bench", __doc__)
-    serving_options.add(
-        p, model="toy", attention="heads", weights="f32", max_bs=16, most_bs=MOST["max_bs"]
-    )
+    serving_options.add(p, model="toy", attention="heads", weights="f32", max_bs=16, most_bs=MOST["max_bs"])
     p.add_argument("--checkpoint", metavar="DIR", help="model and weights from a folder, as in generate")
     p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages (default: %(default)s)")
     p.add_argument("--mesh", help="extents of one stage's mesh (default: the slice's, one extent of it cut)")
@@ -115,9 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(options, folder, setting)
         if not failed:
             folder.finish()
-    return output.failures(
-        failed, lambda row: f"{row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: "
-    )
+    return output.failures(failed, lambda row: f"{row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: ")
 
 
 def _check_memory(setting: ServingSetting) -> None:

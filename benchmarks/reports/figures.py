@@ -14,7 +14,7 @@ from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate_many
 from toruslab.partitioning.cost.forward import Constants
 from toruslab.partitioning.plan.point import Point
-from toruslab.partitioning.published.numbers import figure_3_bytes, figure_7_point, mfu_of
+from toruslab.partitioning.published.papers import figure_3_bytes, figure_7_point, mfu_of
 
 PUBLISHED = ("predicted", "figure_3", "figure_6", "figure_7")
 """The names of `published`'s pictures."""

@@ -100,7 +100,9 @@ def read_file(
     return points, n_refused
 
 
-def of_file(where: str, check: Callable[[Point], object] = lambda point: None) -> Iterator[tuple[int, Point | ValueError]]:
+def of_file(
+    where: str, check: Callable[[Point], object] = lambda point: None
+) -> Iterator[tuple[int, Point | ValueError]]:
     """Every line of a file by its number: a point, or why it is none. Equal lines are read once."""
     known: dict[str, Point] = {}
     for number, text in read_lines("points", where):

@@ -53,9 +53,7 @@ def pattern(options: argparse.Namespace) -> Pattern:
         return arrivals(options.arrivals, options.requests)
 
 
-def rates(
-    options: argparse.Namespace, when: Pattern, least: float, most: float, rule: str
-) -> tuple[float, ...] | None:
+def rates(options: argparse.Namespace, when: Pattern, least: float, most: float, rule: str) -> tuple[float, ...] | None:
     """Requests per second, ascending: those of `--rates`, or the one that the arrivals have themselves.
 
     Args:

@@ -19,7 +19,7 @@ from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row, line
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
 from toruslab.serving.simulation.scenario import Scenario, Server, highest_rate

@@ -1,7 +1,7 @@
 """How fast the planner prices points, beside a plain loop of the same cost model. Touches no device.
 
-    python -m benchmarks.studies.planner_speed
-    python -m benchmarks.studies.planner_speed --json
+python -m benchmarks.studies.planner_speed
+python -m benchmarks.studies.planner_speed --json
 """
 
 import statistics
