@@ -165,6 +165,7 @@ def _parser() -> Parser:
     p.add_argument("--top", type=at_least(1), default=10, help="options of the ranking (default: 10)")
     p.add_argument("--out", type=Path, help="folder for plan.svg, plan.png and plan.jsonl")
     p.add_argument("--json", action="store_true", help="one JSON object a line: ranking, front, refused, summary")
+    p.add_moved("--speed", "planner_speed")
     return p
 
 

@@ -73,6 +73,7 @@ def parser() -> Parser:
     p.add_argument("--capacity", action="store_true", help="the highest rate at which 90%% keep within --limits")
     p.add_argument("--timeline", type=path, metavar="FILE", help="of a single run, for ui.perfetto.dev")
     p.add_argument("--out", type=path, help="folder for rows and pictures")
+    p.add_moved("--figure", "orca")
     return p
 
 

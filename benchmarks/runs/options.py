@@ -47,6 +47,10 @@ class Parser(argparse.ArgumentParser):
         """Refuses."""
         raise InputError(f"{message} ({self.prog} --help)")
 
+    def add_moved(self, option: str, study: str) -> None:
+        """An option that has become a study: refused with the name of the study."""
+        self.add_argument(option, action=_Moved, nargs="*", const=study, help=argparse.SUPPRESS)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
             return super()._get_value(action, arg_string)
@@ -64,6 +68,11 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**dict.fromkeys(names, nothing))
         found = vars(self.parse_args(argv))
         return {dest: name for dest, name in names.items() if found.get(dest, nothing) is not nothing}
+
+
+class _Moved(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        raise InputError(f"{option_string} is a study now: run python -m benchmarks.studies.{self.const}")
 
 
 def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
