@@ -4,8 +4,6 @@ import io
 import sys
 import threading
 
-import pytest
-
 from toruslab.benchmarks.runs.progress import Progress, progress
 
 WAIT_S = 60
@@ -26,22 +24,24 @@ class Listener(io.StringIO):
         return written
 
 
-@pytest.fixture
-def stderr(monkeypatch) -> Listener:
+def listened(monkeypatch) -> Listener:
+    """Standard error from now on; pytest sets its own between the phases of a test, so this is no fixture."""
     listener = Listener()
     monkeypatch.setattr(sys, "stderr", listener)
     return listener
 
 
-def test_one_long_step_is_not_silent(stderr):
+def test_one_long_step_is_not_silent(monkeypatch):
     """The step waits for the line about itself."""
+    stderr = listened(monkeypatch)
     with progress("toruslab bench", every_s=0.01, what="compiling"):
         assert stderr.heard.wait(WAIT_S)
     first = stderr.getvalue().splitlines()[0]
     assert first.startswith("toruslab bench: compiling, 0:") and first.endswith("so far")
 
 
-def test_a_line_says_how_many_of_how_many_and_the_time_left(stderr):
+def test_a_line_says_how_many_of_how_many_and_the_time_left(monkeypatch):
+    stderr = listened(monkeypatch)
     with progress("toruslab bench", every_s=0.01, what="points", total=26) as work:
         work.advance(13, "decode ws2d/batch")
         stderr.heard.clear()
@@ -51,7 +51,8 @@ def test_a_line_says_how_many_of_how_many_and_the_time_left(stderr):
     assert last.startswith("toruslab bench: decode ws2d/batch, 13 of 26, 0:") and " left" in last
 
 
-def test_nothing_is_said_after_the_end_or_by_a_silent_process(stderr):
+def test_nothing_is_said_after_the_end_or_by_a_silent_process(monkeypatch):
+    stderr = listened(monkeypatch)
     with progress("toruslab bench", every_s=0.01, what="points"):
         pass
     said = stderr.getvalue()
