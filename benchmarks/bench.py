@@ -24,8 +24,8 @@ from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS
 from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, path, seconds
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, environment, failure
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.plan.point import CACHES, Point
 from toruslab.partitioning.torus.chip import Chip
 from toruslab.partitioning.torus.mesh import AXES, Slice

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from toruslab.benchmarks.measure import chip_file
 from toruslab.benchmarks.measure.calibration import OUT, REPEATS, calibrate, save
+from toruslab.benchmarks.reports import calibration_tables
 from toruslab.benchmarks.runs import output, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, refused
 from toruslab.benchmarks.runs.progress import progress
@@ -64,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.print_rows(map(chip_file.entry, machine.samples))
     else:
         console = output.console()
-        chip_file.show(machine, console)
+        calibration_tables.show(machine, console)
         if sheet := chip_file.data_sheet(mesh.devices.flat[0].device_kind):
-            console.print(chip_file.against(machine, sheet))
+            console.print(calibration_tables.against(machine, chip_file.memory_rate(machine)[0], sheet))
         print(path)
     return 0
 

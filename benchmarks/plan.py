@@ -38,9 +38,9 @@ def row(plan: Plan, i: int) -> dict[str, Any]:
     for phase, point in points.items():
         found = estimate(point)
         by_phase[phase] = {k: getattr(found, k) for k in ("compute_s", "memory_s", "collective_s", "bound", "mfu")}
-        times = plan.workload.output if (phase, plan.workload.phase) == ("decode", "request") else 1
+        times = plan.job.output if (phase, plan.job.phase) == ("decode", "request") else 1
         useful_s += times * found.mfu * found.latency_s
-    request = plan.workload.phase == "request"
+    request = plan.job.phase == "request"
     alone = {} if request else {"point": next(iter(points.values())).to_json()}
     parts = {k: column[k] for k in ("prefill_s", "step_s", "handoff_s")} if request else {}
     return {
@@ -67,7 +67,7 @@ def front_of(plan: Plan) -> list[int]:
 
 def show(plan: Plan, ranked: Sequence[dict], front: Sequence[dict], goal: str, console: Console) -> None:
     """Prints the ranking, the front and the refused."""
-    w = plan.workload
+    w = plan.job
     what = {
         "request": f"request of {w.prompt} + {w.output} tokens",
         "prefill": f"prefill of {w.prompt} tokens",
@@ -94,10 +94,10 @@ def show(plan: Plan, ranked: Sequence[dict], front: Sequence[dict], goal: str, c
     )
 
 
-def _table(title: str, rows: Sequence[dict], workload: Job) -> Table:
-    request = workload.phase == "request"
+def _table(title: str, rows: Sequence[dict], job: Job) -> Table:
+    request = job.phase == "request"
     table = Table(title=title, title_justify="left", title_style="bold")
-    names = ["slice", "mesh", "batch", "weights", *(f"{p} layout" for p in workload.phases), "latency"]
+    names = ["slice", "mesh", "batch", "weights", *(f"{p} layout" for p in job.phases), "latency"]
     names += ["prefill", "step"] if request else []
     for name in (*names, "chip-ms/token", "MFU", "GiB/chip", "front"):
         table.add_column(name, justify="left" if name in ("slice", "mesh") or "layout" in name else "right")
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _why(plan: Plan) -> str:
     if len(plan):
         fastest, step = plan.columns["latency_s"].min(), plan.columns["step_s"].min()
-        steps = f", the fastest step {_seconds(step)}" if plan.workload.phase != "prefill" else ""
+        steps = f", the fastest step {_seconds(step)}" if plan.job.phase != "prefill" else ""
         return f"no option keeps within the limits; the fastest takes {_seconds(fastest)}{steps}"
     if plan.n_considered:
         return "no batch and mesh serves both phases; see the refused"

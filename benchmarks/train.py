@@ -26,12 +26,12 @@ from toruslab.benchmarks.runs.options import Parser, at_least, guarded, one_of, 
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:
-    from toruslab.benchmarks.measure.training_run import Run, Signals
+    from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
 
 def parser() -> Parser:
@@ -145,12 +145,12 @@ class _Training:
         self.loss = self.held_out = ""
 
     def run(self) -> int:
-        from toruslab.benchmarks.measure.training_run import Run, Signals
+        from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
         signals, options = Signals(), self.options
         with progress("toruslab train", speaks=processes.speaks(), what="compiling") as self.work:
             with refused():
-                run = Run(
+                run = TrainingRun(
                     setting=self.setting,
                     texts=self.texts,
                     folder=options.out,
@@ -181,7 +181,7 @@ class _Training:
             self._conclude(final)
         return 0 if latest == run.step else 1
 
-    def _train(self, run: "Run", signals: "Signals") -> None:
+    def _train(self, run: "TrainingRun", signals: "Signals") -> None:
         self.work.begin("compiling", total=self.setting.steps, done=run.first)
         self.rate = lambda: run.tokens_per_s
         run.train(signals)

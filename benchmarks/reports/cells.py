@@ -10,8 +10,10 @@ Pure Python; touches neither JAX nor the disk.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from toruslab.benchmarks.runs.rows import Row
+if TYPE_CHECKING:  # rows are only annotated here: at run time their module would import JAX
+    from toruslab.benchmarks.runs.rows import Row
 
 COMPARATORS = ("replicated", "auto")
 TERMS: tuple[str, ...] = ("matmul_s", "attention_s", "weights_s", "other_s", "collective_s", "dispatch_s")
@@ -34,8 +36,8 @@ def seconds(value: object) -> float | None:
 class Result:
     """One point with everything that is known of it."""
 
-    point: Row
-    rows: dict[str, Row]
+    point: "Row"
+    rows: "dict[str, Row]"
 
     @property
     def label(self) -> str:
@@ -54,7 +56,7 @@ class Result:
     def is_auto(self) -> bool:
         return self.point.get("layout") == "auto"
 
-    def row(self, source: str) -> Row:
+    def row(self, source: str) -> "Row":
         """The row of a source; empty where there is none or the point failed."""
         found = self.rows.get(source, {})
         return {} if "error" in found else found
@@ -69,7 +71,7 @@ class Result:
         return next((f"{s}: {r['error']}" for s, r in self.rows.items() if "error" in r), None)
 
     @property
-    def _priced(self) -> Row:
+    def _priced(self) -> "Row":
         """The row that holds the prediction: of `auto`, which has no plan, the compiled one."""
         return self.row("compiled" if self.is_auto else "analytic")
 
@@ -113,7 +115,7 @@ class Result:
         return self.predicted_s / self.measured_s - 1 if self.predicted_s and self.measured_s else None
 
     @property
-    def collectives(self) -> list[Row]:
+    def collectives(self) -> "list[Row]":
         """The plan's collectives; of `auto`, which has no plan, the compiled program's own."""
         found = self._priced.get("collectives")
         rows = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
@@ -130,7 +132,7 @@ class Result:
         return name.startswith("wg") if name[:2] in ("ws", "wg") else None
 
 
-def groups(rows: Iterable[Row]) -> dict[str, list[Result]]:
+def groups(rows: "Iterable[Row]") -> dict[str, list[Result]]:
     """Lines by cell, in the order of the rows. Of several rows of one source the last counts that did not fail."""
     found: dict[str, dict[str, Result]] = {}
     for row in rows:
@@ -142,19 +144,19 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Result]]:
     return {name: list(lines.values()) for name, lines in found.items()}
 
 
-def title(point: Row) -> str:
+def title(point: "Row") -> str:
     """What the lines of a cell share."""
     length = point.get("length", 1)
     sizes = f"batch {point.get('batch', '?')}" + (f" x {length} tokens" if length > 1 else "")
     return f"{point.get('phase', '?')}, {sizes}{_rest(point)}"
 
 
-def family(point: Row) -> str:
+def family(point: "Row") -> str:
     """What cells share that differ in batch and length only."""
     return f"{point.get('phase', '?')}{_rest(point)}"
 
 
-def _rest(point: Row) -> str:
+def _rest(point: "Row") -> str:
     context = f", context {point['context']}" if point.get("context") else ""
     context += f", {point['steps_per_call']} steps a call" if point.get("steps_per_call", 1) != 1 else ""
     context += f", {point['accumulate']} parts" if point.get("accumulate", 1) != 1 else ""
@@ -194,7 +196,7 @@ class Traced:
     work_s: float | None
 
 
-def traced(profile: Row, collectives: Iterable[Row]) -> list[Traced]:
+def traced(profile: "Row", collectives: "Iterable[Row]") -> list[Traced]:
     """A profile's rows, each collective beside its price.
 
     Args:

@@ -24,7 +24,7 @@ def draw(plan: Plan, front: Sequence[int], chosen: int | None):
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel = figure.subplots()
     latency, cost = plan.columns["latency_s"], plan.columns["cost_chip_s_per_token"] * 1e3
-    used = plan.columns["decode" if plan.workload.phase != "prefill" else "prefill"]
+    used = plan.columns["decode" if plan.job.phase != "prefill" else "prefill"]
     sample = np.random.default_rng(0).permutation(len(plan))[:20000]
     panel.scatter(latency[sample], cost[sample], s=2, color="0.85", label="all options", rasterized=True)
     names = list(dict.fromkeys(s.asked for s in plan.structures))
@@ -38,19 +38,19 @@ def draw(plan: Plan, front: Sequence[int], chosen: int | None):
     panel.plot(latency[list(front)], cost[list(front)], "k--", lw=1, marker=".", ms=4, label="Pareto front")
     for wanted in np.geomspace(latency[front[0]], latency[front[-1]], 6):
         i = front[int(np.argmin(np.abs(np.log(latency[list(front)] / wanted))))]
-        names_ = [plan.structures[plan.columns[p][i]].label for p in plan.workload.phases]
+        names_ = [plan.structures[plan.columns[p][i]].label for p in plan.job.phases]
         text = ", ".join(names_) + f"\nB={plan.columns['batch'][i]} {plan.space.weights[plan.columns['weights'][i]]}"
         panel.annotate(text, (latency[i], cost[i]), textcoords="offset points", xytext=(-4, -20), fontsize=6)
     if chosen is not None:
         panel.plot(latency[chosen], cost[chosen], "r*", ms=12, label="chosen")
-    per = "prompt" if plan.workload.phase == "prefill" else "generated"
+    per = "prompt" if plan.job.phase == "prefill" else "generated"
     panel.margins(0.08)
     panel.set(
         xscale="log",
         yscale="log",
-        xlabel=f"latency of the {plan.workload.phase} (s)",
+        xlabel=f"latency of the {plan.job.phase} (s)",
         ylabel=f"cost (chip-milliseconds per {per} token)",
-        title=f"{plan.space.model}: {plan.workload.prompt} tokens of prompt, {plan.workload.output} of output",
+        title=f"{plan.space.model}: {plan.job.prompt} tokens of prompt, {plan.job.output} of output",
     )
     panel.grid(True, which="both", alpha=0.25)
     panel.legend(fontsize="small", ncols=2 if len(shown) > 12 else 1)

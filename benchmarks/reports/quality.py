@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from toruslab.benchmarks.reports.cells import Result, groups
-from toruslab.benchmarks.runs.rows import Row
+
+if TYPE_CHECKING:
+    from toruslab.benchmarks.runs.rows import Row
 
 TARGETS = {
     "median_error": ("median of |error|", "<=", 0.20),
@@ -132,7 +134,7 @@ def regret(lines: Iterable[Result]) -> Regret | None:
     return Regret(value=picked.measured_s / best.measured_s - 1, picked=picked.label, best=best.label)
 
 
-def quality(rows: Iterable[Row]) -> Quality:
+def quality(rows: "Iterable[Row]") -> Quality:
     """How good the predictions of these rows are."""
     cells = groups(rows)
     everything = [(name, x) for name, lines in cells.items() for x in lines if x.measured_s]

@@ -10,8 +10,8 @@ from typing import Any
 
 from toruslab.benchmarks.runs.options import InputError, at_least, read_lines, refused
 from toruslab.models.weights import byte_ids, corpus
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.plan.point import CACHES, PHASES, WEIGHTS, Point
 
 FIELDS = (

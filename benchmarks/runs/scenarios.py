@@ -19,9 +19,10 @@ from toruslab.partitioning.torus.chip import FITTED
 from toruslab.partitioning.torus.mesh import Slice
 from toruslab.serving.scheduling.policies import Policy, policy
 from toruslab.serving.scheduling.reservation import reservation
+from toruslab.serving.simulation.measured_times import StageTable
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
-from toruslab.serving.simulation.scenario import Scenario, Server
-from toruslab.serving.simulation.stage_table import StageTable
+from toruslab.serving.simulation.scenario import Scenario
+from toruslab.serving.simulation.simulator import Server, StageTimes
 from toruslab.serving.traffic.lengths import Fixed, Lengths, Quantiles, Uniform
 from toruslab.serving.traffic.traces import Pattern, Trace, trace
 from toruslab.serving.traffic.workload import Workload
@@ -142,12 +143,20 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
     if len({one.name for one in policies}) < len(policies):
         raise InputError(f"policies={options.policies!r} must be different ones")
     slices, layouts = _listed("slices", options.slices), _listed("layouts", options.layouts)
-    scheduled = functools.partial(
-        Server,
-        reservation=reservation(options.reservation),
-        in_flight=options.in_flight,
-        host_s=options.host_us * 1e-6,
-    )
+
+    def scheduled(times: StageTimes, n_stages: int, n_chips: int, max_bs: int, slots: int, chosen: Policy) -> Server:
+        return Server(
+            times=times,
+            n_stages=n_stages,
+            n_chips=n_chips,
+            max_bs=max_bs,
+            slots=slots,
+            policy=chosen,
+            reservation=reservation(options.reservation),
+            in_flight=options.in_flight,
+            host_s=options.host_us * 1e-6,
+        )
+
     common = {"model": options.model, "attention": options.attention, "weights": options.weights}
     made = functools.partial(Pipeline, **common | {"mesh": options.mesh, "cache": options.cache})
     longest, constants = _longest(lengths(options).prompt), _constants(options.constants)
@@ -158,17 +167,16 @@ def _cases(options: argparse.Namespace) -> Iterator[Case]:
         if slots is not None and slots > fitting:
             raise InputError(f"slots={slots} are more than the {fitting} that fit a chip of slice={pipeline.slice!r}")
         times = Pricing(pipeline, {**constants_of(pipeline.chip), **constants})
-        sizes = {"n_stages": pipeline.stages, "n_chips": pipeline.n_chips, "max_bs": max_bs}
-        return scheduled(times=times, slots=slots or fitting, policy=chosen, **sizes)
+        return scheduled(times, pipeline.stages, pipeline.n_chips, max_bs, slots or fitting, chosen)
 
     for slice_, layout, chosen in itertools.product(slices, layouts, policies):
         fields = {"model": options.model, "slice": slice_, "stages": options.stages, "layout": layout}
         fields |= {"attention": options.attention, "weights": options.weights, "policy": chosen.name}
         if table:
-            sizes = {"n_stages": table.n_stages, "n_chips": table.n_stages * Slice.parse(slice_).n_chips}
-            sizes |= {"max_bs": options.max_bs, "slots": options.slots}
             fields |= {"stages": table.n_stages, "source": "measured stage times"}
-            yield _case(fields, Scenario(server=scheduled(times=table, policy=chosen, **sizes)))
+            n_chips = table.n_stages * Slice.parse(slice_).n_chips
+            server = scheduled(table, table.n_stages, n_chips, options.max_bs, options.slots, chosen)
+            yield _case(fields, Scenario(server=server))
             continue
         pipeline = made(slice=slice_, stages=options.stages, layout=layout)
         server = priced(pipeline, options.max_bs, options.slots, chosen)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from toruslab.models.config import ModelConfig
-from toruslab.partitioning.plan.plan import model_letters
 from toruslab.partitioning.plan.point import WEIGHTS, Point
+from toruslab.partitioning.plan.tensors import model_letters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,3 +98,11 @@ def model_sizes(config: ModelConfig) -> dict[str, float]:
 def _model_row(config: ModelConfig) -> dict[str, float]:
     counts = {"n_layers": config.n_layers, "n_params": config.n_params, "tied": config.tied}
     return {**model_letters(config), **counts}
+
+
+def matmuls(block: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Of one layer: inner and outer dimension, the weight, and the ladder of its rows."""
+    found = [("E", "D", "w_kv", "x_kv")]
+    for s in ("",) if block == "parallel" else ("", "_mlp"):
+        found += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
+    return tuple(found)

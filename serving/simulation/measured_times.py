@@ -1,25 +1,128 @@
-"""Stage times of our own engine, from batches that it has run: what a simulation of this very engine needs.
+"""Stage times that were measured, in place of the analytic model: from a table, or from batches that our engine ran.
 
-A stage takes for a pass what passes of its form take (`serving.engine.engine` pads them to few forms), and more for every
-position that attention reads: of single tokens, and of pieces of prompts, each token of which reads them. A batch takes
-the sum over its passes. Fitted by least squares, nothing below zero.
+- `StageTable` interpolates rows of a file: seconds over tokens and context.
+- `MeasuredTimes` is fitted to batches of our own engine. A pass costs what passes of its form cost, and more for every
+  position that attention reads. A batch costs the sum over its passes.
 """
 
+import json
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from toruslab.serving.scheduling.batch import Batch
 
+FIELDS = ("stage", "tokens", "context", "seconds")
+
+
+class StageTable:
+    """`serving.simulation.simulator.StageTimes` from a table of measurements.
+
+    A row is one measurement: `{"stage": 0, "tokens": 33, "context": 9000, "seconds": 0.012}`. `tokens` are all computed
+    tokens of the batch, with padding and dead places. `context` is the sum, over the requests of the batch, of the
+    positions that attention reads, their own tokens included.
+
+    For each number of tokens, the seconds are a line over the context: least squares, not falling, flat if there is one
+    context only. Between two numbers of tokens the lines are interpolated. Fewer tokens than the fewest cost the same
+    as the fewest. More tokens than the most are extrapolated from the last two.
+
+    Args:
+        rows: objects with `FIELDS`.
+
+    Raises:
+        ValueError: a field breaks a rule, or a stage has no rows.
+
+    Example:
+        >>> from toruslab.serving.scheduling.batch import Work
+        >>> sizes = [(1, 0), (1, 5), (9, 0), (9, 5)]
+        >>> table = StageTable(
+        ...     {"stage": 0, "tokens": t, "context": c, "seconds": 1e-3 * t + 1e-6 * c} for t, c in sizes
+        ... )
+        >>> table(Batch(number=0, made_s=0.0, work=(Work(0, 3, 1, 1, True, False), Work(1, 0, 4, 4, True, False))))
+        (0.005008,)
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]):
+        found: dict[int, dict[int, list[tuple[float, float]]]] = {}
+        for number, row in enumerate(rows, 1):
+            _check(number, row)
+            found.setdefault(row["stage"], {}).setdefault(row["tokens"], []).append((row["context"], row["seconds"]))
+        if sorted(found) != list(range(len(found))) or not found:
+            raise ValueError(f"stages {sorted(found)} must be 0, 1, ... without a gap")
+        self._stages = [
+            (sorted(by_tokens), [_line(by_tokens[t]) for t in sorted(by_tokens)])
+            for by_tokens in (found[stage] for stage in sorted(found))
+        ]
+
+    @property
+    def n_stages(self) -> int:
+        return len(self._stages)
+
+    @classmethod
+    def parse(cls, lines: Iterable[str]) -> "StageTable":
+        """From JSON lines.
+
+        Raises:
+            ValueError: a line is not JSON, or not a row.
+        """
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"row {number} is not JSON: {error}") from None
+        return cls(rows)
+
+    def __call__(self, batch: Batch) -> tuple[float, ...]:
+        tokens = context = 0
+        for work in batch.work:
+            tokens += work.padded
+            context += work.start + work.padded
+        return tuple([max(0.0, self._seconds(stage, tokens, context)) for stage in self._stages])
+
+    @staticmethod
+    def _seconds(stage: tuple[list[int], list[tuple[float, float]]], tokens: int, context: int) -> float:
+        at, lines = stage
+        i = bisect_left(at, tokens)
+        if i == 0 or len(at) == 1:
+            base, slope = lines[0]
+            return base + slope * context
+        low, high = (i - 1, i) if i < len(at) else (len(at) - 2, len(at) - 1)
+        share = (tokens - at[low]) / (at[high] - at[low])
+        (base, slope), (base_2, slope_2) = lines[low], lines[high]
+        return base + share * (base_2 - base) + (slope + share * (slope_2 - slope)) * context
+
+
+def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope, by least squares."""
+    x, y = np.array(points, float).T
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / max(((x - x.mean()) ** 2).sum(), 1e-300))
+    slope = max(slope, 0.0) if x.max() > x.min() else 0.0
+    return float(y.mean() - slope * x.mean()), slope
+
+
+def _check(number: int, row: Any) -> None:
+    if not isinstance(row, Mapping) or not all(field in row for field in FIELDS):
+        raise ValueError(f"row {number} must be an object with {', '.join(FIELDS)}")
+    for field in FIELDS:
+        value = row[field]
+        kind = (int, float) if field == "seconds" else int
+        least = 1 if field == "tokens" else 0
+        if not isinstance(value, kind) or isinstance(value, bool) or not least <= value < 1e12:
+            raise ValueError(f"row {number}: {field}={value!r} must be a number of at least {least}")
+
+
 Form = tuple[int, int]
-"""Single tokens and pieces of a pass."""
+"""Single tokens and pieces of prompts in a pass, padded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Padding:
-    """How an engine whose attention is not split over the batch pads passes; see `serving.engine.engine.Sizes`."""
+    """How the engine pads passes if attention is not split over the batch; see `serving.engine.engine.Sizes`."""
 
     singles: tuple[int, ...]
     pieces: tuple[int, ...]
@@ -47,21 +150,21 @@ class Padding:
 
 
 def reads(batch: Batch) -> tuple[float, float]:
-    """Positions that attention reads, thousands: for single tokens, and for all tokens of prompts."""
+    """Thousands of positions that attention reads: for single tokens, and for all tokens of prompts."""
     singles = sum(work.start + 1 for work in batch.work if work.padded == 1 and not work.dead)
     pieces = sum(work.length * (work.start + work.length / 2) for work in batch.work if work.padded > 1)
     return singles / 1e3, pieces / 1e3
 
 
 class MeasuredTimes:
-    """`serving.simulation.simulator.StageTimes` of one stage.
+    """`serving.simulation.simulator.StageTimes` of one stage, fitted to batches by least squares without negatives.
 
     Args:
-        padding: the engine's.
+        padding: of the engine.
         samples: batches, and the seconds that the stage took for each.
 
     Raises:
-        ValueError: no samples.
+        ValueError: there are no samples.
     """
 
     def __init__(self, padding: Padding, samples: Iterable[tuple[Batch, float]]):
@@ -81,7 +184,7 @@ class MeasuredTimes:
         self._single_s, self._piece_s = fitted[len(forms) :].tolist()
         off, spread = seconds - rows @ fitted, seconds - seconds.mean()
         self.explained = 1 - float((off @ off) / max(spread @ spread, 1e-300))
-        """Share of the samples' variance."""
+        """Share of the samples' variance that the fit explains."""
 
     def __call__(self, batch: Batch) -> Sequence[float]:
         singles, pieces = reads(batch)
@@ -89,8 +192,11 @@ class MeasuredTimes:
         return (passes_s + singles * self._single_s + pieces * self._piece_s,)
 
     def _of(self, form: Form) -> float:
-        """A form that was never met takes as long as the nearest larger one; where none is, in proportion to the one
-        with the most tokens, and not less than a smaller one."""
+        """Seconds of a form. One that has no samples costs the same as the nearest larger form.
+
+        If no form is larger, its cost is in proportion to the form with the most tokens, and at least that of every
+        smaller form.
+        """
         if form not in self._form_s:
             larger = [s for f, s in self._form_s.items() if f[0] >= form[0] and f[1] >= form[1]]
             tokens = {f: f[0] + f[1] * self.padding.length for f in self._form_s}
@@ -103,7 +209,7 @@ class MeasuredTimes:
 
 
 def _least_squares(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """With no factor below zero: what would be is left out, the lowest first."""
+    """Least squares without negative coefficients: drops the lowest coefficient until none is below zero."""
     kept = list(range(rows.shape[1]))
     while True:
         found = np.linalg.lstsq(rows[:, kept], seconds, rcond=None)[0]
