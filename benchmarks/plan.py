@@ -24,7 +24,8 @@ from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, one_of, refused, seconds
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.planner import BATCHES, GOALS, PHASES, PLANNED, Job, Plan, Space, read_slices, search
+from toruslab.partitioning.cost.planner import GOALS, Plan, search
+from toruslab.partitioning.cost.space import BATCHES, PHASES, PLANNED, Job, Space, read_slices
 from toruslab.partitioning.plan.point import CACHES
 
 WITHIN = {"latency": "lowest latency", "cost": "lowest cost", "batch": "largest batch"}

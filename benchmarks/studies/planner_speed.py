@@ -16,7 +16,8 @@ from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.planner import BATCHES, Job, Space, search
+from toruslab.partitioning.cost.planner import search
+from toruslab.partitioning.cost.space import BATCHES, Job, Space
 
 
 def speed(repeats: int = 5) -> list[dict[str, Any]]:

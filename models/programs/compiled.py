@@ -162,13 +162,12 @@ class Evidence:
     @property
     def findings(self) -> tuple[str, ...]:
         """The program's faults in words; empty for a good program."""
-        found = []
-        if self.unexplained:
-            found.append(f"{self.unexplained} collectives that no plan explains")
-        if self.cache_copies:
-            found.append(f"{self.cache_copies} copies of the KV cache")
-        if self.weight_copies:
-            found.append(f"{self.weight_copies} copies of a layer's weights")
+        counts = {
+            "collectives that no plan explains": self.unexplained,
+            "copies of the KV cache": self.cache_copies,
+            "copies of a layer's weights": self.weight_copies,
+        }
+        found = [f"{n} {what}" for what, n in counts.items() if n]
         unnamed = self.compute_by_scope.get("other", 0.0) / (self.compute_s or 1.0)
         if unnamed > UNNAMED_SHARE:
             found.append(f"{unnamed:.0%} of the compute carries no name of ours: copies and conversions, most likely")
