@@ -228,20 +228,11 @@ def named(state: Any) -> Named:
     """
     found: Named = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        keys = [_key(k) for k in path]
-        name = ".".join(keys[:-1] if keys[-1] == "value" else keys)
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         if name in found:
             raise ValueError(f"state has two arrays named {name!r}; each must have a name of its own")
         found[name] = leaf
     return found
-
-
-def _key(key: Any) -> str:
-    """The name of one step of a path in a pytree."""
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    raise ValueError(f"state has a node without names: {key!r}")
 
 
 def _parts(arrays: Named) -> dict[str, Named]:
