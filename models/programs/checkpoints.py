@@ -1,8 +1,8 @@
 """Checkpoints: the state of training on disk, written under one layout and mesh and read under any other.
 
 orbax writes and reads the arrays, each chip its own shards, while training goes on. An array is stored under its name
-and global shape, which no layout changes. Our own record beside the arrays
-(`models.programs.checkpoint_folder`) is the reason that damaged checkpoints, and those of other models, are refused.
+and global shape, which no layout changes. With our own record beside the arrays (`models.programs.checkpoint_folder`),
+damaged checkpoints and those of other models are refused.
 
 This module imports orbax. Commands that may not need orbax import this module late.
 """
