@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toruslab.benchmarks.measure.chip_file import calibrated
+from toruslab.benchmarks.calibrate import progress_of
+from toruslab.benchmarks.measure.calibration import calibrated, chip_of
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.folder import BenchRun
@@ -154,7 +155,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _opened(options, argv, points, text) if speaks else contextlib.nullcontext() as rows:
         run = BenchRun(options, rows)
         console = Console(stderr=True, quiet=not speaks)
-        run.chip = run_folder.chip_of(options, run.folder, mesh, dtypes, speaks, console)
+        with progress_of(console) as each:
+            run.chip = chip_of(
+                options.chip,
+                run.folder / "chip.toml",
+                mesh,
+                dtypes,
+                n_processes=options.processes,
+                speaks=speaks,
+                quick=options.quick,
+                each=each,
+                warn=functools.partial(print, file=sys.stderr),
+            )
         _measure(groups, run, text, console)
         return _report(run) if rows else 0
 

@@ -19,8 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from toruslab.benchmarks.calibrate import OUT
-from toruslab.benchmarks.measure.chip_file import calibrated, fits_here, name_of
+from toruslab.benchmarks.measure.calibration import calibrated, fits_here, own_file
 from toruslab.benchmarks.reports.cells import traced
 from toruslab.benchmarks.runs import point_options, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import jax
 
-    own = OUT / f"{name_of(list(mesh.devices.flat), 1)}.toml"
+    own = own_file(mesh, 1)
     path = options.chip or (own if fits_here(own, [point.weights]) else None)
     priced = predicted(point, path) if path and point.layout_value.explicit else {}
     row = measure(point, options, text)

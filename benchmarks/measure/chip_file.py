@@ -8,8 +8,7 @@ import dataclasses
 import json
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toruslab.benchmarks.runs.options import InputError
-from toruslab.benchmarks.runs.rows import Row, environment
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.torus.calibrated import Fit, Machine, Sample
 from toruslab.partitioning.torus.chip import Chip, chip, names
 
@@ -63,48 +62,6 @@ def check(path: Path) -> None:
 
 def _part(path: Path) -> Path:
     return path.with_suffix(".toml.part")
-
-
-def calibrated(path: Path, dtypes: Sequence[str] = ()) -> Chip:
-    """The chip of a file that `toruslab calibrate` wrote, for weights of these dtypes.
-
-    Raises:
-        InputError: it is another file, or none, or has not measured a dtype.
-    """
-    try:
-        found = chip(path)
-    except ValueError as error:
-        said = str(error)
-        raise InputError(said if said.startswith("chip=") else f"chip={str(path)!r}: {said}") from None
-    if not found.machine:
-        raise InputError(f"chip={str(path)!r} has no [machine]: it must be a file of toruslab calibrate")
-    try:
-        for dtype in dtypes:
-            found.machine.of("matmul", dtype)
-    except ValueError as error:
-        raise InputError(f"chip={str(path)!r}: {error}") from None
-    return found
-
-
-def fits_here(path: Path, dtypes: Sequence[str]) -> bool:
-    """Whether a chip file was written by this JAX on a machine like this one, and has these dtypes of weights; and
-    sends, if it has collectives (older files have none).
-
-    Initialises the JAX backend.
-    """
-    here = environment(seed=0)
-    try:
-        written = tomllib.loads(path.read_text())["machine"]
-        there = written["environment"]
-        known = {s["dtype"] for s in written["samples"] if s["what"] == "matmul"}
-        moves = {s["what"] for s in written["samples"] if s.get("axes")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if moves and "collective-permute" not in moves:
-        return False
-    return known.issuperset(dtypes) and all(
-        there.get(k) == here[k] for k in ("jax", "jaxlib", "python", "platform", "device_kind", "cores")
-    )
 
 
 def _lines(name: str, machine: Machine, memory_bytes: int, measured: Row):
@@ -268,10 +225,3 @@ def memory_of(device: Any, n_devices: int) -> int:
     if stats.get("bytes_limit"):
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // n_devices
-
-
-def name_of(devices: Sequence[Any], n_processes: int) -> str:
-    """`cpu-fake-8`, or the kind of device and how many."""
-    if devices[0].platform == "cpu":
-        return f"cpu-fake-{len(devices)}" + (f"-in-{n_processes}" if n_processes > 1 else "")
-    return "-".join([*str(devices[0].device_kind).lower().split(), str(len(devices))])

@@ -11,14 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from toruslab.benchmarks.measure.chip_file import calibrated, fits_here, name_of
 from toruslab.benchmarks.runs.options import InputError, Parser
 from toruslab.benchmarks.runs.rows import Row, RowFile, changes, commit, environment, line, of_a_point
 from toruslab.partitioning.plan.point import Point
@@ -194,41 +190,6 @@ def unfinished(folder: Path) -> list[str]:
             "here; start it anew without --resume"
         )
     return argv
-
-
-def chip_of(
-    options: argparse.Namespace, folder: Path, mesh: Any, dtypes: Sequence[str], speaks: bool, console: Console
-) -> Chip | None:
-    """The calibrated chip that a run predicts from: the one that it began with, or of a file, or of this machine.
-
-    Args:
-        options: of the bench.
-        folder: of the run.
-        mesh: what is measured, if it must be.
-        dtypes: of the weights.
-        speaks: whether this process writes; the others take part in measuring and get None.
-        console: where progress goes.
-    """
-    from toruslab.benchmarks.calibrate import OUT, REPEATS, calibrate, save
-
-    asked, kept = options.chip, folder / "chip.toml"
-    if asked == "none":
-        return None
-    own = OUT / f"{name_of(list(mesh.devices.flat), options.processes)}.toml"
-    path = kept if all_agree(kept.exists()) else own if asked in (None, "new") else Path(asked)
-    if path == own and (asked == "new" or not all_agree(fits_here(own, dtypes))):
-        if options.quick:
-            print("no predictions: toruslab calibrate has not been run here", file=sys.stderr)
-            return None
-        machine = calibrate(mesh, dtypes, REPEATS, console)
-        if speaks:
-            save(machine, mesh, options.processes)
-    if not speaks:
-        return None
-    found = calibrated(path, dtypes)
-    if path != kept:
-        shutil.copyfile(path, kept)
-    return found
 
 
 def all_agree(value: bool) -> bool:

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from toruslab.benchmarks import calibrate, cli
-from toruslab.benchmarks.measure import blocks as building_blocks
-from toruslab.benchmarks.measure import chip_file
-from toruslab.benchmarks.measure.blocks import blocks
+from toruslab.benchmarks.measure import building_blocks, chip_file
+from toruslab.benchmarks.measure.building_blocks import blocks
 from toruslab.benchmarks.measure.looped import Block, Timed, dispatch, measure
 from toruslab.partitioning.torus.calibrated import Machine, Sample
 from toruslab.partitioning.torus.chip import chip
