@@ -30,12 +30,13 @@ nitpicky = False
 # Tutorials. The kernel inherits this environment: commands of this installation first, no accelerator, wide tables.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-os.environ |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "118", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+os.environ |= {"JAX_PLATFORMS": "cpu", "COLUMNS": "118", "BASH_ENV": str(ROOT / "docs" / "plain_terminal.sh")}
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_output_stderr = "remove"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 suppress_warnings = ["mystnb.unknown_mime_type"]
