@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from toruslab.benchmarks.measure import chip_file
 from toruslab.benchmarks.measure.calibration import OUT, REPEATS, calibrate, save
+from toruslab.benchmarks.reports import calibration_tables
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.partitioning.torus.mesh import Slice, attach, mesh_shape
@@ -86,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(chip_file.entry(sample)))
     else:
         out = Console(width=None if sys.stdout.isatty() else 120)
-        chip_file.show(machine, out)
+        calibration_tables.show(machine, out)
         if sheet := chip_file.data_sheet(jax.devices()[0].device_kind):
-            out.print(chip_file.against(machine, sheet))
+            out.print(calibration_tables.against(machine, chip_file.memory_rate(machine)[0], sheet))
         print(path)
     return 0
 

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from toruslab.benchmarks.measure.chip_file import data_sheet
-from toruslab.benchmarks.measure.timing import Step, stepper, training_stepper
+from toruslab.benchmarks.measure.timing import RunOnce, stepper, training_stepper
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.decoder.parameters import initial
 from toruslab.models.programs.compiled import planned, program
@@ -19,7 +18,7 @@ from toruslab.models.programs.training import Trainer
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.measured import Terms, terms, with_collectives
-from toruslab.partitioning.cost.sizes import Numbers
+from toruslab.partitioning.cost.sizes import PassSizes
 from toruslab.partitioning.cost.training import training_terms
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
@@ -34,7 +33,7 @@ class Contender:
 
     point: Point
     compiled_row: Row
-    step: Step
+    step: RunOnce
     text: str
 
 
@@ -51,14 +50,14 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
     return numbers | {
         "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
-        "n_collectives": sum(p.count for p in found if not p.rides),
+        "n_collectives": sum(p.count for p in found if not p.fused),
     }
 
 
 def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
     """A pass priced from a calibrated chip; each collective gets its seconds."""
     found = _terms(point, chip)
-    taken = [(m.scope, m.kind, m.axes, float(np.ravel(s)[0])) for m, _, s in found.collectives]
+    taken = [(c.scope, c.kind, c.axes, float(np.ravel(c.seconds)[0])) for c in found.collectives]
     for c in collectives:
         c["seconds"] = next((s for *key, s in taken if key == [c["scope"], c["kind"], c["axes"]]), None)
     seconds = {k: float(np.ravel(v)[0]) for k, v in found.seconds.items()}
@@ -102,11 +101,11 @@ def shares(row: Row, latency_s: float) -> Row:
     }
 
 
-def _terms(point: Point, chip: Chip) -> Terms[Any]:
+def _terms(point: Point, chip: Chip) -> Terms:
     assert chip.machine
     if point.phase == "train":
         return training_terms(point, chip)
-    return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
+    return terms(point.layout_value, point.config.block, point.mesh_shape, PassSizes.of([point]), chip.machine)
 
 
 def prepare(point: Point, seed: int, text: str, chip: Chip | None = None) -> Contender:

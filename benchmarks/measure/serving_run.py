@@ -33,7 +33,7 @@ from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.scheduler import Scheduler
-from toruslab.serving.traffic.arrivals import Arrivals, At
+from toruslab.serving.traffic.arrivals import Arrivals, GivenTimes
 from toruslab.serving.traffic.workload import Workload, prompt_ids
 
 
@@ -162,7 +162,7 @@ def resident_bytes() -> int | None:
 
 
 def _burst(setting: ServingSetting, n: int) -> Workload:
-    return traffic(setting, At(times_s=(0.0,) * n), n, 0)
+    return traffic(setting, GivenTimes(times_s=(0.0,) * n), n, 0)
 
 
 def traffic(setting: ServingSetting, when: Arrivals, n: int, seed: int) -> Workload:

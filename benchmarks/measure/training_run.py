@@ -62,7 +62,7 @@ class Signals:
 
 
 @dataclass(kw_only=True)
-class Run:
+class TrainingRun:
     """A run from its beginning, or from its latest checkpoint, to its last step or a signal.
 
     Args:

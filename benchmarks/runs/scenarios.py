@@ -18,10 +18,10 @@ from toruslab.partitioning.torus.mesh import Slice
 from toruslab.serving.results.metrics import Limits
 from toruslab.serving.scheduling.policies import POLICIES, Policy, policy
 from toruslab.serving.scheduling.reservation import RESERVATIONS, reservation
+from toruslab.serving.simulation.measured_times import StageTable
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
-from toruslab.serving.simulation.scenario import Scenario, Server
-from toruslab.serving.simulation.simulator import StageTimes
-from toruslab.serving.simulation.stage_table import StageTable
+from toruslab.serving.simulation.scenario import Scenario
+from toruslab.serving.simulation.simulator import Server, StageTimes
 from toruslab.serving.traffic import lengths
 from toruslab.serving.traffic.arrivals import Arrivals
 from toruslab.serving.traffic.traces import ARRIVALS, Pattern, arrivals

@@ -130,7 +130,7 @@ def init(config: ModelConfig, seed: int) -> Weights:
 
     Matrices are normal / sqrt(fan-in), so that logits and attention scores are of order one. Norm scales are uniform
     in 0.5..1.5, so that a scale that is left out or misplaced shows. Padding heads are zero, and take nothing
-    from the random stream: `init` of a padded config equals `pad_heads` of the unpadded weights.
+    from the random stream: `init` of a padded config equals the unpadded weights, padded.
 
     Args:
         config: sizes and variants.
@@ -162,43 +162,6 @@ def init(config: ModelConfig, seed: int) -> Weights:
             scale = np.float32(fan_in.get(name, config.d_model) ** -0.5)
             weights[name] = rng.standard_normal(shape, dtype=np.float32) * scale
     return {name: _zero_extended(weights[name], shape) for name, shape in shapes(config).items()}
-
-
-def pad_heads(config: ModelConfig, weights: Mapping[str, ArrayLike], n_heads: int) -> tuple[ModelConfig, Weights]:
-    """The same model with zero heads appended, so that `n_heads` can be split over more chips.
-
-    wq and wo of a padding head are zero, and its wk and wv too where attention is multihead: it attends evenly to
-    whatever it reads, and wo drops the result. Its contribution is exactly zero, not merely small.
-
-    Args:
-        config: sizes and variants, possibly padded already.
-        weights: its canonical weights.
-        n_heads: query heads afterwards, padding included.
-
-    Returns:
-        The padded config and its float32 weights.
-
-    Raises:
-        ValueError: fewer heads than now, weights of a wrong shape, or attention that cannot be padded (grouped-query).
-
-    Example:
-        PaLM 540B goes from 48 to 64 heads, to be divisible over 64 chips.
-
-        >>> tiny = ModelConfig(n_layers=1, d_model=4, d_ff=24, n_heads=3, d_head=2, vocab=9)
-        >>> padded, weights = pad_heads(tiny, init(tiny, seed=0), n_heads=4)
-        >>> padded.n_padding_heads, weights["wq"].shape, float(abs(weights["wq"][:, :, 3]).max())
-        (1, (1, 4, 4, 2), 0.0)
-
-    Pope et al. 2022, section 4 (the padding of PaLM's heads).
-    """
-    if n_heads < config.n_heads:
-        raise ValueError(f"n_heads={n_heads} is less than the {config.n_heads} heads (padding included) there are")
-    _check_weights(config, weights)
-    padded = config.padded(n_heads)
-    return padded, {
-        name: _zero_extended(np.asarray(weights[name]).astype(np.float32), shape)
-        for name, shape in shapes(padded).items()
-    }
 
 
 def _keys_values(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> tuple[Array, Array]:

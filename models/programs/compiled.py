@@ -27,22 +27,16 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import cache_shape, cache_spec
 from toruslab.models.programs.program import Compiled, Program
 from toruslab.models.programs.training import Trainer
-from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.forward import Estimate
-from toruslab.partitioning.hlo.collectives import (
-    Cycles,
-    Module,
-    copies,
-    cycles_meanwhile,
-    estimated_cycles,
-    parse,
-    read,
-)
+from toruslab.partitioning.cost.estimate import Estimate, estimate
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import Matched, compare
+from toruslab.partitioning.hlo.cycles import Cycles, copies, cycles_meanwhile, estimated_cycles
+from toruslab.partitioning.hlo.text import Module, parse
 from toruslab.partitioning.layouts.layout import axes_of, entries
-from toruslab.partitioning.plan.plan import Planned, letters, plan
+from toruslab.partitioning.plan.plan import Planned, plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import IN_LAYERS, is_stack, of_a_layer, scope_of
+from toruslab.partitioning.plan.tensors import letters
 from toruslab.partitioning.torus.chip import PLATFORMS, chip
 from toruslab.partitioning.torus.described import TPUS, target
 from toruslab.partitioning.torus.mesh import AXES, Slice

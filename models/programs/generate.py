@@ -20,7 +20,7 @@ from toruslab.models.decoder.parameters import abstract, everywhere, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 

@@ -28,7 +28,8 @@ from toruslab.models.decoder.decoder import Tokens
 from toruslab.models.decoder.parameters import abstract, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 GREEDY = Sampler()

@@ -28,7 +28,7 @@ from toruslab.models.programs.program import Compiled
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.moves import follow
 from toruslab.partitioning.layouts.ownership import copies, gradient_ladder, owned, update_ladder
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.mesh import AXES
 
 NO_CACHE = Cache(None, None, None, None)  # pyright: ignore[reportArgumentType]

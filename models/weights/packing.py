@@ -60,36 +60,5 @@ def layers(packed: Mapping, first: int, n: int) -> dict:
     }
 
 
-def unpack(config: ModelConfig, packed: Mapping) -> dict[str, np.ndarray]:
-    """The inverse of `pack`."""
-    n, e, h, q = config.n_layers, config.d_model, config.n_heads, config.d_head
-    groups, f = config.mlp_groups, config.d_ff // config.mlp_groups
-    weights = {"embed": packed["table"][: config.vocab], "final_norm": packed["final_norm"]}
-    if not config.tied:
-        weights["unembed"] = packed["unembed"][: config.vocab]
-    if config.block == "parallel":
-        block = packed["layer"]
-        w_in, w_out = block["w_in"].reshape(n, e, h, -1), block["w_out"].reshape(n, h, -1, e)
-        wq, mlp_in, wo, mlp_out = w_in[..., :q], w_in[..., q:], w_out[:, :, :q], w_out[:, :, q:]
-    else:
-        block, mlp = packed["attention"], packed["mlp"]
-        wq, wo = block["w_in"].reshape(n, e, h, q), block["w_out"].reshape(n, h, q, e)
-        mlp_in, mlp_out = mlp["w_in"].reshape(n, e, groups, -1), mlp["w_out"].reshape(n, groups, f, e)
-        weights["mlp_norm"] = mlp["norm"]
-    kv = block["w_kv"].reshape(n, e, config.n_kv_heads, 2 * q)
-    if config.gated:
-        weights["w_gate"] = mlp_in[..., :f].reshape(n, e, -1)
-        mlp_in = mlp_in[..., f:]
-    return weights | {
-        "norm": block["norm"],
-        "wq": wq,
-        "wk": kv[..., :q],
-        "wv": kv[..., q:],
-        "wo": wo,
-        "w_up": mlp_in.reshape(n, e, -1),
-        "w_down": mlp_out.reshape(n, -1, e),
-    }
-
-
 def _padded(table: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(table, ((0, rows - len(table)), (0, 0)))

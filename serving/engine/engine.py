@@ -86,7 +86,7 @@ class Flight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartWork:
     """What one part of attention's rows computes in a batch or a pass: tokens that stand alone, pieces of prompts."""
 
     singles: list[Work]
@@ -292,7 +292,7 @@ class Engine:
     def passes(self, work: Iterable[Work]) -> Iterable[tuple[MixedForm, Control, list[tuple[int, int]]]]:
         """A batch as passes: each one's form, what it is told, and (request, place in the sampled ids) of whoever gets
         a token from it."""
-        parts = [Part(singles=[], pieces=[]) for _ in range(self.parts)]
+        parts = [PartWork(singles=[], pieces=[]) for _ in range(self.parts)]
         for w in work:
             part = parts[self.pages.of(w.request)[0]]
             if w.padded == 1:
@@ -308,10 +308,10 @@ class Engine:
             )
             yield self._fill(form, now)
 
-    def _next(self, part: Part) -> Part:
+    def _next(self, part: PartWork) -> PartWork:
         """As much as one pass holds, and it leaves the part."""
         singles, pieces = self.sizes.singles[-1], self.sizes.pieces[-1]
-        now = Part(singles=part.singles[:singles], pieces=part.pieces[:pieces])
+        now = PartWork(singles=part.singles[:singles], pieces=part.pieces[:pieces])
         del part.singles[:singles], part.pieces[:pieces]
         return now
 
@@ -323,7 +323,7 @@ class Engine:
             ends = at < w.length <= at + size
             yield Work(w.request, w.start + at, n, size, w.emits and ends, w.dead)
 
-    def _fill(self, form: MixedForm, parts: Sequence[Part]) -> tuple[MixedForm, Control, list[tuple[int, int]]]:
+    def _fill(self, form: MixedForm, parts: Sequence[PartWork]) -> tuple[MixedForm, Control, list[tuple[int, int]]]:
         told, emitting = form.describe(), []
         for part, of in enumerate(parts):
             placed = [(i, i, w) for i, w in enumerate(of.singles)]

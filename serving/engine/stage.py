@@ -22,7 +22,8 @@ from toruslab.models.decoder.parameters import abstract, put, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, local
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 GREEDY = Sampler()

@@ -14,7 +14,7 @@ import numpy as np
 
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.serving.scheduling.request import Request
-from toruslab.serving.traffic.arrivals import Arrivals, At
+from toruslab.serving.traffic.arrivals import Arrivals, GivenTimes
 from toruslab.serving.traffic.lengths import Lengths
 
 _BLOCK = 1024
@@ -36,9 +36,9 @@ class Workload:
         ValueError: field, value and rule.
 
     Example:
-        >>> from toruslab.serving.traffic.arrivals import At
+        >>> from toruslab.serving.traffic.arrivals import GivenTimes
         >>> from toruslab.serving.traffic.lengths import Fixed
-        >>> trace = Workload(n=2, arrivals=At(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
+        >>> trace = Workload(n=2, arrivals=GivenTimes(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
         >>> [(request.id, request.arrival_s, request.prompt, request.output) for request in trace.requests()]
         [(0, 0.0, 8, 3), (1, 1.5, 8, 3)]
     """
@@ -55,7 +55,7 @@ class Workload:
             raise ValueError(f"n={self.n} must be at least 1 request")
         if self.max_output is not None and self.max_output < 1:
             raise ValueError(f"max_output={self.max_output} must be at least 1 token")
-        if isinstance(self.arrivals, At) and self.n > len(self.arrivals.times_s):
+        if isinstance(self.arrivals, GivenTimes) and self.n > len(self.arrivals.times_s):
             raise ValueError(f"n={self.n} must be at most the number of times, {len(self.arrivals.times_s)}")
 
     def requests(self) -> Iterator[Request]:

@@ -10,20 +10,24 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
+from tests.serving.engine.virtual_clock import Virtual
 from toruslab.models.decoder import mixed
 from toruslab.models.decoder.mixed import MixedForm
 from toruslab.models.decoder.quantise import dequantise, quantise
 from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
-from toruslab.models.weights.packing import pack, unpack
-from toruslab.partitioning.hlo.collectives import copies, read
+from toruslab.models.weights.packing import pack
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
+from toruslab.partitioning.hlo.cycles import copies
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, attach
 from toruslab.serving.engine.engine import Engine, Sizes
 from toruslab.serving.engine.pages import Held, Pages
-from toruslab.serving.engine.play import Virtual, serve
+from toruslab.serving.engine.play import serve
 from toruslab.serving.engine.stage import Stage
 from toruslab.serving.scheduling.batch import Work
 from toruslab.serving.scheduling.policies import policy
