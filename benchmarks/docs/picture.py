@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.plan.point import Point
-from toruslab.partitioning.published.numbers import figures
+from toruslab.partitioning.published.papers import figures
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "crossover.svg"
 TOKENS = tuple(2048 * 2**k for k in range(10))
