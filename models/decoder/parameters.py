@@ -40,6 +40,11 @@ def bare(shapes: Any) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
 
 
+def placed(shapes: Any, at: Any) -> Any:
+    """Shapes with the shardings `at`, a tree of the same form."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, at)
+
+
 def specs(params: nnx.State, layout: Layout) -> nnx.State:
     """The spec of every parameter at rest, in the form of `params`. Norms and scales are whole on every chip."""
 
