@@ -8,7 +8,6 @@ The numbers are kept in the file's metadata, so that the check does not depend o
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +67,15 @@ def draw(lines: Series) -> None:
     ax = figure.add_subplot()
     for layout, line in lines.items():
         ax.plot(*zip(*line, strict=True), color=COLOURS[layout], linewidth=2.2)
-        ax.annotate(layout, line[0], (6, 6), textcoords="offset points", color=COLOURS[layout], size=12, weight="bold")
+        ax.annotate(
+            layout,
+            (line[0][0], line[0][1]),
+            (6, 6),
+            textcoords="offset points",
+            color=COLOURS[layout],
+            size=12,
+            weight="bold",
+        )
     for row in figures():
         if row.set == "Figure 7":
             us = 1e6 * row.compared_s / row.point.tokens
@@ -83,7 +90,8 @@ def draw(lines: Series) -> None:
 
 def drawn() -> Series:
     """The lines that the file was drawn from."""
-    return json.loads(re.search(r"<dc:description>(.*?)</dc:description>", FILE.read_text(), re.DOTALL)[1])
+    _, _, rest = FILE.read_text().partition("<dc:description>")
+    return json.loads(rest.partition("</dc:description>")[0])
 
 
 def _alike(a: Series, b: Series) -> bool:
