@@ -4,10 +4,13 @@ Tutorials run on the CPU with the interpreter that builds the pages. A cell that
 fails, ends the build.
 """
 
+import functools
 import os
 import re
 import sys
 from pathlib import Path
+
+from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -36,6 +39,8 @@ nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+# A command's output arrives in pieces that end anywhere. nbclient joins them as they are; myst-nb would break lines there.
+NotebookClient.__init__ = functools.partialmethod(NotebookClient.__init__, coalesce_streams=True)
 nb_output_stderr = "remove"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
