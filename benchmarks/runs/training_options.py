@@ -121,7 +121,7 @@ class Texts:
         """
         whole = byte_ids.encode(corpus.read(setting.text), bos=False)
         train, rest = corpus.split(whole)
-        held_out = corpus.in_order(rest, setting.length, setting.pass_.rows)
+        held_out = corpus.in_order(rest, setting.length, setting.pass_.sequences)
         digest = hashlib.sha256(whole.astype("uint8").tobytes()).hexdigest()[:16]
         return cls(
             train=train,

@@ -1,7 +1,7 @@
-"""A machine as `toruslab calibrate` measured it: seconds of the decoder's building blocks, interpolated between samples.
+"""A machine as `toruslab calibrate` measured it: samples of the decoder's building blocks, and seconds between them.
 
 This file turns samples into seconds for sizes that were not measured. `benchmarks.calibrate` takes the samples, and
-`partitioning.cost.measured` knows which of them a pass needs. Everything was measured with all devices of the machine at
+`partitioning.cost.measured` knows which of them a pass needs. Everything was measured on all devices of the machine at
 once. Fake devices share the cores, so the work of all of them adds up (`shared`). Imports no JAX.
 """
 

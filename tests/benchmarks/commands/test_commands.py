@@ -240,11 +240,12 @@ def test_damaged_results_are_refused_and_kept(capsys, tmp_path):
         RowFile(path)
 
 
-def test_the_readmes_benches_are_legal():
-    """Every `toruslab bench` line of the README names points that exist."""
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    lines = re.findall(r"toruslab bench ([^#\n]+)", readme)
-    assert len(lines) >= 3
+def test_the_benches_of_readme_and_docs_are_legal():
+    """Every `toruslab bench` line of README and docs names points that exist."""
+    root = Path(__file__).parents[3]
+    texts = [page.read_text() for page in (root / "README.md", *sorted((root / "docs").rglob("*.md")))]
+    lines = re.findall(r"^    toruslab bench ([^#\n]+)", "\n".join(texts), re.MULTILINE)
+    assert len(lines) >= 9
     for line in lines:
         options = step_latency.parser().parse_args(line.split())
         assert grid(options)
