@@ -23,7 +23,7 @@ from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
 from toruslab.partitioning.published.papers import calibration, figures
 
-DATA = Path(__file__).parents[2] / "docs" / "data" / "tpu_compiler.jsonl"
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data" / "tpu_compiler.jsonl"
 KEPT = (
     "point",
     "n_layers",

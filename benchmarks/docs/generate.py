@@ -1,7 +1,7 @@
-"""The generated parts of README and docs: written from code and data, checked so that they cannot go stale.
+"""The generated parts of docs: written from code and data, checked so that they cannot go stale.
 
-python -m benchmarks.docs.generate README.md docs/*.md  writes them anew (variants.md has none)
-python -m benchmarks.docs.generate --check ...  exits with 1, says which is stale
+python -m benchmarks.docs.generate           writes them anew; or only those of the pages that are named
+python -m benchmarks.docs.generate --check   exits with 1, says which page is stale
 """
 
 import argparse
@@ -90,8 +90,8 @@ def suffixes() -> str:
     )
 
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"commands": commands, "layouts": layouts, "suffixes": suffixes},
     "commands.md": {"commands": commands, "help": command_help},
     "layouts.md": {"layouts": layouts},
     "models.md": {"suffixes": suffixes},
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.docs.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--check", action="store_true")
-    p.add_argument("files", type=Path, nargs="+", metavar="file")
+    p.add_argument("files", type=Path, nargs="*", default=[DOCS / name for name in PARTS], metavar="file")
     options = p.parse_args(argv)
     stale = False
     for file in options.files:

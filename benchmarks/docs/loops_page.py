@@ -19,7 +19,7 @@ from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
 
-DATA = Path(__file__).parents[2] / "docs" / "data" / "loops.jsonl"
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data" / "loops.jsonl"
 KEPT = ("point", "n_layers", "stack_compute_s", "peak_bytes_per_chip", "unexplained", "versions")
 KEPT_OF_COLLECTIVES = ("scope", "kind", "axes", "bytes", "count", "asynchronous", "hidden_s")
 

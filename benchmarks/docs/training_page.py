@@ -16,7 +16,7 @@ from toruslab.benchmarks.docs import compiled_page
 from toruslab.benchmarks.runs.options import guarded
 from toruslab.benchmarks.runs.rows import Row, keep
 
-DATA = Path(__file__).parents[2] / "docs" / "data" / "training.jsonl"
+DATA = Path(__file__).resolve().parents[2] / "docs" / "data" / "training.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
