@@ -30,8 +30,8 @@ from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
 from toruslab.benchmarks.runs.rows import Row, RowFile
 from toruslab.models.weights import byte_ids, corpus
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.plan.point import CACHES, Point
 from toruslab.partitioning.torus.mesh import AXES, Slice, attach
 

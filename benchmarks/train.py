@@ -28,8 +28,8 @@ from toruslab.benchmarks.runs.folder import claim, put_aside
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
 from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class Book:
             assert batch.computed <= scheduler.policy.token_budget
         self.flying.append(batch)
         assert len(self.flying) == scheduler.n_in_flight <= scheduler.n_workers
-        assert len(self.rows) == scheduler.n_rows <= scheduler.max_bs * scheduler.n_workers
+        assert len(self.rows) == scheduler.n_started <= scheduler.max_bs * scheduler.n_workers
         assert batch.reserved == scheduler.reserved == sum(self.rows.values()) <= scheduler.n_slots
         assert batch.used == scheduler.used == sum(self.fed[id] for id in self.rows) <= batch.reserved
         order = [self.requests[id].order for id in self.started]
@@ -87,7 +87,7 @@ def run(
     returned: list[int] = []
     stopped: set[int] = set()
     most = 10 * (len(requests) + sum(request.prompt + request.target for request in requests))
-    while waiting or scheduler.n_waiting or scheduler.n_rows:
+    while waiting or scheduler.n_waiting or scheduler.n_started:
         now_s += 1.0
         for _ in range(min(len(waiting), chance.choice((0, 1, 1, 2, 5)))):
             request = waiting.pop(0)
@@ -116,7 +116,7 @@ def run(
             stopped |= stops
             returned += [request.id for request in back]
     assert not book.flying or all(work.dead for batch in book.flying for work in batch.work)
-    assert scheduler.reserved == scheduler.used == scheduler.n_rows == scheduler.n_in_flight == 0
+    assert scheduler.reserved == scheduler.used == scheduler.n_started == scheduler.n_in_flight == 0
     kept = [request for request in book.requests.values() if request.state != "cancelled"]
     assert sorted(returned) == sorted(request.id for request in kept), "a request was lost, or came back twice"
     for request in kept:

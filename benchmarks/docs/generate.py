@@ -19,7 +19,7 @@ from toruslab.benchmarks.docs import compiled_page, loops_page, training_page
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.models.presets import SUFFIXES
 from toruslab.partitioning.cost.explain import steps
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point
 

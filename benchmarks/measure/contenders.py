@@ -50,7 +50,7 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
     return numbers | {
         "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
-        "n_collectives": sum(p.count for p in found if not p.rides),
+        "n_collectives": sum(p.count for p in found if not p.fused),
     }
 
 

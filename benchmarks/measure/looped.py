@@ -26,7 +26,7 @@ from toruslab.models.decoder.parameters import everywhere, initial
 from toruslab.models.presets import model
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.calibrated import Sample
 from toruslab.partitioning.torus.mesh import AXES
 

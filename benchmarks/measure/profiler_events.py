@@ -1,6 +1,6 @@
 """A trace of JAX's profiler -> the operations that ran, each with its device, its step and its times.
 
-Decides how events are found and told apart. What an operation is for is `partitioning.hlo.operations`' to say, how the
+Decides how events are found and told apart. What an operation is for is `partitioning.hlo.purposes`' to say, how the
 time is shared out among operations that overlap `benchmarks.measure.attribution`'s. Reads with JAX's own `ProfileData`; needs
 neither TensorBoard nor TensorFlow.
 

@@ -1,7 +1,7 @@
 """Where the time of a step goes: a trace of a few steps, attributed by scope to what the operations are for.
 
 Decides what a profile says. `benchmarks.measure.profiler_events` reads the trace, `benchmarks.measure.attribution` shares out the time,
-`partitioning.hlo.operations` says what each operation is for. The terms are means over all traced steps, none dropped, and
+`partitioning.hlo.purposes` says what each operation is for. The terms are means over all traced steps, none dropped, and
 add up: operations, the time between them, and dispatch are the step. A traced step is slower than one that is not: the
 latency is `benchmarks.measure.timing`'s to say.
 """
@@ -22,10 +22,10 @@ import jax
 
 from toruslab.benchmarks.measure.attribution import core_seconds, exclusive, length, window
 from toruslab.benchmarks.measure.profiler_events import STEP, Event, events
-from toruslab.partitioning.hlo.operations import UNKNOWN, Operation, Work, operations
+from toruslab.partitioning.hlo.purposes import UNKNOWN, Operation, Purpose, operations
 from toruslab.partitioning.hlo.text import parse
 
-KINDS: tuple[Work, ...] = get_args(Work)
+KINDS: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class ScopeTime(Spent):
     """
 
     scope: str
-    kind: Work
+    kind: Purpose
     collective: str | None = None
     axes: tuple[str, ...] = ()
     count: float
@@ -90,7 +90,7 @@ class Profile:
     unknown: tuple[str, ...]
 
     @property
-    def by_kind(self) -> dict[Work, Spent]:
+    def by_kind(self) -> dict[Purpose, Spent]:
         """The totals, of every kind."""
         found = {}
         for kind in KINDS:
@@ -170,7 +170,7 @@ def attribute(
         cores: that the devices share; None for devices with cores of their own.
         steps: in one call.
     """
-    ranks = {name: 0 if o.contains else 1 if o.work == "collective" else 2 for name, o in known.items()}
+    ranks = {name: 0 if o.contains else 1 if o.purpose == "collective" else 2 for name, o in known.items()}
     runs: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for e in found:
         runs[e.step, e.device].append(e)
@@ -193,7 +193,7 @@ def attribute(
     for name, (ns, waiting, n) in ran.items():
         o = known.get(name, UNKNOWN)
         work = ns * each if cores is None else spent[name] * 1e-9 / n_steps
-        row = sums.setdefault((o.scope, o.work, o.collective, o.axes), [0.0, 0.0, 0.0, 0.0])
+        row = sums.setdefault((o.scope, o.purpose, o.collective, o.axes), [0.0, 0.0, 0.0, 0.0])
         for i, more in enumerate((ns * each, work, waiting * each, 0.0 if o.ends else n / len(runs) / steps)):
             row[i] += more
     rows = [

@@ -148,9 +148,8 @@ def in_order(ids: ArrayLike, length: int, rows: int) -> TokenIds:
     text = np.asarray(ids, np.int32)
     groups = text.size // length // rows
     if groups < 1:
-        raise ValueError(
-            f"a held-out text of {text.size} bytes is shorter than {rows} windows of length={length}; give a longer text"
-        )
+        size = f"a held-out text of {text.size} bytes"
+        raise ValueError(f"{size} is shorter than {rows} windows of length={length}; give a longer text")
     return _with_bos(text[: groups * rows * length].reshape(groups, rows, length))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from toruslab.partitioning.cost.sizes import PassSizes, matmuls
 from toruslab.partitioning.cost.traffic import PERMUTE, CollectiveCost, splits, transfers
 from toruslab.partitioning.layouts.layout import Layout
-from toruslab.partitioning.layouts.rings import loops
+from toruslab.partitioning.layouts.rings import looped_steps
 from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
@@ -67,7 +67,7 @@ def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
     """Weight -> into how many pieces the rows, the inner and the outer dimension of its looped matmul are cut."""
     sizes = dict(zip(AXES, mesh, strict=True))
     found = {}
-    for target, loop in loops(layout).items():
+    for target, loop in looped_steps(layout).items():
         k = loop.move.group(sizes)
         if loop.move.kind == "reduce-scatter":
             at, k = 2 * loop.move.target, 2 * k

@@ -29,9 +29,11 @@ from toruslab.partitioning.cost.cache_move import cache_move_s, same_weights
 from toruslab.partitioning.cost.forward import Constants, constants_of, price
 from toruslab.partitioning.cost.limits import MOST, batch_step
 from toruslab.partitioning.cost.sizes import PassSizes, model_sizes
-from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import ATTENTIONS, Layout, NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout, parts_of
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS, Point
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.links import segments
@@ -315,6 +317,46 @@ def search(space: Space, job: Job, constants: Constants | None = None) -> Plan:
         ('ws2d', 'batch')
     """
     return _Search(space, job, constants).run()
+
+
+def plan(
+    model: str,
+    slices: str | Sequence[str],
+    *,
+    prompt: int,
+    output: int = 1,
+    phase: str = "request",
+    max_chips: int = 64,
+    constants: Constants | None = None,
+    **space: Any,
+) -> Plan:
+    """Prices a search space given in words; the same as `search`.
+
+    Args:
+        model: a preset or the path of a `config.json`.
+        slices: chips or slices, `v5e:4x4`; a chip alone (`v5e`) stands for its slices of up to `max_chips` chips.
+        prompt, output: tokens of one sequence.
+        phase: `request` (a prefill, then `output` decode steps), `prefill` or `decode`.
+        max_chips: of the slices of a chip.
+        constants: fitted ones for the cost model; the chips' own by default.
+        space: further fields of `Space`: `batches`, `weights`, `layouts`, `attentions`, `cache`.
+
+    Returns:
+        Every option that can run, as columns, and what was refused. `Plan.ranking(goal)` orders the options by
+        `latency`, `cost` or `batch`; `Plan.points(i)` gives an option's points.
+
+    Raises:
+        ValueError: field, value and rule.
+
+    Example: PaLM 540B in bfloat16 for single prompts of 2048 tokens on 64 TPU v4 chips.
+        >>> found = plan("palm-540b-h64", "v4:4x4x4", phase="prefill", prompt=2048, batches=(1,), weights=("bf16",))
+        >>> point = found.points(found.ranking("latency")[0])["prefill"]
+        >>> point.layout, point.attention
+        ('ws2d', 'heads')
+    """
+    text = slices if isinstance(slices, str) else ",".join(slices)
+    asked = Space(model=model, slices=read_slices(text, max_chips), **space)
+    return search(asked, Job(phase=phase, prompt=prompt, output=output), constants)
 
 
 @dataclass(kw_only=True)

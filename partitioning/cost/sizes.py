@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from toruslab.models.config import ModelConfig
-from toruslab.partitioning.plan.plan import model_letters
 from toruslab.partitioning.plan.point import WEIGHTS, Point
+from toruslab.partitioning.plan.tensors import model_letters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,20 @@
-"""What a run was worth: latencies, throughput, waste, memory. Each word is defined here, once.
+"""Metrics of a run: latencies, throughput, waste and memory. This file defines each of these words.
 
 Queue delay   first scheduled - arrival
 TTFT          first token - arrival
-TPOT          (last - first token) / (n - 1), requests of n >= 2 tokens
-ITL           every gap between two tokens of a request, pooled over tokens
+TPOT          (last - first token) / (n - 1), for requests of n >= 2 tokens
+ITL           every gap between two tokens of a request, pooled over all requests
 E2E           returned - arrival
 normalised    E2E / output tokens (Orca states its median, vLLM its mean)
 
-All of it is of a steady window of time, without warm-up and drain: latencies of requests that arrived in it (whenever
-they returned), throughput from requests that returned in it, waste and occupancy of batches that were made in it, slots
-and stages by the time in it. Memory does not grow with the run.
+All metrics are of a steady window of time, without warm-up and drain:
+
+- latencies: requests that arrived in the window, whenever they returned;
+- throughput: requests that returned in the window;
+- waste and occupancy: batches that were made in the window;
+- slots and stages: by the time in the window.
+
+The memory needed does not grow with the length of the run.
 """
 
 import math
@@ -25,7 +30,7 @@ from toruslab.serving.scheduling.request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a client accepts: TTFT and TPOT in seconds. A request of one token has no TPOT to miss."""
+    """The TTFT and TPOT that a client accepts, in seconds. A request of one token has no TPOT."""
 
     ttft_s: float
     tpot_s: float
@@ -33,22 +38,23 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run's figures; None: there was nothing to measure.
+    """The metrics of a run. None: there was nothing to measure.
 
     Attributes:
-        window_s: from, to.
-        arrived, refused, cancelled, returned: requests, of the whole run; what is missing still runs.
-        offered_per_s: requests that arrived in the window, over its length; refused ones included.
-        throughput_per_s: requests that returned in it, over its length.
-        tokens_per_s: their output tokens, over its length.
+        window_s: start and end of the window.
+        arrived, refused, cancelled, returned: requests of the whole run.
+        offered_per_s: requests that arrived in the window (including refused ones) per second.
+        throughput_per_s: requests that returned in the window per second.
+        tokens_per_s: output tokens of these requests per second of the window.
         queue_delay_s ... normalised_s: see the module.
-        within_limits: share of the window's requests that met the limits; refused ones missed them, cancelled ones do
-            not count.
-        batches: batches.
-        occupancy: live requests in a batch over max_bs, mean over batches.
-        padding_share, dead_share: of all tokens computed, those of padding, and those of rows that had ended.
+        within_limits: share of the window's requests that met the limits. Refused requests missed them, cancelled ones
+            do not count.
+        batches: made in the window.
+        occupancy: requests of a batch that have not ended over max_bs, mean over batches.
+        padding_share: share of padding in all computed tokens.
+        dead_share: share of dead places in all computed tokens.
         slots_reserved, slots_used: mean over time.
-        slots_reserved_peak, slots_used_peak: the most at any time.
+        slots_reserved_peak, slots_used_peak: maximum over time.
         stage_busy: for each stage, the share of the time in which it computed.
     """
 
@@ -79,15 +85,15 @@ class Summary:
 
 
 class Metrics(Observer):
-    """An `Observer` that adds up.
+    """An observer that computes the metrics of a run.
 
     Args:
-        max_bs: the scheduler's, for occupancy.
-        window_s: steady window, seconds, both ends included; by default the whole run.
+        max_bs: of the scheduler, for the occupancy.
+        window_s: start and end of the steady window, both included, seconds. Default: the whole run.
         limits: for `within_limits`.
 
     Raises:
-        ValueError: a window that ends before it begins.
+        ValueError: the window ends before it begins.
     """
 
     def __init__(self, *, max_bs: int, window_s: tuple[float, float] = (0.0, math.inf), limits: Limits | None = None):
@@ -146,7 +152,7 @@ class Metrics(Observer):
                 self._judge(request)
 
     def summary(self) -> Summary:
-        """The figures so far."""
+        """The metrics so far."""
         start_s, end_s = self._window_s[0], min(self._window_s[1], self._end_s)
         length_s = end_s - start_s
         judged = self._judged + self._refused_inside
@@ -205,14 +211,14 @@ class Metrics(Observer):
 
 
 def goodput(runs: Iterable[tuple[float, float]], share: float = 0.9) -> float | None:
-    """The highest offered rate at which `share` of the requests met their limits.
+    """The highest offered rate at which a share of the requests met their limits.
 
     Args:
-        runs: (rate, within_limits) of each.
-        share: of the requests.
+        runs: (rate, within_limits) of each run.
+        share: of the requests that must meet the limits.
 
     Returns:
-        One of the rates; None: no rate was low enough. Nothing is interpolated.
+        One of the rates, not interpolated. None if no rate was low enough.
 
     Example:
         >>> goodput([(1.0, 1.0), (2.0, 0.93), (4.0, 0.4)])
@@ -222,7 +228,7 @@ def goodput(runs: Iterable[tuple[float, float]], share: float = 0.9) -> float | 
 
 
 class _Level:
-    """A number that holds until it is set again; its integral over the window, and its peak inside it."""
+    """A number that changes in steps: its integral over the window, and its peak inside the window."""
 
     def __init__(self, window_s: tuple[float, float]):
         self._window_s, self._since_s, self._value, self._total, self.peak = window_s, 0.0, 0, 0.0, 0

@@ -19,7 +19,8 @@ from toruslab.models.weights.packing import pack
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
 from toruslab.partitioning.hlo.collectives import read
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES
 

@@ -20,9 +20,10 @@ from toruslab.models.programs.generate import Generator
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import longest_context
-from toruslab.partitioning.hlo.collectives import HloError, read
+from toruslab.partitioning.hlo.collectives import read
+from toruslab.partitioning.hlo.text import HloError
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES
 

@@ -295,7 +295,8 @@ def test_a_file_of_points_is_answered_line_by_line(tmp_path, capsys):
 
 def test_overlap_counts_what_runs_beside_a_collective():
     """The corpus program in which the TPU compiler overlaps weight gathers with matmuls."""
-    from toruslab.partitioning.hlo.collectives import cycles_meanwhile, read
+    from toruslab.partitioning.hlo.collectives import read
+    from toruslab.partitioning.hlo.cycles import cycles_meanwhile
 
     text = (ROOT / "tests/partitioning/hlo/texts/weights-bf16-v5e-4x4x1-jax0.10.txt").read_text()
     beside = cycles_meanwhile(text)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import pad_heads
 from toruslab.models.decoder.parameters import load
-from toruslab.models.decoder.reference import init, logits, pad_heads
+from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.generate import Generator
 from toruslab.partitioning.layouts.variants import layout

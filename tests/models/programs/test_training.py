@@ -14,20 +14,22 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.battery import TOLERANCE, legal, model
+from tests.canonical import unpack
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.parameters import abstract, everywhere, keys_of, put
 from toruslab.models.decoder.reference import init
 from toruslab.models.decoder.reference import logits as reference_logits
 from toruslab.models.programs.compiled import program
 from toruslab.models.programs.training import Recipe, Trainer
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.layouts.layout import entries
 from toruslab.partitioning.layouts.ownership import owned
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, Training, plan
+from toruslab.partitioning.plan.passes import Pass, Training
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 

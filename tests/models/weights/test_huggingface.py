@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import battery
+from tests.canonical import pad_heads
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder import reference
 from toruslab.models.decoder.parameters import load, read
@@ -166,7 +167,7 @@ def test_padded_heads_are_zero(tmp_path, kv):
     config = dataclasses.replace(LLAMA, n_heads=6, n_kv_heads=kv, d_ff=96)
     weights = reference.init(config, 3)
     checkpoint = open_folder(write(tmp_path, config, theirs(config, weights))).padded(8)
-    padded, more = reference.pad_heads(config, weights, 8)
+    padded, more = pad_heads(config, weights, 8)
     where = placed(padded, "ws2d", "heads", (2, 2, 2))
     same(read(checkpoint, *where), load(padded, more, *where))
 

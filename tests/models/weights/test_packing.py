@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
 from toruslab.models.decoder.parameters import initial
 from toruslab.models.decoder.reference import init
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.torus.mesh import attach
 

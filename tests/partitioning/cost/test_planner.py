@@ -29,7 +29,7 @@ from toruslab.partitioning.cost.planner import (
     read_slices,
     search,
 )
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import chip
 from toruslab.partitioning.torus.mesh import Slice

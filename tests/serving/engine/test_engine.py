@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
 from tests.serving.engine.virtual_clock import Virtual
 from toruslab.models.decoder import mixed
 from toruslab.models.decoder.mixed import MixedForm
 from toruslab.models.decoder.quantise import dequantise, quantise
 from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
-from toruslab.models.weights.packing import pack, unpack
-from toruslab.partitioning.hlo.collectives import copies, read
+from toruslab.models.weights.packing import pack
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
+from toruslab.partitioning.hlo.cycles import copies
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, attach
 from toruslab.serving.engine.engine import Engine, Sizes
 from toruslab.serving.engine.pages import Held, Pages

@@ -63,7 +63,7 @@ def early_and_late(policy: Policy) -> tuple[list[dict[int, int]], list[list[int]
         backs.append(back)
         if now == 0:
             submit(scheduler, request(3, 3, 2))
-    assert scheduler.n_waiting == scheduler.n_rows == 0
+    assert scheduler.n_waiting == scheduler.n_started == 0
     return rows, backs
 
 
@@ -307,7 +307,7 @@ def test_cancel_in_a_request_level_batch():
     batch = made(scheduler, 1)
     assert batch.dead == 2
     assert [r.id for r in scheduler.complete(batch, 2)] == [0], "the batch notices when it returns that nobody is left"
-    assert scheduler.reserved == scheduler.n_rows == 0
+    assert scheduler.reserved == scheduler.n_started == 0
 
 
 # Random runs: every batch is checked against a book of its own (tests/serving_runs.py).
