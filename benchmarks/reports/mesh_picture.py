@@ -35,9 +35,9 @@ class Used:
     bytes: float
 
 
-def torus(cells: Mapping[str, list[Result]]) -> Picture:
+def torus(cells: Mapping[str, Sequence[Result]]) -> Picture:
     """A drawing for each layout on each mesh, of the cell with the most tokens there."""
-    chosen: dict[tuple, tuple[str, list[Result]]] = {}
+    chosen: dict[tuple, tuple[str, Sequence[Result]]] = {}
     for name, lines in cells.items():
         key = tuple(lines[0].point.get(k) for k in ("model", "slice", "mesh"))
         if key not in chosen or lines[0].tokens > chosen[key][1][0].tokens:

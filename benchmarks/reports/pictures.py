@@ -187,7 +187,9 @@ def crossing(cells: Mapping[str, Sequence[Result]]) -> Picture:
 def _crossing(axes: Any, found: Crossover) -> None:
     duels = [d for source in SOURCES for d in found.duels[source]]
     axes.axhline(1, color="#333333", linewidth=1)
-    for source, line, dots, size in (("measured", "-", ":", 6), ("predicted", "--", (0, (1, 4)), 10)):
+    looks = {"measured": ("-", ":", 6), "predicted": ("--", (0, (1, 4)), 10)}
+    for source in SOURCES:
+        line, dots, size = looks[source]
         drawn = found.duels[source]
         x, y = [d.tokens for d in drawn], [d.ratio for d in drawn]
         axes.plot(x, y, color="#555555", linestyle=line, linewidth=1.6 if line == "-" else 0.9, zorder=2, label=source)

@@ -148,7 +148,7 @@ def met(t: Target) -> str:
     return {True: "met", False: "missed", None: "not known"}[t.met]
 
 
-def sentences(cells: Mapping[str, list[Result]], found: Quality) -> list[str]:
+def sentences(cells: Mapping[str, Sequence[Result]], found: Quality) -> list[str]:
     """All sentences of a run: cell by cell, the crossover, the prediction."""
     return [*cell_sentences(cells), *crossover_sentences(cells), *quality_sentences(found)]
 
