@@ -68,19 +68,20 @@ class DataTable:
         found = [c.value(record) for c in self.shown(where)]
         return [Value(text=v) if isinstance(v, str) else v for v in found]
 
-    def rich(self, spelled: Callable[[str], str] = str) -> rich_table.Table:
+    def rich(self, spelled: Callable[[str], str] = str, style: str = "bold green") -> rich_table.Table:
         """The table for the terminal.
 
         Args:
             spelled: changes the text of every value, for narrow columns.
+            style: of marked records.
         """
-        table = rich_table.Table(title=escape(self.title), title_justify="left", title_style="bold")
+        table = rich_table.Table(title=escape(self.title) or None, title_justify="left", title_style="bold")
         for column in self.shown("text"):
             justify = "right" if column.numeric else "left"
             table.add_column(escape(column.heading), justify=justify, no_wrap=column.numeric)
         for record in self.records:
-            style = "bold green" if self.marked(record) else "red" if self.failing(record) else None
-            table.add_row(*(escape(spelled(v.text)) for v in self.values(record, "text")), style=style)
+            shown = [escape(spelled(v.text)) for v in self.values(record, "text")]
+            table.add_row(*shown, style=style if self.marked(record) else "red" if self.failing(record) else None)
         return table
 
     def markdown(self) -> list[str]:

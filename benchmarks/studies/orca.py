@@ -1,7 +1,10 @@
 """Orca's Figure 10 by simulation: the paper's models, slices, trace and policies, and the paper's points beside it.
 
-Decides what is compared and how. Three constants are fitted, on panel (b) alone (GPT-3 175B, 2 stages of 8 A100 40 GB):
-`python -m benchmarks.studies.orca` fits them anew. The other panels are predictions with the same constants.
+    python -m benchmarks.studies.orca --out results/orca
+    python -m benchmarks.studies.orca --fit
+
+Three constants are fitted, on panel (b) alone (GPT-3 175B, 2 stages of 8 A100 40 GB); `--fit` fits them anew. The other
+panels are predictions with the same constants. The ladder goes from the baseline to Orca, one change at a time.
 """
 
 import argparse
@@ -29,9 +32,12 @@ from toruslab.serving.traffic.lengths import ORCA_OUTPUT, ORCA_PROMPT
 from toruslab.serving.traffic.workload import Workload
 
 FITTED = {"matmul_efficiency": 0.364, "hbm_efficiency": 0.534, "baseline_slowdown": 1.325}
-"""All on Figure 10(b). The shares of the A100's peak rates that Orca's engine reaches: on Orca's four peaks and its
-curve of max_bs 32 up to 6 requests/s. How much slower the baseline's engine is: on its two peaks and its rate in
-HEADLINE, so that the worst error is least."""
+"""Fitted on Figure 10(b).
+
+- Shares of the A100's peak rates that Orca's engine reaches: on Orca's four peaks and its curve of max_bs 32 up to 6
+  requests/s.
+- Slowdown of the baseline's engine: on its two peaks and its rate in `HEADLINE`, for the smallest worst error.
+"""
 ASSUMED = {"link_efficiency": 1.0, "collective_s": 3.84e-6, "hop_s": 1e-6}
 """Not fitted: NVLink's full rate, v4's cost of a collective, one pass through the switch: 2% of an iteration."""
 PANELS = {"orca-13b": (1, 1), "orca-101b": (1, 8), "orca-175b": (2, 8), "orca-341b": (4, 8)}
@@ -45,12 +51,12 @@ MOST_PROMPT = ORCA_PROMPT.high
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSystem:
-    """A line of the figure.
+    """A serving system of the figure.
 
     Args:
         name: as in the data file.
-        policy, max_bs: its scheduling.
-        in_flight: batches in the pipeline; None: as many as stages.
+        policy, max_bs: of its scheduler.
+        in_flight: batches in the pipeline; None for one per stage.
         baseline: whether it runs on the baseline's engine.
     """
 
@@ -65,7 +71,7 @@ SYSTEMS = (
     *(ServingSystem(name=f"orca{n}", policy=ORCA, max_bs=n) for n in (1, 8, 16, 32)),
     *(ServingSystem(name=f"ft{n}", policy=SHORTEST_PROMPT, max_bs=n, in_flight=1, baseline=True) for n in (1, 8)),
 )
-"""A micro-batch of the baseline is as large as its batch, so that one is in the pipeline at a time."""
+"""A micro-batch of the baseline is its whole batch: one is in the pipeline at a time."""
 
 LADDER = (
     (
@@ -84,7 +90,7 @@ LADDER = (
 
 
 def scenario(system: ServingSystem, model: str = "orca-175b", fitted: dict[str, float] | None = None) -> Scenario:
-    """The server of a line, for one of the paper's models."""
+    """The server of a system, for one of the paper's models."""
     constants = dict(FITTED if fitted is None else fitted)
     slowdown = constants.pop("baseline_slowdown")
     stages, n_chips = PANELS[model]
@@ -103,7 +109,7 @@ def scenario(system: ServingSystem, model: str = "orca-175b", fitted: dict[str, 
 
 
 def trace(rate: float, n: int, seed: int = 0) -> Workload:
-    """The paper's: Poisson arrivals, prompts of 32 to 512 tokens, outputs of 1 to 128, no early stop."""
+    """The paper's trace: Poisson arrivals, prompts of 32 to 512 tokens, outputs of 1 to 128, no early stop."""
     return Workload(n=n, arrivals=Poisson(rate=rate), prompt=ORCA_PROMPT, output=ORCA_OUTPUT, seed=seed)
 
 
@@ -115,7 +121,7 @@ def latency_s(case: Scenario, rate: float, n: int, seed: int = 0) -> float:
 
 
 def peak_per_s(case: Scenario, n: int, seed: int = 0) -> float:
-    """Throughput under a load that never ends; from n requests, or 20 batches."""
+    """Throughput under unlimited load, from n requests or 20 batches, whichever is more."""
     return case.peak_per_s(trace(1.0, max(n, 20 * case.server.max_bs), seed))
 
 
@@ -178,7 +184,7 @@ def predict(models: Iterable[str], n: int, seed: int = 0, tick: Callable[[], Any
 
 
 def ladder(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
-    """Where the factor comes from: rates at `LIMIT_S`, one change after another."""
+    """Rates at `LIMIT_S` from the baseline to Orca, one change after another: the parts of the paper's factor."""
     rows, first = [], None
     for what, system in LADDER:
         rate = rate_at_limit(scenario(system), n, seed) or 0.0
@@ -189,8 +195,11 @@ def ladder(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> lis
 
 
 def fit(n: int, seed: int = 0, rounds: int = 6) -> dict[str, float]:
-    """The three constants, on what `FITTED` says: the first two by least squares of the logarithms, peaks and curve
-    weighing the same, by grids that shrink."""
+    """Fits the three constants to the data that `FITTED` names.
+
+    The first two are fitted by least squares of the logarithms, with equal weight of peaks and curve, on grids that
+    shrink.
+    """
     paper = data("orca_fig10_175b")
     orca = [c for c in SYSTEMS if not c.baseline]
     peaks = {name: max(rate for rate, _ in paper[name]) for name in paper if name != "source"}

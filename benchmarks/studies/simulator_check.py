@@ -3,9 +3,10 @@
     python -m benchmarks.studies.simulator_check
     python -m benchmarks.studies.simulator_check --traces orca,fixed:34:16 --policies orca --json
 
-First the engine serves other seeds of the traces, at the same rates; what its one stage took for each batch becomes the
-simulator's table (`serving.simulation.measured_times`), the median gap between two batches its host's time. Then trace by trace,
-engine and simulation: throughput (completions while all batches could be full), and median normalised latency.
+1. The engine serves other seeds of the traces at the same rates. Its stage times become the simulator's table
+   (`serving.simulation.measured_times`); the median gap between two batches becomes the host's time.
+2. Each trace runs through engine and simulator. Compared are the throughput (completions while all batches could be
+   full) and the median normalised latency.
 """
 
 import argparse
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from toruslab.serving.traffic.workload import Workload
 
 SHARES = (0.4, 0.7, 1.3)
-"""Of the capacity: rates of the runs that are compared; beyond 1 only throughput counts."""
+"""Rates of the compared runs, as shares of the capacity. Beyond 1 only throughput counts."""
 CALIBRATION = 1000
-"""Seeds from here on are for the table only."""
+"""Seeds from here on serve the table only."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
+    """Runs the study."""
     options = parser().parse_args(argv)
     try:
         settings = _settings(options)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine", console: Console) -> None:
-    """Runs everything, and says what came out."""
+    """Runs everything and prints the result."""
     from toruslab.benchmarks.measure.serving_run import capacity, run_once, warm
 
     rows: list[dict[str, Any]] = []
@@ -139,7 +140,7 @@ def show(rows: Sequence[dict[str, Any]], times: MeasuredTimes, host_s: float) ->
 
 
 class _Seen(Observer):
-    """What the one stage took."""
+    """The stage times of the engine's batches, and the gaps between them."""
 
     def __init__(self):
         self.samples: list[tuple[Batch, float]] = []
@@ -150,7 +151,7 @@ class _Seen(Observer):
 
     @property
     def gap_s(self) -> float:
-        """Median time between the end of a batch and the start of the next one, which was ready."""
+        """Median time between the end of a batch and the start of the next one, if that was ready."""
         return statistics.median(self._gaps)
 
     def stage(self, batch: Batch, stage: int, start_s: float, end_s: float) -> None:
