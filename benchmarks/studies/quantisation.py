@@ -111,7 +111,7 @@ def held_out(n: int, length: int, text: str) -> np.ndarray:
 
 
 def layers(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform: str = "cpu") -> Iterator[Row]:
-    """Relative RMS errors per layer: of each matrix and of the layer's output with it, then of all matrices and the cache.
+    """Relative RMS errors by layer: of each matrix and the layer's output with it, then of all matrices and the cache.
 
     Computed in float32, so that int8 alone causes them.
 
