@@ -1,4 +1,4 @@
-"""Drives a scheduler through a random run; every batch is checked against a book that is not the scheduler's own."""
+"""Drives a scheduler through a random run, and checks every batch against an independent book."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from toruslab.serving.scheduling.scheduler import Scheduler
 
 @dataclass
 class Book:
-    """What the scheduler should know, from the batches alone."""
+    """The state that the scheduler should have, from the batches alone."""
 
     scheduler: Scheduler
     requests: dict[int, Request] = field(default_factory=dict)  # submitted and not refused
-    rows: dict[int, int] = field(default_factory=dict)  # request -> slots that its row reserves
+    rows: dict[int, int] = field(default_factory=dict)  # request -> slots that it reserves
     fed: dict[int, int] = field(default_factory=dict)  # tokens in its cache
     iterations: dict[int, int] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ def run(
     stop: float = 0.0,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Book:
-    """Runs all requests to their end; a step of the clock lets some arrive, makes batches, and returns some.
+    """Runs all requests to their end. In each step of the clock some arrive, batches are made, and some return.
 
     Args:
         scheduler: an empty one.

@@ -1,9 +1,9 @@
 """The generated parts of docs: written from code and data, and checked so that they cannot go stale.
 
-    python -m benchmarks.docs.generate docs/*.md            writes them anew
-    python -m benchmarks.docs.generate --check docs/*.md    exits with 1 and names the stale files
+    python -m benchmarks.docs.generate            writes them anew; or those of the pages that are named
+    python -m benchmarks.docs.generate --check    exits with 1 and names the stale pages
 
-A part is the text between `<!-- generated: NAME -->` and `<!-- end -->`. Files without generated parts are skipped.
+A part is the text between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -15,9 +15,11 @@ from pathlib import Path
 from toruslab.benchmarks.docs import compiled_page, loops_page, reference, training_page
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
     "commands.md": {"commands": reference.commands, "help": reference.command_help},
-    "reference.md": {"layouts": reference.layouts, "suffixes": reference.suffixes},
+    "layouts.md": {"layouts": reference.layouts},
+    "models.md": {"suffixes": reference.suffixes},
     "tpu_compiler.md": compiled_page.PARTS,
     "loops.md": loops_page.PARTS,
     "training.md": training_page.PARTS,
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.docs.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     p.add_argument("--check", action="store_true", help="write nothing")
-    p.add_argument("files", type=Path, nargs="+", metavar="file")
+    p.add_argument("files", type=Path, nargs="*", default=[DOCS / name for name in PARTS], metavar="file")
     options = p.parse_args(argv)
     stale = False
     for file in options.files:

@@ -52,10 +52,6 @@ class TrainingSetting:
     seed: int
 
     def __post_init__(self):
-        if self.weights not in DTYPES:
-            raise ValueError(f"weights={self.weights!r} must be one of {', '.join(DTYPES)}")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
         config = self.config
         if config.vocab < byte_ids.VOCAB:
             raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
@@ -125,7 +121,7 @@ class Texts:
         """
         whole = byte_ids.encode(corpus.read(setting.text), bos=False)
         train, rest = corpus.split(whole)
-        held_out = corpus.in_order(rest, setting.length, setting.pass_.rows)
+        held_out = corpus.in_order(rest, setting.length, setting.pass_.sequences)
         digest = hashlib.sha256(whole.astype("uint8").tobytes()).hexdigest()[:16]
         return cls(
             train=train,

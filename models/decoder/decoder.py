@@ -19,7 +19,7 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache
 from toruslab.models.decoder.matmuls import matmul, normalise, product, rms_norm, scope, sums
 from toruslab.models.decoder.sequences import Aligned, Sequences, batch_ladder, index, place, split_axes
-from toruslab.partitioning.layouts.layout import Axes, Layout
+from toruslab.partitioning.layouts.layout import WEIGHTS, Axes, Layout
 from toruslab.partitioning.layouts.moves import follow, local
 from toruslab.partitioning.layouts.rings import after, before
 
@@ -69,7 +69,7 @@ class ResidualBlock(nnx.Module):
 
     def gathered(self, layout: Layout) -> dict[str, jax.Array]:
         """The layer's weights, gathered for the matmuls."""
-        names = [name for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)]
+        names = [name for name in WEIGHTS if hasattr(self, name)]
         return {name: self._gather(getattr(self, name)[...], name, layout) for name in names}
 
     def _gather(self, weight: jax.Array, name: str, layout: Layout) -> jax.Array:

@@ -1,7 +1,7 @@
 """A folder of checkpoints: its steps, their records, and whether their files are whole.
 
 A checkpoint is a folder named by its step. It has the arrays of the parameters (`params`) and of everything else
-(`rest`), as orbax writes them, and a record of ours, `toruslab.json`: the model, every array's shape and dtype, every
+(`rest`), as orbax writes them, and our own record, `toruslab.json`: the model, every array's shape and dtype, every
 file's length and CRC-32, and the caller's facts. The CRCs are needed: orbax reads a flipped byte of array data as wrong
 numbers, without an error. A checkpoint that is being written or deleted has a name that is no step.
 

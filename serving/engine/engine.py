@@ -14,8 +14,9 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ class PartWork:
     pieces: list[Work]
 
 
-class Engine:
+class Engine(AbstractContextManager["Engine"]):
     """The stages of one model and the caches of its requests. A context manager that closes itself.
 
     Args:
@@ -141,9 +142,6 @@ class Engine:
         self._programs: dict[MixedForm, list[Any]] = {}
         self._compile(compiled)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -154,12 +152,9 @@ class Engine:
             thread.shutdown(cancel_futures=True)
 
     def clear(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Forgets all requests.
+        """Forgets all requests. `clock` returns the current time in seconds, for the spans of stages.
 
         Waits for passes that a failed run left in flight, and makes a new cache for one that it lost.
-
-        Args:
-            clock: returns the current time in seconds, for the spans of stages.
 
         Raises:
             RuntimeError: the engine is closed.
@@ -193,11 +188,6 @@ class Engine:
         """Processor seconds that dispatching passes took since `clear`, summed over stages."""
         return sum(self._sending_s)
 
-    @property
-    def forms(self) -> list[MixedForm]:
-        """The forms of all passes that the engine can run."""
-        return list(self._programs)
-
     def _form(self, singles: int, pieces: int) -> MixedForm:
         sizes = self.sizes
         return MixedForm(
@@ -219,12 +209,7 @@ class Engine:
                 compiled(n * len(self.stages) + i + 1, of)
 
     def admit(self, request: int, prompt: Ids, max_output: int) -> None:
-        """Registers a request. It must come before a batch with the request.
-
-        Args:
-            request: its id.
-            prompt: [L] token ids.
-            max_output: most output tokens.
+        """Registers a request by its id, its prompt [L] and its most output tokens, before it is in a batch.
 
         Raises:
             ValueError: the prompt is empty, or prompt and output exceed `sizes.longest`.
@@ -283,11 +268,7 @@ class Engine:
         return out, began_s
 
     def finish(self, flight: Flight) -> tuple[dict[int, int], list[Spans]]:
-        """Waits for a batch's tokens.
-
-        Returns:
-            The token of each request that got one; for each pass the (start, end) of every stage, in seconds.
-        """
+        """Waits for a batch. Returns its tokens by request, and by pass the (start, end) of all stages in seconds."""
         ids = [np.asarray(found.result()[2]) for found in flight.ids]
         found = {request: int(ids[n][place]) for request, n, place in flight.emitting}
         for request, token in found.items():
@@ -308,11 +289,7 @@ class Engine:
         return begin_s, self._left_s[stage], out
 
     def passes(self, work: Iterable[Work]) -> Iterable[tuple[MixedForm, Control, list[tuple[int, int]]]]:
-        """Cuts a batch into passes.
-
-        Yields:
-            The form, the control data, and (request, index in the sampled ids) for each request that gets a token.
-        """
+        """Cuts a batch into passes: form, control data, and (request, index in the sampled ids) of each token."""
         parts = [PartWork(singles=[], pieces=[]) for _ in range(self.parts)]
         for w in work:
             part = parts[self.pages.of(w.request)[0]]

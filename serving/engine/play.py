@@ -128,7 +128,11 @@ def serve(
         mark = time.perf_counter()
         now_s = clock.now_s()
         while coming is not None and coming.arrival_s <= now_s:
-            _submit(scheduler, engine, coming, prompt)
+            if scheduler.offer(coming):
+                ids = prompt(coming)
+                if len(ids) != coming.prompt:
+                    raise ValueError(f"request {coming.id}: prompt={coming.prompt} tokens, but {len(ids)} ids came")
+                engine.admit(coming.id, ids, coming.max_output)
             for observer in observers:
                 observer.arrived(coming)
             coming = next(arrivals, None)
@@ -181,20 +185,6 @@ def serve(
         sending_s=engine.sending_s,
         compilations=_n_compiled - compiled_before,
     )
-
-
-def _submit(scheduler: Scheduler, engine: Engine, request: Request, prompt: Callable[[Request], np.ndarray]) -> None:
-    """Submits a request. A refusal is part of the run; any other error is raised."""
-    try:
-        scheduler.submit(request)
-    except ValueError:
-        if request.state != "refused":
-            raise
-        return
-    ids = prompt(request)
-    if len(ids) != request.prompt:
-        raise ValueError(f"request {request.id}: prompt={request.prompt} tokens, but {len(ids)} ids came")
-    engine.admit(request.id, ids, request.max_output)
 
 
 def _check(scheduler: Scheduler, engine: Engine) -> None:

@@ -77,11 +77,7 @@ class Stage:
         return empty_cache(self.config, total, page, self.layout, self.mesh, self.dtype)
 
     def params(self, packed: Any) -> nnx.State:
-        """The stage's parameters on its devices.
-
-        Args:
-            packed: the parameters of its layers (`models.weights.packing.layers`), quantised if `int8`.
-        """
+        """Puts the parameters of its layers (`models.weights.packing.layers`), quantised if `int8`, on its devices."""
         return put(packed, self._abstract[1], self.layout, self.mesh)
 
     def control(self, whole: np.ndarray) -> jax.Array:
@@ -93,12 +89,10 @@ class Stage:
         return jax.device_put(x, self._stream)
 
     def compile(self, form: MixedForm, pool: Cache) -> "jax.stages.Compiled":
-        """Compiles the stage's program for passes of one form.
+        """Compiles `program(params, x, control, pool) -> (y, pool)` for passes of one form. The pool is donated.
 
-        Returns:
-            `program(params, x, control, pool) -> (y, pool)`. x is the residual stream [parts * tokens, E], or None in
-            the first stage, which reads the ids from `control`. y is the residual stream, or in the last stage the
-            sampled ids [parts * segments]. The pool is donated.
+        x is the residual stream [parts * tokens, E], or None in the first stage, which reads the ids from `control`. y
+        is the residual stream, or in the last stage the sampled ids [parts * segments].
         """
         graph, params = self._abstract
         layout, config = self.layout, self.config

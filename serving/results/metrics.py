@@ -9,12 +9,12 @@ normalised    E2E / output tokens (Orca states its median, vLLM its mean)
 
 All metrics are of a steady window of time, without warm-up and drain:
 
-- latencies: requests that arrived in the window, whenever they returned;
-- throughput: requests that returned in the window;
-- waste and occupancy: batches that were made in the window;
-- slots and stages: by the time in the window.
+- latencies: of requests that arrived in the window, whenever they returned;
+- throughput: of requests that returned in the window;
+- waste and occupancy: of batches that were made in the window;
+- slots and stages: over the time in the window.
 
-The memory needed does not grow with the length of the run.
+The memory needed does not grow with the run.
 """
 
 import math
@@ -26,6 +26,8 @@ from toruslab.serving.results.distribution import Distribution, Percentiles
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
+
+LATENCIES = ("queue_delay_s", "ttft_s", "tpot_s", "itl_s", "e2e_s", "normalised_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,7 @@ class Metrics(Observer):
         self._arrived = self._refused = self._cancelled = self._returned = 0
         self._arrived_inside = self._refused_inside = self._returned_inside = self._tokens_inside = 0
         self._judged = self._met = 0
-        self._queue_delay, self._ttft, self._tpot = Distribution(), Distribution(), Distribution()
-        self._itl, self._e2e, self._normalised = Distribution(), Distribution(), Distribution()
+        self._latencies = {name: Distribution() for name in LATENCIES}
         self._batches = self._rows = self._computed = self._padding = self._dead = 0
         self._reserved, self._used = _Level(window_s), _Level(window_s)
         self._busy_s: list[float] = []
@@ -165,12 +166,7 @@ class Metrics(Observer):
             offered_per_s=_ratio(self._arrived_inside, length_s),
             throughput_per_s=_ratio(self._returned_inside, length_s),
             tokens_per_s=_ratio(self._tokens_inside, length_s),
-            queue_delay_s=self._queue_delay.percentiles(),
-            ttft_s=self._ttft.percentiles(),
-            tpot_s=self._tpot.percentiles(),
-            itl_s=self._itl.percentiles(),
-            e2e_s=self._e2e.percentiles(),
-            normalised_s=self._normalised.percentiles(),
+            **{name: distribution.percentiles() for name, distribution in self._latencies.items()},
             within_limits=_ratio(self._met, judged) if self._limits else None,
             batches=self._batches,
             occupancy=_ratio(self._rows, self._batches * self._max_bs),
@@ -188,13 +184,14 @@ class Metrics(Observer):
         token_s, arrival_s, n = request.token_s, request.arrival_s, request.n_tokens
         ttft_s = token_s[0] - arrival_s
         tpot_s = (token_s[-1] - token_s[0]) / (n - 1) if n > 1 else None
-        self._queue_delay.add((request.scheduled_s - arrival_s,))
-        self._ttft.add((ttft_s,))
+        e2e_s = request.returned_s - arrival_s
+        self._latencies["queue_delay_s"].add((request.scheduled_s - arrival_s,))
+        self._latencies["ttft_s"].add((ttft_s,))
         if tpot_s is not None:
-            self._tpot.add((tpot_s,))
-            self._itl.add([after - before for before, after in pairwise(token_s)])
-        self._e2e.add((request.returned_s - arrival_s,))
-        self._normalised.add(((request.returned_s - arrival_s) / n,))
+            self._latencies["tpot_s"].add((tpot_s,))
+            self._latencies["itl_s"].add([after - before for before, after in pairwise(token_s)])
+        self._latencies["e2e_s"].add((e2e_s,))
+        self._latencies["normalised_s"].add((e2e_s / n,))
         self._judged += 1
         if self._limits:
             self._met += ttft_s <= self._limits.ttft_s and (tpot_s is None or tpot_s <= self._limits.tpot_s)

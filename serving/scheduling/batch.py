@@ -37,12 +37,7 @@ class Work(NamedTuple):
 
     @classmethod
     def prompt(cls, request: Request, length: int, padded: int | None = None) -> Self:
-        """The next tokens of a request's prompt. The work emits a token if it ends the prompt.
-
-        Args:
-            request: whose prompt.
-            length: tokens of the prompt.
-            padded: tokens with padding; None: no padding.
+        """The next `length` tokens of a request's prompt, padded to `padded` tokens. Emits if it ends the prompt.
 
         Example:
             >>> Work.prompt(Request(id=0, arrival_s=0.0, prompt=9, max_output=1), 4)

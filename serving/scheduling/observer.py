@@ -10,7 +10,7 @@ from toruslab.serving.scheduling.request import Request
 
 
 class Observer(Protocol):
-    """Listens to a run. A class that derives from it overrides the events that it needs.
+    """Listens to a run. Derived classes override the events that they need.
 
     Events come in order of time, except `stage`: a simulator knows a stage's end in advance.
     """

@@ -136,6 +136,16 @@ class Scheduler:
         self._held[request.id] = request
         self._queue.append(request)
 
+    def offer(self, request: Request) -> bool:
+        """Submits a request of a run. Returns False if it was refused; raises any other error."""
+        try:
+            self.submit(request)
+        except ValueError:
+            if request.state != "refused":
+                raise
+            return False
+        return True
+
     def next_batch(self, now_s: float) -> Batch | None:
         """Makes the batch of the next iteration. Its requests are running from now on.
 

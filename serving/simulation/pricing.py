@@ -183,7 +183,7 @@ class Pricing:
     Args:
         pipeline: the pipeline to price.
         constants: fitted constants of the chip (`partitioning.torus.chip.FITTED`); None: the chip's own.
-        overlap: see `partitioning.cost.forward.estimate`.
+        overlap: see `partitioning.cost.estimate.estimate`.
         slowdown: factor on all seconds, for an engine slower than the model.
         send: whether stages wait for the residual stream to be sent.
 

@@ -109,7 +109,7 @@ def simulate(
         returns_s = flying[0][1] if flying else math.inf
         now_s = returns_s if coming is None else min(coming.arrival_s, returns_s)
         while coming is not None and coming.arrival_s == now_s:
-            _submit(scheduler, coming)
+            scheduler.offer(coming)
             for observer in observers:
                 observer.arrived(coming)
             coming = next(arrivals, None)
@@ -137,12 +137,3 @@ def simulate(
             flying.append((batch, left_s))
     assert scheduler.n_waiting == scheduler.n_started == 0, "requests are left, and nothing runs"
     return Simulation(end_s=now_s, batches=batches, tokens=tokens, works=works)
-
-
-def _submit(scheduler: Scheduler, request: Request) -> None:
-    """Submits a request. A refusal is part of the run; any other error is raised."""
-    try:
-        scheduler.submit(request)
-    except ValueError:
-        if request.state != "refused":
-            raise

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 _BLOCK = 1024
 LEAST_CV, MOST_CV = 0.01, 100.0
-"""Bounds of `Gamma.cv`. Below, all gaps are equal; above, nearly all of them are 0."""
+"""Bounds of `Gamma.cv`. Below, all gaps are equal; above, nearly all are 0."""
 
 
 class Arrivals(Protocol):

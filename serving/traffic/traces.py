@@ -1,7 +1,4 @@
-"""Traces and arrival patterns by the names that a command line takes.
-
-A trace says how long requests are, a pattern when they arrive.
-"""
+"""Traces (lengths of requests) and patterns (arrivals of requests) by the names that a command line takes."""
 
 import functools
 import hashlib
@@ -108,12 +105,8 @@ class Pattern:
 def arrivals(name: str, n: int) -> Pattern:
     """The pattern with this name: `poisson`, `gamma:CV` (or `gamma-CV`), or a file.
 
-    A file has one time per line, in seconds from 0 on. Its own rate is n over its n-th time. At another rate all times
-    are stretched by the same factor.
-
-    Args:
-        name: of the pattern, or a path.
-        n: requests: the number of times to read from a file.
+    A file has one time per line, in seconds from 0 on; the first `n` are read. Its own rate is n over its n-th time. At
+    another rate all times are stretched by the same factor.
 
     Raises:
         ValueError: the name is unknown, the CV is out of bounds, the file has fewer times, or its times are not finite,

@@ -6,7 +6,7 @@ Arrivals, prompts and outputs have separate random streams, so that every rate g
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -95,16 +95,6 @@ class Workload:
             raise ValueError(f"warm_up={warm_up} must be a share of the time, 0 <= warm_up < 1")
         last_s = self.last_arrival_s()
         return warm_up * last_s, last_s
-
-    def scaled(self, factor: float) -> "Workload":
-        """The workload with all lengths times `factor`, for a smaller model."""
-        cap = self.max_output
-        return replace(
-            self,
-            prompt=self.prompt.scaled(factor),
-            output=self.output.scaled(factor),
-            max_output=cap if cap is None else max(1, round(cap * factor)),
-        )
 
     def _streams(self) -> list[np.random.Generator]:
         return [np.random.default_rng(seed) for seed in np.random.SeedSequence(self.seed).spawn(3)]

@@ -1,4 +1,4 @@
-"""Profiles: the time of overlapping operations, what operations are for, and real traces of fake CPU devices."""
+"""Profiles: the time of overlapping operations, their purposes, and real traces of fake CPU devices."""
 
 import dataclasses
 import io
@@ -68,7 +68,7 @@ def test_what_contains_others_keeps_what_they_leave():
 
 
 def test_a_loop_that_ends_before_its_body_hides_nothing():
-    """Another thread has taken the loop over."""
+    """Another thread continues the loop."""
     moved = [ran("while", 0, 40), ran("dot", 10, 40), ran("dot", 45, 90)]
     assert lengths(exclusive(moved, RANKS)) == {"while": 10, "dot": 75}
 

@@ -57,7 +57,7 @@ def comparable(config: ModelConfig, weights: reference.Weights) -> reference.Wei
 
 
 def error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference, as a share of the largest logit."""
+    """The largest difference as a share of the largest logit."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -160,7 +160,7 @@ def test_equals_published_decoders(config: ModelConfig, tied: bool, monkeypatch:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", CONFIGS, ids=by_name)
 def test_the_published_decoders_would_show_a_mistake(config: ModelConfig, monkeypatch: pytest.MonkeyPatch):
-    """Each mistake that the agreement is to exclude moves a logit far beyond the tolerance."""
+    """Each mistake that the agreement excludes moves a logit far beyond the tolerance."""
     weights = comparable(config, reference.init(config, seed=1))
     theirs = their_logits(their_model(config, weights, monkeypatch), TOKENS)
     n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
