@@ -35,7 +35,6 @@ def latency(cells: Mapping[str, Sequence[Result]]) -> Picture:
             title=f"{name}, attention over {attention}",
             draw=lambda axes, family=family, attention=attention: _latency(axes, family, attention),
             height_in=4.1,
-            alt=f"Latency against tokens, {name}, attention over {attention}",
         )
         for name, family in families(cells).items()
         for attention in dict.fromkeys(str(x.point.get("attention")) for x in family if x.measured_s or x.predicted_s)
@@ -82,7 +81,6 @@ def predicted(cells: Mapping[str, Sequence[Result]]) -> Picture:
         draw=lambda axes: _predicted(axes, results),
         height_in=4.85,
         labels=labels(results),
-        alt="Predicted against measured time, all points",
     )
     return Picture(
         name="predicted",
@@ -121,7 +119,6 @@ def roofline(cells: Mapping[str, Sequence[Result]]) -> Picture:
             draw=lambda axes, results=results, roof=roof: _roofline(axes, results, roof),
             height_in=3.7,
             labels=labels(results),
-            alt=f"Attained FLOP/s against FLOPs per byte, {slice_}",
         )
         for (slice_, roof), results in machines.items()
     ]
@@ -171,7 +168,6 @@ def crossing(cells: Mapping[str, Sequence[Result]]) -> Picture:
             draw=lambda axes, found=found: _crossing(axes, found),
             height_in=3.7,
             labels=[duel.best for source in SOURCES for duel in found.duels[source]],
-            alt=f"Best weight-gathered over best weight-stationary time against tokens, {found.family}",
         )
         for found in crossovers(cells)
     ]
@@ -234,7 +230,6 @@ def terms(cells: Mapping[str, Sequence[Result]]) -> Picture:
                 title=name,
                 draw=lambda axes, results=results: _terms(axes, results),
                 height_in=1.8 + 0.42 * len(results),
-                alt=f"Stacked terms of the prediction beside the measured step, {name}",
             )
             for name, results in cells.items()
             if any(x.terms or x.measured_s for x in results)
@@ -311,7 +306,6 @@ def moved(cells: Mapping[str, Sequence[Result]]) -> Picture:
                 title=name,
                 draw=lambda axes, results=results, name=name: _moved(axes, results, volumes[name]),
                 height_in=1.4 + 0.27 * len(results),
-                alt=f"Bytes that one chip receives, planned and compiled, {name}",
             )
             for name, results in cells.items()
             if any(x.number(s, "collective_bytes") is not None for x in results for s in ("analytic", "compiled"))

@@ -141,7 +141,6 @@ def latency(rows: Sequence[Row], found: Findings) -> Picture:
                 title=title(rows),
                 draw=lambda axes: _latency(axes, rows, found),
                 height_in=5.0,
-                alt="Median normalised latency against throughput, a curve for each rung",
             )
         ],
     )
@@ -190,7 +189,6 @@ def timeline(traces: Mapping[str, dict[str, Any]]) -> Picture:
                 title=name,
                 draw=lambda axes, events=events, name=name: _requests(axes, events, until_s, name == last),
                 height_in=2.2 + 0.4 * (name == last),
-                alt=f"Requests over time under {name}",
             )
             for name, events in spans.items()
         ],

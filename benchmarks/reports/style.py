@@ -60,7 +60,7 @@ class Panel:
         draw: draws on matplotlib's axes.
         height_in: inches, without title and legend.
         labels: layout/attention of marks that the legend explains, beside the axes' own labelled lines.
-        alt: says what the panel shows to people who cannot see it.
+        alt: what the panel shows, for people who cannot see it, where the title is not enough.
     """
 
     title: str
@@ -152,8 +152,11 @@ def log_axes(axes: Any, names: str) -> None:
     axes.grid(True)
 
 
-def svg(panel: Panel, prefix: str) -> str:
-    """One panel as an SVG element for a page: it scales to its column, text stays text, ids begin with `prefix`."""
+def svg(panel: Panel, prefix: str, heading: str = "") -> str:
+    """One panel as an SVG element for a page: it scales to its column, text stays text, ids begin with `prefix`.
+
+    People who cannot see it are told `panel.alt`, or the heading of its picture and its title.
+    """
     import matplotlib
 
     with matplotlib.rc_context(cast(Any, STYLE)):
@@ -167,7 +170,7 @@ def svg(panel: Panel, prefix: str) -> str:
     box = re.search(r'viewBox="[^"]*"', head)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
-        f'aria-label="{escape(panel.alt or panel.title)}" {box[0] if box else ""}>{body.strip()}'
+        f'aria-label="{escape(panel.alt or f"{heading}: {panel.title}")}" {box[0] if box else ""}>{body.strip()}'
     )
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
+from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row, line
@@ -332,30 +332,28 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the figure, the ladder and the other panels as tables."""
     constants = ", ".join(f"{k} {v}" for k, v in FITTED.items())
     console.print(f"GPT-3 175B, 2 stages of 8 A100 40 GB; fitted on this figure: {constants}")
-    _table(
-        console, [r for r in rows if r["figure"] == "10b"], ("line", "what", "at", "simulated", "published", "error")
+    console.print(
+        _table(
+            [r for r in rows if r["figure"] == "10b"], ("line", "what", "at", "simulated", "published", "error")
+        ).rich()
     )
     console.print("Requests/s at 190 ms a token, one change after another")
-    _table(console, [r for r in rows if r["figure"] == "ladder"], ("step", "rate", "factor"))
+    console.print(_table([r for r in rows if r["figure"] == "ladder"], ("step", "rate", "factor")).rich())
     console.print("Predicted with the same constants, nothing fitted")
-    _table(console, [r for r in rows if r["figure"].startswith("orca-")], ("figure", "line", "what", "simulated"))
+    console.print(
+        _table([r for r in rows if r["figure"].startswith("orca-")], ("figure", "line", "what", "simulated")).rich()
+    )
 
 
-def _table(console: Console, rows: Sequence[Row], fields: Sequence[str]) -> None:
-    table = Table()
-    for field in fields:
-        table.add_column(field, justify="left" if field in ("line", "what", "figure", "step") else "right")
-    for row in rows:
-        table.add_row(*(_cell(field, row[field]) for field in fields))
-    console.print(table)
+def _table(rows: Sequence[Row], fields: Sequence[str]) -> DataTable:
+    def text(value: Any, field: str) -> str:
+        if isinstance(value, float):
+            return f"{value:+.1%}" if field == "error" else f"{value:.3g}"
+        return "" if value is None else str(value)
 
-
-def _cell(field: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:+.1%}" if field == "error" else f"{value:.3g}"
-    return str(value)
+    names = ("line", "what", "figure", "step")
+    columns = [Column(f, lambda row, f=f: text(row[f], f), numeric=f not in names) for f in fields]
+    return DataTable(title="", columns=columns, records=rows)
 
 
 if __name__ == "__main__":
