@@ -6,7 +6,6 @@
 A part is the text between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -48,9 +47,7 @@ def renewed(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes or checks; returns 1 when a file is stale."""
-    p = Parser(
-        prog="python -m benchmarks.docs.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.docs.generate", __doc__)
     p.add_argument("--check", action="store_true", help="write nothing")
     p.add_argument("files", type=Path, nargs="*", default=[DOCS / name for name in PARTS], metavar="file")
     options = p.parse_args(argv)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
@@ -49,11 +50,7 @@ KV_FRACTION = 0.3
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.comparisons",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("python -m benchmarks.studies.comparisons", __doc__)
     p.add_argument("--model", default="palm-540b-h64", help="preset, multiquery and parallel (default: %(default)s)")
     p.add_argument("--slice", default="v4:4x4x4", help="default: %(default)s")
     p.add_argument("--weights", default="bf16", help="default: %(default)s")
@@ -90,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print("\n".join(map(json.dumps, rows)))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        show(rows, output.console())
     if folder:
         from toruslab.benchmarks.reports import figures, style
 

@@ -26,9 +26,7 @@ WANTED = 0.02
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.dispatch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.dispatch", __doc__)
     p.add_argument("--steps", default="1,4,16", help="in one call (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="default: %(default)s")
     p.add_argument("--context", type=int, default=256, help="default: %(default)s")

@@ -7,7 +7,6 @@ Three constants are fitted, on panel (b) alone (GPT-3 175B, 2 stages of 8 A100 4
 panels are predictions with the same constants. The ladder goes from the baseline to Orca, one change at a time.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from rich.console import Console
 from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
@@ -293,9 +294,7 @@ def _ladder(axes: Any, steps: Sequence[Row]) -> None:
 
 def parser() -> Parser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.orca", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.orca", __doc__)
     p.add_argument("--requests", type=int, default=1000, help="of each run (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the traces (default: %(default)s)")
     p.add_argument("--fit", action="store_true", help="fit the three constants anew and print them")
@@ -316,15 +315,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.out is not None:
         run_folder.writable(options.out)
-    rows = [*compare(n, seed), *ladder(n, seed), *predict([m for m in PANELS if m != "orca-175b"], n, seed)]
+    others = [m for m in PANELS if m != "orca-175b"]
+    with progress("orca", what="the paper's points, the ladder, other models", total=50) as bar:
+        rows = compare(n, seed, bar.advance) + ladder(n, seed, bar.advance) + predict(others, n, seed, bar.advance)
+        figures = sheets(figure_10b(n, seed), ladder_picture(rows)) if options.out else {}
     if options.out is not None:
-        figures = sheets(figure_10b(n, seed), ladder_picture(rows))
         for path in run_folder.save(options.out, "rows", rows, figures):
             print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(line, rows)))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 170))
+        show(rows, output.console(170))
     return 0
 
 

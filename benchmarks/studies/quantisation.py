@@ -20,8 +20,9 @@ import numpy as np
 from rich.console import Console
 
 from toruslab.benchmarks.reports.tables import Column, DataTable
-from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.runs import output, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
 from toruslab.models.config import ModelConfig
@@ -38,11 +39,7 @@ VARIANTS = {"float": (False, False), "int8 weights": (True, False), "int8 cache"
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.quantisation",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("python -m benchmarks.studies.quantisation", __doc__)
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
     p.add_argument("--platform", default="cpu", choices=["cpu", "gpu", "tpu"], help="default: %(default)s")
     p.add_argument("--dtype", default="f32", choices=["f32", "bf16"], help="of what is float (default: %(default)s)")
@@ -86,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "length": options.length,
         "ln_vocab": math.log(config.vocab),
     }
-    rows = [*layers(config, params, ids, options.platform), *variants(config, params, ids, options.platform), summary]
+    with progress("quantisation", what="layer by layer, then the whole model"):
+        of_layers = list(layers(config, params, ids, options.platform))
+        rows = [*of_layers, *variants(config, params, ids, options.platform), summary]
     if options.json:
         for row in rows:
             print(json.dumps(row))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        show(rows, output.console())
     return 0
 
 

@@ -8,16 +8,13 @@
 of the same turn. LAYOUT/ATTENTION/N takes N decode steps in a call; what is shown is one step's.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from toruslab.benchmarks.reports.tables import Column, DataTable
-from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.runs import output, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
@@ -37,9 +34,7 @@ MODEL = "toy-v1024"
 
 def parser() -> Parser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.ratio", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.ratio", __doc__)
     p.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="default: %(default)s")
     p.add_argument(
         "--layouts", help="LAYOUT/ATTENTION or LAYOUT/ATTENTION/N, with commas between; all are shares of the first"
@@ -92,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print("\n".join(json.dumps({k: v for k, v in row.items() if k != "name"}) for row in rows))
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(table(rows).rich())
+        output.console().print(table(rows).rich())
     return code
 
 

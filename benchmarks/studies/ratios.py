@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.weights import corpus
 from toruslab.partitioning.plan.point import Point
@@ -60,16 +61,19 @@ def measured(
 
     found: list[TimedPoint] = []
     steps = []
-    for point in points:
-        try:
-            contender = prepare(point, seed, corpus.read())
-            contender.step()  # whether there is memory to run it
-            steps += [contender.step, *([beside(point)] if beside else [])]
-            found.append(TimedPoint(point=point, compiled=contender.compiled_row))
-        except Exception as error:  # the others are timed
-            said = str(error).splitlines()[0] if str(error) else ""
-            found.append(TimedPoint(point=point, compiled={}, error=f"{type(error).__name__}: {said}"))
-    timings = iter(interleaved(steps, repeats=repeats, budget_s=budget_s))
+    with progress("study", what="compiling", total=len(points)) as bar:
+        for point in points:
+            try:
+                contender = prepare(point, seed, corpus.read())
+                contender.step()  # whether there is memory to run it
+                steps += [contender.step, *([beside(point)] if beside else [])]
+                found.append(TimedPoint(point=point, compiled=contender.compiled_row))
+            except Exception as error:  # the others are timed
+                said = str(error).splitlines()[0] if str(error) else ""
+                found.append(TimedPoint(point=point, compiled={}, error=f"{type(error).__name__}: {said}"))
+            bar.advance()
+        bar.begin("timing in turns")
+        timings = iter(interleaved(steps, repeats=repeats, budget_s=budget_s))
     out = [
         x
         if x.error

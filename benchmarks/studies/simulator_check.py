@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from toruslab.benchmarks import serve_bench
-from toruslab.benchmarks.runs import processes, serving_setting
+from toruslab.benchmarks.runs import output, processes, serving_setting
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
 from toruslab.benchmarks.studies.engine_times import EngineTimes, Padding
 from toruslab.serving.results.metrics import Metrics
@@ -43,11 +43,7 @@ CALIBRATION = 1000
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.simulator_check",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("python -m benchmarks.studies.simulator_check", __doc__)
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
     p.add_argument("--slice", default="cpu:2x2x2", help="default: %(default)s")
     p.add_argument("--layout", default="ws1d+lean", help="default: %(default)s")
@@ -73,22 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from toruslab.benchmarks.measure.serving_run import engine
 
     longest = max(settings, key=lambda setting: setting.trace.longest)
-    console = Console(stderr=True)
-    with console.status("compiling"):
+    with progress("simulator_check", what="compiling"):
         opened = engine(longest, lambda done, of: None)
     with opened as made:
         if made.parts != 1:
             raise InputError(f"attention={options.attention!r} splits the batch over {made.parts} parts; give heads")
-        _compare(options, settings, made, console)
+        _compare(options, settings, made)
     return 0
 
 
-def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine", console: Console) -> None:
+def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine") -> None:
     """Runs everything and prints the result."""
     from toruslab.benchmarks.measure.serving_run import capacity, run_once, warm
 
     rows: list[dict[str, Any]] = []
-    with console.status("the engine's stage times") as status:
+    with progress("simulator_check", what="the engine's stage times") as bar:
         for setting in settings:
             warm(setting, made)
         rates = {setting.trace.name: capacity(setting, made) for setting in settings}
@@ -106,7 +101,7 @@ def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], ma
             for seed in range(setting.seeds):
                 for share in SHARES:
                     for scheme in setting.schemes:
-                        status.update(f"{setting.trace.name}, {scheme.name}, {share} of capacity")
+                        bar.advance(what=f"{setting.trace.name}, {scheme.name}, {share} of capacity")
                         rate = share * rates[setting.trace.name]
                         rows.append(_row(setting, made, scheme, rate, share, seed, times, host_s))
                         if options.json:
@@ -128,7 +123,7 @@ def show(rows: Sequence[dict[str, Any]], times: EngineTimes, host_s: float) -> N
             *(f"{1e3 * r['normalised_s'][k]:.1f}" for k in ("engine", "simulated")),
             f"{r['normalised_error']:+.1%}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = output.console()
     console.print(table)
     below = [r for r in rows if r["share"] < 1]
     console.print(
