@@ -1,7 +1,7 @@
 """Result rows: one JSON object a line, written as they are made and never rewritten.
 
-A row is a point, the `source` of its numbers (analytic, compiled, measured, published), the numbers, and where they
-were taken. Whoever draws tables or pictures only reads rows.
+A row has a point, the `source` of its numbers (analytic, compiled, measured, published), the numbers, and the
+environment in which they were taken. Tables and pictures are drawn from rows alone.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def of_a_point(row: Row) -> None:
 
 
 class RowFile:
-    """A file of rows that grows.
+    """A file of rows that grows. A row that was added is on the disk, whatever ends the process afterwards.
 
     Args:
         path: the `.jsonl` file; made on the first `add`.
@@ -99,6 +99,17 @@ def read(path: Path, check: Callable[[Row], object] = of_a_point) -> Iterator[Ro
                 f"{path}, line {number} is not a result row; mend or move the file, nothing was changed in it"
             ) from None
         yield row
+
+
+def failure(error: Exception) -> Row:
+    """The part of a row that says why its point failed.
+
+    Example:
+        >>> failure(RuntimeError("no memory\\nleft"))
+        {'error': 'RuntimeError: no memory'}
+    """
+    said = str(error).splitlines()[0] if str(error) else ""
+    return {"error": f"{type(error).__name__}: {said}"}
 
 
 def environment(seed: int) -> Row:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from toruslab.benchmarks.runs import serving_options
 from toruslab.benchmarks.runs.weights_option import chosen
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
@@ -26,7 +27,7 @@ from toruslab.serving.engine.pages import Held, n_pages
 from toruslab.serving.results.metrics import Limits
 from toruslab.serving.scheduling.policies import Policy, policy
 from toruslab.serving.scheduling.reservation import Reservation, reservation
-from toruslab.serving.traffic.traces import Pattern, Trace, arrivals, trace
+from toruslab.serving.traffic.traces import Pattern, Trace, trace
 
 PIECE, PAGE = 16, 32
 """Tokens in a piece of a prompt, positions in a page of the cache."""
@@ -157,17 +158,6 @@ def read(options: argparse.Namespace) -> ServingSetting:
     config = _config(options.model, options.checkpoint)
     if config.vocab < byte_ids.VOCAB:
         raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
-    if options.weights not in WEIGHTS:
-        raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
-    for field, least in (("stages", 1), ("max_bs", 1), ("requests", 2), ("seeds", 1)):
-        if getattr(options, field) < least:
-            raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
-    for field, most in MOST.items():
-        value = getattr(options, field)
-        if value is not None and value > most:
-            raise ValueError(f"{field}={value} must be at most {most}")
-    if not 0 <= options.warm_up < 1:
-        raise ValueError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
     slice_, stages = Slice.parse(options.slice), options.stages
     if config.n_layers % stages:
         raise ValueError(f"stages={stages} does not divide the {config.n_layers} layers of {config.name}")
@@ -181,43 +171,27 @@ def read(options: argparse.Namespace) -> ServingSetting:
         raise ValueError(f"slots={n_slots} must be at least {asked.longest}, what the longest request needs")
     if options.held not in ("rows", "pages"):
         raise ValueError(f"held={options.held!r} must be rows or pages")
+    as_given = ("stages", "layout", "attention", "weights", "max_bs", "requests", "seeds", "warm_up", "checkpoint")
     return ServingSetting(
         model=config.name,
         slice=slice_,
         shape=shape,
-        stages=stages,
-        layout=options.layout,
-        attention=options.attention,
-        weights=options.weights,
         schemes=_schemes(options.policies, stages, options.max_bs),
         reservation=reservation(options.reservation),
         held=cast(Held, options.held),
-        max_bs=options.max_bs,
         n_slots=n_slots,
         trace=asked,
-        arrivals=arrivals(options.arrivals, options.requests),
+        arrivals=serving_options.pattern(options),
         scale=scale,
-        requests=options.requests,
-        seeds=options.seeds,
-        warm_up=options.warm_up,
-        limits=_limits(options.limits),
-        checkpoint=options.checkpoint,
+        limits=serving_options.limits(options),
+        **{name: getattr(options, name) for name in as_given},
     )
 
 
-def rates(text_: str) -> tuple[float, ...]:
-    """Requests per second, ascending.
-
-    Raises:
-        ValueError: what is no number, out of bounds, or stands there twice.
-    """
-    try:
-        found = [float(part) for part in text_.split(",")]
-    except ValueError:
-        raise ValueError(f"rates={text_!r} must be numbers of requests per second, such as 2,4,8") from None
-    if not all(LEAST_RATE <= rate <= MOST_RATE for rate in found) or len(set(found)) < len(found):
-        raise ValueError(f"rates={text_!r} must be positive, {LEAST_RATE:g} to {MOST_RATE:g}, and each different")
-    return tuple(sorted(found))
+def rates(options: argparse.Namespace, setting: ServingSetting) -> tuple[float, ...] | None:
+    """The rates that were asked for, in requests per second, or None: they are measured then."""
+    rule = f"positive, {LEAST_RATE:g} to {MOST_RATE:g}, and each different"
+    return serving_options.rates(options, setting.arrivals, LEAST_RATE, MOST_RATE, rule)
 
 
 def rates_around(capacity: float) -> tuple[float, ...]:
@@ -290,15 +264,3 @@ def _scale(text_: str) -> tuple[float, float]:
 def _fraction(text_: str) -> float:
     above, slash, below = text_.partition("/")
     return float(above) / float(below) if slash else float(above)
-
-
-def _limits(text_: str | None) -> Limits | None:
-    if text_ is None:
-        return None
-    try:
-        ttft_s, tpot_s = map(float, text_.split(":"))
-    except ValueError:
-        ttft_s = tpot_s = 0.0
-    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
-        raise ValueError(f"limits={text_!r} must be TTFT:TPOT in seconds, both positive, such as 0.5:0.05")
-    return Limits(ttft_s=ttft_s, tpot_s=tpot_s)

@@ -52,10 +52,6 @@ class TrainingSetting:
     seed: int
 
     def __post_init__(self):
-        if self.weights not in DTYPES:
-            raise ValueError(f"weights={self.weights!r} must be one of {', '.join(DTYPES)}")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
         config = self.config
         if config.vocab < byte_ids.VOCAB:
             raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
