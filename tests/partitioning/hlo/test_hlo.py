@@ -23,7 +23,7 @@ FILES = sorted(CORPUS.glob("*.txt"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
+class CompiledText:
     """One file of the corpus; its name says what it is."""
 
     name: str
@@ -41,10 +41,10 @@ class Program:
 
 
 @cache
-def program(name: str) -> Program:
+def program(name: str) -> CompiledText:
     _, _, chip, dims, _ = name.split("-")
     mesh = dict(zip("xyz", map(int, dims.split("x")), strict=True))
-    return Program(name=name, on_cpu=chip == "cpu", mesh=mesh, text=(CORPUS / name).read_text())
+    return CompiledText(name=name, on_cpu=chip == "cpu", mesh=mesh, text=(CORPUS / name).read_text())
 
 
 def named(program_name: str) -> list[str]:
@@ -56,7 +56,9 @@ def brief(c: Collective) -> tuple[str, str, int, int]:
     return c.kind, "".join(c.axes), c.bytes, c.trips
 
 
-def plan(p: Program, kind: str, axes: str, n_elements: float, trips: int = 1, e: int = 0) -> tuple[str, str, int, int]:
+def plan(
+    p: CompiledText, kind: str, axes: str, n_elements: float, trips: int = 1, e: int = 0
+) -> tuple[str, str, int, int]:
     """The same from the definition: `n_elements` is the larger side's (a gather's output, else the input)."""
     k = p.size(axes)
     share = {"all-reduce": 2 * (k - 1) / k, "collective-permute": float(k > 1)}.get(kind, (k - 1) / k)
