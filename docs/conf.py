@@ -26,7 +26,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 exclude_patterns = ["data", "**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = f"toruslab {version}"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
 nitpicky = False
 
