@@ -7,7 +7,7 @@ ARGS ?=
 TEST_EXTRAS ?= test,crosscheck
 FAST_EXTRAS ?= test
 
-.PHONY: bench test fast lint format docs clean
+.PHONY: bench test fast lint format docs wheel oldest clean
 
 bench: $(VENV)/.bench  ## the main job on 8 fake CPU devices: table, rows and pictures in results/bench
 	$(BIN)/toruslab bench $(ARGS)
@@ -18,10 +18,11 @@ test: $(VENV)/.test  ## all tests
 fast: $(VENV)/.fast  ## the tests without those marked slow
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
-lint: $(VENV)/.dev  ## ruff and pyright
+lint: $(VENV)/.dev  ## format, style, types, and the one direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -45,5 +46,18 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]' && touch $@
 
+wheel: $(VENV)/.dev  ## the wheel, installed into an empty environment and tried there
+	rm -rf build dist && $(BIN)/python -m build --wheel --outdir dist . >build.log 2>&1 || (cat build.log; exit 1)
+	rm -rf build/empty && $(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build && empty/bin/python ../tests/installed.py
+
+oldest:  ## the fast tests on the oldest supported version of every dependency
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*(d.replace('>=', '==') for d in p['dependencies'] + p['optional-dependencies']['test']), sep='\n')" >oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -r oldest.txt --editable . && rm oldest.txt
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

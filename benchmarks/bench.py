@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toruslab.benchmarks.measure.chip_file import calibrated
+from toruslab.benchmarks.calibrate import progress_of
+from toruslab.benchmarks.measure.calibration import calibrated, chip_of
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import processes
-from toruslab.benchmarks.runs.folder import Run
+from toruslab.benchmarks.runs.folder import BenchRun
 from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
-from toruslab.benchmarks.runs.rows import Row, Rows
-from toruslab.models.weights import text
+from toruslab.benchmarks.runs.rows import Row, RowFile
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.plan.plan import REMAT
 from toruslab.partitioning.plan.point import CACHES, Point
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.chip not in (None, "none", "new"):
         calibrated(Path(options.chip), dtypes)
     first = points[0]
-    corpus = _text(options, points)
+    text = _text(options, points)
     platform = processes.platform_of(Slice.parse(first.slice), options.platform)
     if first.n_chips % options.processes:
         raise InputError(f"processes={options.processes} does not divide the {first.n_chips} chips of the slice")
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if options.points == "-":
             raise InputError("points='-' cannot be shared by several processes; put the points in a file")
-        with _opened(options, argv, points, corpus):  # refuses the folder before anything starts
+        with _opened(options, argv, points, text):  # refuses the folder before anything starts
             pass
         return processes.start_locally("toruslab.benchmarks.bench", argv, options.processes)
     processes.join(platform, first.n_chips, options.processes)
@@ -151,35 +152,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     speaks = jax.process_index() == 0
-    with _opened(options, argv, points, corpus) if speaks else contextlib.nullcontext() as rows:
-        run = Run(options, rows)
+    with _opened(options, argv, points, text) if speaks else contextlib.nullcontext() as rows:
+        run = BenchRun(options, rows)
         console = Console(stderr=True, quiet=not speaks)
-        run.chip = run_folder.chip_of(options, run.folder, mesh, dtypes, speaks, console)
-        _measure(groups, run, corpus, console)
+        with progress_of(console) as each:
+            run.chip = chip_of(
+                options.chip,
+                run.folder / "chip.toml",
+                mesh,
+                dtypes,
+                n_processes=options.processes,
+                speaks=speaks,
+                quick=options.quick,
+                each=each,
+                warn=functools.partial(print, file=sys.stderr),
+            )
+        _measure(groups, run, text, console)
         return _report(run) if rows else 0
 
 
 def _opened(
-    options: argparse.Namespace, argv: list[str], points: list[Point], corpus: str
-) -> contextlib.AbstractContextManager[Rows]:
+    options: argparse.Namespace, argv: list[str], points: list[Point], text: str
+) -> contextlib.AbstractContextManager[RowFile]:
     """The folder of the run."""
     left_out = ("out", "json", "points", "text", "resume")
     settings: Row = {k: str(v) for k, v in vars(options).items() if k not in left_out}
-    settings |= {"points": [p.to_json() for p in points], "text": run_folder.digest(corpus)}
+    settings |= {"points": [p.to_json() for p in points], "text": run_folder.digest(text)}
     return run_folder.open_run(options.out.resolve(), settings, argv)
 
 
-def _measure(groups: list[list[Point]], run: Run, corpus: str, console: Console) -> None:
+def _measure(groups: list[list[Point]], run: BenchRun, text: str, console: Console) -> None:
     """All points, with a progress bar."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("points", total=sum(map(len, groups)))
         for group in groups:
-            for point in run_group(group, run, corpus):
+            for point in run_group(group, run, text):
                 progress.update(task, advance=1, description=f"{point.phase} {point.layout}/{point.attention}")
 
 
-def _report(run: Run) -> int:
+def _report(run: BenchRun) -> int:
     """Prints the tables, unless rows were asked for, and writes the pictures; 1 when a point failed."""
     assert run.rows
     rows = run.rows.rows
@@ -198,17 +210,17 @@ def _report(run: Run) -> int:
 
 def _text(options: argparse.Namespace, points: list[Point]) -> str:
     try:
-        corpus = text.corpus(options.text)
+        text = corpus.read(options.text)
         smallest = min(p.config.vocab for p in points)
-        if smallest < text.VOCAB:
-            raise ValueError(f"vocab={smallest} of the model is smaller than the byte tokenizer's {text.VOCAB}")
-        text.prompts(1, max(p.length for p in points), options.seed, corpus)
+        if smallest < byte_ids.VOCAB:
+            raise ValueError(f"vocab={smallest} of the model is smaller than the byte tokenizer's {byte_ids.VOCAB}")
+        corpus.prompts(1, max(p.length for p in points), options.seed, text)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    return corpus
+    return text
 
 
-def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
+def run_group(group: list[Point], run: BenchRun, text: str) -> Iterator[Point]:
     """Plans, compiles and times the points of one group against each other; yields each as it is ready."""
     from toruslab.benchmarks.measure.contenders import Contender, analytic, clear, prepare, shares
     from toruslab.benchmarks.measure.timing import interleaved
@@ -220,7 +232,7 @@ def run_group(group: list[Point], run: Run, corpus: str) -> Iterator[Point]:
         if point in todo:
             priced[point] = analytic(point, run.chip)
             run.add(point, "analytic", priced[point])
-            work = functools.partial(prepare, point, options.seed, corpus, run.chip)
+            work = functools.partial(prepare, point, options.seed, text, run.chip)
             contender = _try(run, point, "compiled", work)
             if contender:
                 run.add(point, "compiled", contender.compiled_row)
@@ -266,7 +278,7 @@ def _profile(contender: "Contender") -> Row:
         return {"error": said}
 
 
-def _try(run: Run, point: Point, source: str, work: Callable):
+def _try(run: BenchRun, point: Point, source: str, work: Callable):
     """A point that fails is a row with its error; the others go on."""
     try:
         return work()

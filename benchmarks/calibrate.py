@@ -11,25 +11,22 @@ Nothing is measured of the decoder as a whole: what a step takes is predicted fr
 """
 
 import argparse
-import gc
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from toruslab.benchmarks.measure import chip_file
+from toruslab.benchmarks.measure.calibration import OUT, REPEATS, calibrate, save
+from toruslab.benchmarks.reports import calibration_tables
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.benchmarks.runs.rows import environment
-from toruslab.partitioning.torus.calibrated import Machine
-from toruslab.partitioning.torus.mesh import AXES, Slice, attach, mesh_shape
+from toruslab.partitioning.torus.mesh import Slice, attach, mesh_shape
 
-OUT = Path("results/calibrate")
-REPEATS, QUICK_REPEATS = 6, 3
 DTYPES = ("f32", "bf16", "int8")
 
 
@@ -80,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     speaks = jax.process_index() == 0
     console = Console(stderr=True, quiet=not speaks)
-    machine = calibrate(mesh, dtypes, options.repeats, console, quick=options.quick)
+    with progress_of(console) as each:
+        machine = calibrate(mesh, dtypes, options.repeats, quick=options.quick, each=each)
     if not speaks:
         return 0
     path = save(machine, mesh, options.processes, options.out)
@@ -89,54 +87,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(chip_file.entry(sample)))
     else:
         out = Console(width=None if sys.stdout.isatty() else 120)
-        chip_file.show(machine, out)
+        calibration_tables.show(machine, out)
         if sheet := chip_file.data_sheet(jax.devices()[0].device_kind):
-            out.print(chip_file.against(machine, sheet))
+            out.print(calibration_tables.against(machine, chip_file.memory_rate(machine)[0], sheet))
         print(path)
     return 0
 
 
-def save(machine: Machine, mesh: Any, n_processes: int, path: Path | None = None) -> Path:
-    """Writes the chip file, under the machine's own name unless a path is given."""
-    devices = list(mesh.devices.flat)
-    name = chip_file.name_of(devices, n_processes)
-    path = path or OUT / f"{name}.toml"
-    memory = chip_file.memory_of(devices[0], len(devices))
-    chip_file.write(path, name, machine, memory, environment(seed=0))
-    return path
-
-
-def calibrate(mesh: Any, dtypes: Sequence[str], repeats: int, console: Console, *, quick: bool = False) -> Machine:
-    """Measures everything on the devices of a mesh.
-
-    Args:
-        mesh: of `attach`.
-        dtypes: of weights; beside int8 bf16 is measured as well, which its activations and tables are.
-        repeats: see `microbench.measure`.
-        console: where progress goes.
-        quick: fewer sizes, and at most `QUICK_REPEATS`.
-    """
-    from toruslab.benchmarks.measure.blocks import blocks
-    from toruslab.benchmarks.measure.looped import dispatch, measure
-
-    platform = mesh.devices.flat[0].platform
-    dtypes = list(dict.fromkeys(d for asked in dtypes for d in (asked, *(["bf16"] if asked == "int8" else []))))
-    todo = list(blocks(mesh, dtypes, platform, quick=quick))
-    if quick:
-        repeats = min(repeats, QUICK_REPEATS)
+@contextlib.contextmanager
+def progress_of(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on a console, as `benchmarks.measure.calibration.calibrate` reports to one."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=(repeats + 1) * len(todo))
-        samples = [dispatch(mesh, repeats)]
-        samples += measure(
-            todo,
-            mesh,
-            repeats=repeats,
-            each=lambda what: progress.update(task, advance=1, description=what),
-        )
-    gc.collect()  # gigabytes of arrays, in cycles with the programs that use them
-    shape = tuple(mesh.shape[a] for a in AXES)
-    return Machine(n_devices=mesh.size, shared=platform == "cpu", mesh=shape, samples=tuple(samples))
+        task = progress.add_task("compiling")
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
 
 
 if __name__ == "__main__":

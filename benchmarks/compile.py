@@ -29,8 +29,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from toruslab.benchmarks.runs import point_options
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded, read_lines
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import PLATFORMS, chip
@@ -176,7 +175,7 @@ def _evidence(point: Point, options: argparse.Namespace) -> Row:
 
 
 def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
-    from toruslab.models.programs import compiled, compiled_limits
+    from toruslab.models.programs import compiled, limit_search
 
     def fits(changed: Point) -> bool:
         found = _kept(options, changed, "fits", lambda: {"fits": compiled.fits(changed, attached=options.attached)})
@@ -184,7 +183,7 @@ def _limit(point: Point, options: argparse.Namespace, name: str) -> Row:
         print(f"{name}: {size} {'fits' if found['fits'] else 'does not fit'}", file=sys.stderr)
         return found["fits"]
 
-    return {name: getattr(compiled_limits, name)(point, fits)}
+    return {name: getattr(limit_search, name)(point, fits)}
 
 
 def _kept(options: argparse.Namespace, point: Point, what: str, make: Callable[[], Row]) -> Row:

@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from toruslab.benchmarks.runs import point_options
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.partitioning.cost.estimate import estimate, estimate_many
-from toruslab.partitioning.cost.forward import Estimate
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded, read_lines
+from toruslab.partitioning.cost.estimate import Estimate, estimate, estimate_many
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
 from toruslab.partitioning.plan.point import Point
 

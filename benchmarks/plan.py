@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.planner import (
@@ -30,9 +30,9 @@ from toruslab.partitioning.cost.planner import (
     GOALS,
     PHASES,
     PLANNED,
+    Job,
     Plan,
     Space,
-    Workload,
     pareto,
     read_slices,
     search,
@@ -50,9 +50,9 @@ def row(plan: Plan, i: int) -> dict[str, Any]:
     for phase, point in points.items():
         found = estimate(point)
         by_phase[phase] = {k: getattr(found, k) for k in ("compute_s", "memory_s", "collective_s", "bound", "mfu")}
-        times = plan.workload.output if (phase, plan.workload.phase) == ("decode", "request") else 1
+        times = plan.job.output if (phase, plan.job.phase) == ("decode", "request") else 1
         useful_s += times * found.mfu * found.latency_s
-    request = plan.workload.phase == "request"
+    request = plan.job.phase == "request"
     alone = {} if request else {"point": next(iter(points.values())).to_json()}
     parts = {k: column[k] for k in ("prefill_s", "step_s", "handoff_s")} if request else {}
     return {
@@ -79,7 +79,7 @@ def front_of(plan: Plan) -> list[int]:
 
 def show(plan: Plan, ranked: Sequence[dict], front: Sequence[dict], goal: str, console: Console) -> None:
     """Prints the ranking, the front and the refused."""
-    w = plan.workload
+    w = plan.job
     what = {
         "request": f"request of {w.prompt} + {w.output} tokens",
         "prefill": f"prefill of {w.prompt} tokens",
@@ -106,10 +106,10 @@ def show(plan: Plan, ranked: Sequence[dict], front: Sequence[dict], goal: str, c
     )
 
 
-def _table(title: str, rows: Sequence[dict], workload: Workload) -> Table:
-    request = workload.phase == "request"
+def _table(title: str, rows: Sequence[dict], job: Job) -> Table:
+    request = job.phase == "request"
     table = Table(title=title, title_justify="left", title_style="bold")
-    names = ["slice", "mesh", "batch", "weights", *(f"{p} layout" for p in workload.phases), "latency"]
+    names = ["slice", "mesh", "batch", "weights", *(f"{p} layout" for p in job.phases), "latency"]
     names += ["prefill", "step"] if request else []
     for name in (*names, "chip-ms/token", "MFU", "GiB/chip", "front"):
         table.add_column(name, justify="left" if name in ("slice", "mesh") or "layout" in name else "right")
@@ -144,7 +144,7 @@ def draw(plan: Plan, front: Sequence[int], chosen: int | None):
     figure = Figure(figsize=(9, 6), layout="constrained")
     panel = figure.subplots()
     latency, cost = plan.columns["latency_s"], plan.columns["cost_chip_s_per_token"] * 1e3
-    used = plan.columns["decode" if plan.workload.phase != "prefill" else "prefill"]
+    used = plan.columns["decode" if plan.job.phase != "prefill" else "prefill"]
     sample = np.random.default_rng(0).permutation(len(plan))[:20000]
     panel.scatter(latency[sample], cost[sample], s=2, color="0.85", label="all options", rasterized=True)
     names = list(dict.fromkeys(s.asked for s in plan.structures))
@@ -158,19 +158,19 @@ def draw(plan: Plan, front: Sequence[int], chosen: int | None):
     panel.plot(latency[list(front)], cost[list(front)], "k--", lw=1, marker=".", ms=4, label="Pareto front")
     for wanted in np.geomspace(latency[front[0]], latency[front[-1]], 6):
         i = front[int(np.argmin(np.abs(np.log(latency[list(front)] / wanted))))]
-        names_ = [plan.structures[plan.columns[p][i]].label for p in plan.workload.phases]
+        names_ = [plan.structures[plan.columns[p][i]].label for p in plan.job.phases]
         text = ", ".join(names_) + f"\nB={plan.columns['batch'][i]} {plan.space.weights[plan.columns['weights'][i]]}"
         panel.annotate(text, (latency[i], cost[i]), textcoords="offset points", xytext=(-4, -20), fontsize=6)
     if chosen is not None:
         panel.plot(latency[chosen], cost[chosen], "r*", ms=12, label="chosen")
-    per = "prompt" if plan.workload.phase == "prefill" else "generated"
+    per = "prompt" if plan.job.phase == "prefill" else "generated"
     panel.margins(0.08)
     panel.set(
         xscale="log",
         yscale="log",
-        xlabel=f"latency of the {plan.workload.phase} (s)",
+        xlabel=f"latency of the {plan.job.phase} (s)",
         ylabel=f"cost (chip-milliseconds per {per} token)",
-        title=f"{plan.space.model}: {plan.workload.prompt} tokens of prompt, {plan.workload.output} of output",
+        title=f"{plan.space.model}: {plan.job.prompt} tokens of prompt, {plan.job.output} of output",
     )
     panel.grid(True, which="both", alpha=0.25)
     panel.legend(fontsize="small", ncols=2 if len(shown) > 12 else 1)
@@ -186,9 +186,9 @@ def speed(repeats: int = 5) -> list[dict[str, Any]]:
     """
     everything = tuple(range(1, 1025))
     grids = {
-        "planner, batches 1..1024, decode": (everything, Workload(phase="decode", prompt=2047)),
-        "planner, the default batches, decode": (BATCHES, Workload(phase="decode", prompt=2047)),
-        "planner, the default batches, request": (BATCHES, Workload(prompt=1984, output=64)),
+        "planner, batches 1..1024, decode": (everything, Job(phase="decode", prompt=2047)),
+        "planner, the default batches, decode": (BATCHES, Job(phase="decode", prompt=2047)),
+        "planner, the default batches, request": (BATCHES, Job(prompt=1984, output=64)),
     }
     spaces = {k: (Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=b), w) for k, (b, w) in grids.items()}
     plan = search(*next(iter(spaces.values())))
@@ -197,9 +197,9 @@ def speed(repeats: int = 5) -> list[dict[str, Any]]:
     rates: dict[str, list[float]] = {}
     counts = {"plain loop of cost.estimate": len(points)}
     for repeat in range(repeats + 1):
-        for name, (space, workload) in spaces.items():
+        for name, (space, job) in spaces.items():
             started = time.process_time()
-            counts[name] = search(space, workload).n_priced
+            counts[name] = search(space, job).n_priced
             rates.setdefault(name, []).append(counts[name] / (time.process_time() - started))
         started = time.process_time()
         for point in points:
@@ -278,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
+def _read(options: argparse.Namespace) -> tuple[Space, Job]:
     """The search that the options ask for."""
     if options.goal not in GOALS:
         raise InputError(f"goal={options.goal!r} must be one of {', '.join(GOALS)}")
@@ -302,7 +302,7 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
         return tuple(filter(None, (part.strip() for part in text.split(","))))
 
     try:
-        workload = Workload(phase=options.phase, prompt=prompt, output=1 if options.phase == "prefill" else output)
+        job = Job(phase=options.phase, prompt=prompt, output=1 if options.phase == "prefill" else output)
         space = Space(
             model=options.model,
             slices=read_slices(options.slices, options.max_chips),
@@ -315,8 +315,8 @@ def _read(options: argparse.Namespace) -> tuple[Space, Workload]:
     except ValueError as error:
         raise InputError(str(error)) from None
     if options.out is not None:
-        out_folder.check(options.out)
-    return space, workload
+        run_folder.writable(options.out)
+    return space, job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -329,9 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _show_speed(found)
         return 0
-    space, workload = _read(options)
+    space, job = _read(options)
     try:
-        plan = search(space, workload)
+        plan = search(space, job)
     except ValueError as error:
         raise InputError(str(error)) from None
     allowed = plan.allowed(options.max_latency, options.max_step)
@@ -367,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _why(plan: Plan) -> str:
     if len(plan):
         fastest, step = plan.columns["latency_s"].min(), plan.columns["step_s"].min()
-        steps = f", the fastest step {_seconds(step)}" if plan.workload.phase != "prefill" else ""
+        steps = f", the fastest step {_seconds(step)}" if plan.job.phase != "prefill" else ""
         return f"no option keeps within the limits; the fastest takes {_seconds(fastest)}{steps}"
     if plan.n_considered:
         return "no batch and mesh serves both phases; see the refused"
@@ -379,7 +379,7 @@ def write(
 ) -> list[Path]:
     """Writes the rows and, where there is an option at all, the picture; returns their paths."""
     figures = {"plan": draw(plan, front, ranking[0] if ranking else None)} if front else {}
-    return out_folder.write(folder, "plan", objects, figures)
+    return run_folder.save(folder, "plan", objects, figures)
 
 
 if __name__ == "__main__":

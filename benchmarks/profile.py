@@ -19,13 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from toruslab.benchmarks.calibrate import OUT
-from toruslab.benchmarks.measure.chip_file import calibrated, fits_here, name_of
+from toruslab.benchmarks.measure.calibration import calibrated, fits_here, own_file
 from toruslab.benchmarks.reports.cells import traced
 from toruslab.benchmarks.runs import point_options, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row, environment
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES, attach
 
@@ -58,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
     point = point_options.read(options)
     try:
-        corpus = text.corpus(options.text)
-        if point.config.vocab < text.VOCAB:
-            raise ValueError(f"vocab={point.config.vocab} of the model is smaller than the tokenizer's {text.VOCAB}")
-        text.prompts(1, point.length, options.seed, corpus)
+        text = corpus.read(options.text)
+        if point.config.vocab < byte_ids.VOCAB:
+            raise ValueError(
+                f"vocab={point.config.vocab} of the model is smaller than the tokenizer's {byte_ids.VOCAB}"
+            )
+        corpus.prompts(1, point.length, options.seed, text)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     try:
@@ -77,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import jax
 
-    own = OUT / f"{name_of(list(mesh.devices.flat), 1)}.toml"
+    own = own_file(mesh, 1)
     path = options.chip or (own if fits_here(own, [point.weights]) else None)
     priced = predicted(point, path) if path and point.layout_value.explicit else {}
-    row = measure(point, options, corpus)
+    row = measure(point, options, text)
     if jax.process_index() == 0 and options.json:
         print(json.dumps(row), flush=True)
     elif jax.process_index() == 0 and "error" not in row:
@@ -101,7 +102,7 @@ def predicted(point: Point, path: Path) -> Row:
     return analytic(point, calibrated(path, [point.weights]))
 
 
-def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
+def measure(point: Point, options: argparse.Namespace, text: str) -> Row:
     """A point's row: `profile` as `profiling.Profile.to_json` has it, beside the latency without the profiler."""
     from toruslab.benchmarks.measure.contenders import clear, prepare
     from toruslab.benchmarks.measure.profiling import profile
@@ -109,7 +110,7 @@ def measure(point: Point, options: argparse.Namespace, corpus: str) -> Row:
 
     row: Row = {"point": point.to_json(), "source": "measured"}
     try:
-        contender = prepare(point, options.seed, corpus)
+        contender = prepare(point, options.seed, text)
         (timing,) = interleaved([contender.step], repeats=LATENCY_REPEATS, budget_s=LATENCY_BUDGET_S)
         steps = point.steps_per_call
         mesh = dict(zip(AXES, point.mesh_shape, strict=True))

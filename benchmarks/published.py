@@ -24,16 +24,16 @@ from rich.table import Table
 from rich.text import Text
 
 from toruslab.benchmarks.reports.published_figures import write
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published.fit import fit, leave_one_out
-from toruslab.partitioning.published.numbers import (
+from toruslab.partitioning.published.papers import (
     CALIBRATION,
     Published,
-    Row,
     answer,
     calibration,
     closed_form_rows,
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, refused = read(options.points) if options.points else ([], {})
     folder = options.out or (None if options.json else Path("results/published"))
     if folder:
-        out_folder.check(folder)
+        run_folder.writable(folder)
     constants = fit(calibration()) if options.fit else None
     rows = [answer(published, constants) for published in (*calibration(), *figures(), *own)]
     if constants:

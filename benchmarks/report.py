@@ -26,7 +26,7 @@ from toruslab.benchmarks.reports.prediction import quality
 from toruslab.benchmarks.reports.style import Picture, save
 from toruslab.benchmarks.reports.torus import torus
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.benchmarks.runs.rows import Rows
+from toruslab.benchmarks.runs.rows import RowFile
 
 PICTURES = {
     "latency": report_pictures.latency,
@@ -121,7 +121,7 @@ def load(folder: Path) -> list[Row]:
     path = folder / "rows.jsonl"
     if not path.is_file():
         raise InputError(f"folder={str(folder)!r} holds no rows.jsonl")
-    rows = Rows(path).rows
+    rows = RowFile(path).rows
     if not rows:
         raise InputError(f"folder={str(folder)!r} holds no rows yet")
     return rows

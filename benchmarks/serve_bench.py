@@ -6,7 +6,7 @@
     toruslab serve-bench --stages 2 --policies request-level-early,orca@1,orca
     toruslab serve-bench --requests 10000 --seeds 1 --policies orca --rates 30
 
-Every rung (policy@batches in flight), rate and seed is a row of OUT/rows.jsonl, written when it is done; table and
+Every scheme (policy@batches in flight), rate and seed is a row of OUT/rows.jsonl, written when it is done; table and
 pictures come beside them at the end. A run that was interrupted continues where it stopped when it is started again
 with the same options; a finished one starts afresh. The weights are random: outputs are as long as the trace says.
 """
@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from toruslab.benchmarks.runs import folder as run_folder
-from toruslab.benchmarks.runs import processes, serve_ladder
+from toruslab.benchmarks.runs import processes, serving_setting
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
-from toruslab.benchmarks.runs.rows import Row, Rows, environment, line
-from toruslab.benchmarks.runs.serve_ladder import Rung, Setting
+from toruslab.benchmarks.runs.rows import Row, RowFile, environment, line
+from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
 from toruslab.partitioning.plan.point import WEIGHTS
 from toruslab.serving.scheduling.policies import POLICIES
 from toruslab.serving.scheduling.reservation import RESERVATIONS
@@ -54,7 +54,7 @@ def parser() -> Parser:
     p.add_argument(
         "--policies",
         metavar="RUNG,...",
-        help=f"rungs, POLICY or POLICY@N with N batches in flight (default N: the stages);\n{', '.join(POLICIES)},\n"
+        help=f"schemes, POLICY or POLICY@N with N batches in flight (default N: the stages);\n{', '.join(POLICIES)},\n"
         "chunked-N (default: all but shortest-prompt-early, request-level-early with one more in flight,\n"
         "and chunked-N with N twice --max-bs)",
     )
@@ -78,13 +78,15 @@ def parser() -> Parser:
         "a file of --arrivals is taken as it is)",
     )
     p.add_argument("--requests", type=int, default=64, help="of each run (default: %(default)s)")
-    p.add_argument("--seeds", type=int, default=3, help="so many traces, the same for all rungs (default: %(default)s)")
+    p.add_argument(
+        "--seeds", type=int, default=3, help="so many traces, the same for all schemes (default: %(default)s)"
+    )
     p.add_argument(
         "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the arrivals, left out (default: %(default)s)"
     )
     p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that 90%% of requests must meet: adds goodput")
-    p.add_argument("--quick", action="store_true", help="two rungs of a smaller model, one seed: under a minute")
-    p.add_argument("--timeline", action="store_true", help="also a trace of each rung that ui.perfetto.dev opens")
+    p.add_argument("--quick", action="store_true", help="two schemes of a smaller model, one seed: under a minute")
+    p.add_argument("--timeline", action="store_true", help="also a trace of each scheme that ui.perfetto.dev opens")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
     p.add_argument("--out", type=path, default=Path("results/serve"), help="folder (default: %(default)s)")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of a table")
@@ -110,15 +112,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [*run_folder.unfinished(options.out), "--out", str(options.out), *(["--json"] if options.json else [])]
         options = options_of(argv)
     try:
-        setting = serve_ladder.read(options)
+        setting = serving_setting.read(options)
         own = (setting.arrivals.rate,) if setting.arrivals.rate else None
-        asked = serve_ladder.rates(options.rates) if options.rates else own
+        asked = serving_setting.rates(options.rates) if options.rates else own
         processes.join(processes.platform_of(setting.slice, None), setting.slice.n_chips, 1)
         _attached(setting)
         _fits(setting)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
-    settings = setting.to_json() | {"rungs": [rung.name for rung in setting.rungs], "rates": asked}
+    settings = setting.to_json() | {"rungs": [scheme.name for scheme in setting.schemes], "rates": asked}
     # as JSON has it: what is read back from the folder must be equal
     settings = json.loads(json.dumps(settings))
     with run_folder.open_run(options.out.resolve(), settings, argv, of_a_run, RATES) as rows:
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _attached(setting: Setting) -> None:
+def _attached(setting: ServingSetting) -> None:
     """Refuses a slice that is not here."""
     from toruslab.partitioning.torus.mesh import attach
 
@@ -145,7 +147,7 @@ def _attached(setting: Setting) -> None:
         raise ValueError(f"slice={setting.slice}: {str(error).splitlines()[0]}") from None
 
 
-def _fits(setting: Setting) -> None:
+def _fits(setting: ServingSetting) -> None:
     """Refuses what the chips' memory cannot hold: a host that runs out of it ends the process without a word."""
     import jax
 
@@ -179,7 +181,9 @@ class Ladder:
         asked: the rates, if they were given.
     """
 
-    def __init__(self, options: argparse.Namespace, rows: Rows, setting: Setting, asked: tuple[float, ...] | None):
+    def __init__(
+        self, options: argparse.Namespace, rows: RowFile, setting: ServingSetting, asked: tuple[float, ...] | None
+    ):
         self.setting, self.folder, self._json = setting, options.out.resolve(), options.json
         self._asked, self._timeline = asked, options.timeline
         self.rows = rows
@@ -192,7 +196,7 @@ class Ladder:
         """Makes the runs that are missing; answers those that failed."""
         setting = self.setting
         done = {_key(row) for row in self.rows.rows if "error" not in row}
-        todo = self._rates is None or any(_of(*run) not in done for run in serve_ladder.runs(setting, self._rates))
+        todo = self._rates is None or any(_of(*run) not in done for run in serving_setting.runs(setting, self._rates))
         if not todo and not self._missing():
             return []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -203,28 +207,28 @@ class Ladder:
             self._engine(bar) as made,
         ):
             rates = self._rates_of(made)
-            runs = list(serve_ladder.runs(setting, rates))
+            runs = list(serving_setting.runs(setting, rates))
             task = bar.add_task("runs", total=len(runs))
-            for rung, rate, seed in runs:
-                bar.update(task, description=f"{rung.name}, {rate:g}/s, seed {seed}")
-                if _of(rung, rate, seed) not in done:
-                    row = self._run(made, rung, rate, seed)
+            for scheme, rate, seed in runs:
+                bar.update(task, description=f"{scheme.name}, {rate:g}/s, seed {seed}")
+                if _of(scheme, rate, seed) not in done:
+                    row = self._run(made, scheme, rate, seed)
                     failed += [row] if "error" in row else []
                 bar.advance(task)
-            for rung in self._missing():
+            for scheme in self._missing():
                 from toruslab.benchmarks.measure.serving_run import timeline
 
-                bar.update(task, description=f"timeline of {rung.name}")
-                drawn = timeline(setting, made, rung, rates[len(rates) // 2])
-                self._drawn(rung).parent.mkdir(exist_ok=True)
-                _write(self._drawn(rung), drawn)
+                bar.update(task, description=f"timeline of {scheme.name}")
+                drawn = timeline(setting, made, scheme, rates[len(rates) // 2])
+                self._drawn(scheme).parent.mkdir(exist_ok=True)
+                _write(self._drawn(scheme), drawn)
         return failed
 
     def report(self) -> None:
         """Prints the table, unless rows were asked for; writes it and the pictures."""
         from toruslab.benchmarks.reports.serve_figures import show, write
 
-        traces = {r.name: _read(self._drawn(r)) for r in self.setting.rungs if self._drawn(r).exists()}
+        traces = {r.name: _read(self._drawn(r)) for r in self.setting.schemes if self._drawn(r).exists()}
         if not self._json:
             show(self.rows.rows, Console(width=None if sys.stdout.isatty() else 140))
         for written in write(self.rows.rows, traces, self.folder):
@@ -252,7 +256,7 @@ class Ladder:
         found = self._rates
         if found is None:
             measured = capacity(self.setting, made)
-            found = serve_ladder.rates_around(measured)
+            found = serving_setting.rates_around(measured)
             _write(self.folder / RATES, {"capacity_per_s": measured, "rates_per_s": found})
         return found
 
@@ -267,12 +271,12 @@ class Ladder:
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{kept} does not hold the run's rates; mend it, or choose another --out") from None
 
-    def _run(self, made: "Engine", rung: Rung, rate: float, seed: int) -> Row:
+    def _run(self, made: "Engine", scheme: Scheme, rate: float, seed: int) -> Row:
         from toruslab.benchmarks.measure.serving_run import Invalid, measure
 
         numbers: dict[str, Any]
         try:
-            numbers = measure(self.setting, made, rung, rate, seed)
+            numbers = measure(self.setting, made, scheme, rate, seed)
             line(numbers)  # what JSON does not have would be no row
         except Invalid as error:
             numbers = {"error": str(error), **error.numbers}
@@ -282,9 +286,9 @@ class Ladder:
         row = {
             "serving": self.setting.to_json(),
             "source": "measured",
-            "rung": rung.name,
-            "request_level": rung.is_request_level,
-            "n_workers": rung.n_workers,
+            "rung": scheme.name,
+            "request_level": scheme.is_request_level,
+            "n_workers": scheme.n_workers,
             "rate_per_s": rate,
             "seed": seed,
             **numbers,
@@ -295,12 +299,12 @@ class Ladder:
             print(line(row), flush=True)
         return row
 
-    def _drawn(self, rung: Rung) -> Path:
-        return self.folder / TIMELINES / f"{rung.name}.json"
+    def _drawn(self, scheme: Scheme) -> Path:
+        return self.folder / TIMELINES / f"{scheme.name}.json"
 
-    def _missing(self) -> list[Rung]:
+    def _missing(self) -> list[Scheme]:
         """Rungs whose timeline is wanted and not there."""
-        return [rung for rung in self.setting.rungs if self._timeline and not self._drawn(rung).exists()]
+        return [scheme for scheme in self.setting.schemes if self._timeline and not self._drawn(scheme).exists()]
 
 
 def _write(file: Path, what: Any) -> None:
@@ -321,8 +325,8 @@ def _key(row: Row) -> tuple[str, float, int]:
     return row["rung"], row["rate_per_s"], row["seed"]
 
 
-def _of(rung: Rung, rate: float, seed: int) -> tuple[str, float, int]:
-    return rung.name, rate, seed
+def _of(scheme: Scheme, rate: float, seed: int) -> tuple[str, float, int]:
+    return scheme.name, rate, seed
 
 
 if __name__ == "__main__":

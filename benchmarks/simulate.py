@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from toruslab.benchmarks.runs import out_folder
-from toruslab.benchmarks.runs import simulate_options as asked
+from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import scenarios as asked
 from toruslab.benchmarks.runs.options import InputError, guarded
 from toruslab.benchmarks.runs.rows import line
-from toruslab.benchmarks.runs.simulate_options import Case
+from toruslab.benchmarks.runs.scenarios import Case
 from toruslab.serving.results.timeline import Timeline
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = asked.parser(__doc__).parse_args(argv)
     asked.check(options, asked.parser(__doc__).given(argv))
     if options.out is not None:
-        out_folder.check(options.out)
+        run_folder.writable(options.out)
     console = Console(width=None if sys.stdout.isatty() else 170)
     if options.figure:
         return _figure(options, console)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from toruslab.benchmarks.reports.simulate_figures import draw_front
 
         drawn = {} if options.capacity else {"pareto": draw_front(rows)}
-        for path in out_folder.write(options.out, "rows", rows, drawn):
+        for path in run_folder.save(options.out, "rows", rows, drawn):
             print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(line, rows)))
@@ -256,7 +256,7 @@ def _figure(options: Any, console: Console) -> int:
             from toruslab.benchmarks.reports.simulate_figures import draw_ladder, draw_orca
 
             drawn = {"orca_10b": draw_orca(n, seed), "ladder": draw_ladder(rows)}
-            for path in out_folder.write(options.out, "rows", rows, drawn):
+            for path in run_folder.save(options.out, "rows", rows, drawn):
                 print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(line, rows)))

@@ -22,17 +22,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from toruslab.benchmarks.runs import out_folder, processes
+from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.folder import claim, put_aside
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
 from toruslab.benchmarks.runs.rows import Row, line
-from toruslab.benchmarks.runs.train_setting import DTYPES, Setting, Texts, resumed
+from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.plan.plan import REMAT
 from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:
-    from toruslab.benchmarks.measure.training_run import Run, Signals
+    from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
 
 def parser() -> Parser:
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         slice_ = Slice.parse(setting.slice)
         processes.join(processes.platform_of(slice_, None), slice_.n_chips, 1)
         _attached(setting)
-        out_folder.check(options.out)
+        run_folder.writable(options.out)
         claimed = contextlib.ExitStack()
         claimed.enter_context(_claimed(options.out, options.resume))
     except (ValueError, OSError) as error:
@@ -96,7 +97,7 @@ def _given(argv: Sequence[str] | None) -> dict[str, Any]:
     return {name: getattr(options, name) for name in parser().given(sys.argv[1:] if argv is None else argv)}
 
 
-def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Setting, str | None]:
+def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[TrainingSetting, str | None]:
     """What is to be trained; of a run that goes on with the sum of its text."""
     for name in ("evaluate_every", "checkpoint_every"):
         if getattr(options, name) < 0:
@@ -104,7 +105,7 @@ def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Settin
     if not options.resume:
         if options.warm_up is None:
             options.warm_up = min(50, options.steps // 10)
-        return Setting.of(options), None
+        return TrainingSetting.of(options), None
     from toruslab.benchmarks.measure.training_run import CHECKPOINTS
     from toruslab.models.programs import checkpoint_folder
 
@@ -117,14 +118,14 @@ def _setting(options: argparse.Namespace, given: dict[str, Any]) -> tuple[Settin
     return resumed(facts["training"], given), facts["text"]
 
 
-def _recipe(setting: Setting) -> None:
+def _recipe(setting: TrainingSetting) -> None:
     """Refuses what the optimiser does."""
     from toruslab.models.programs.training import Recipe
 
     Recipe(**setting.recipe)
 
 
-def _attached(setting: Setting) -> None:
+def _attached(setting: TrainingSetting) -> None:
     """Refuses a slice that is not here."""
     from toruslab.partitioning.torus.mesh import attach
 
@@ -152,17 +153,17 @@ def _claimed(folder: Path, resume: bool) -> Iterator[None]:
 class _Command:
     """A run with its progress bar, its rows and what it says at its end."""
 
-    def __init__(self, options: argparse.Namespace, setting: Setting, texts: Texts):
+    def __init__(self, options: argparse.Namespace, setting: TrainingSetting, texts: Texts):
         self.options, self.setting, self.texts = options, setting, texts
         self.console = Console(stderr=True)
         self.loss = self.held_out = ""
 
     def run(self) -> int:
-        from toruslab.benchmarks.measure.training_run import Run, Signals
+        from toruslab.benchmarks.measure.training_run import Signals, TrainingRun
 
         signals = Signals()
         try:
-            run = Run(
+            run = TrainingRun(
                 setting=self.setting,
                 texts=self.texts,
                 folder=self.options.out,
@@ -194,7 +195,7 @@ class _Command:
             self._conclude(final)
         return 0 if latest == run.step else 1
 
-    def _train(self, run: "Run", signals: "Signals") -> None:
+    def _train(self, run: "TrainingRun", signals: "Signals") -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

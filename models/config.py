@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Block = Literal["parallel", "serial"]
+BlockKind = Literal["parallel", "serial"]
 Mlp = Literal["swiglu", "geglu", "gelu"]
 
 
@@ -46,7 +46,7 @@ class ModelConfig:
     d_head: int
     n_kv_heads: int = 1
     vocab: int
-    block: Block = "parallel"
+    block: BlockKind = "parallel"
     mlp: Mlp = "swiglu"
     tied: bool = True
     scaled_embed: bool = False

@@ -16,13 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toruslab.benchmarks.runs.kept_rows import keep
 from toruslab.benchmarks.runs.options import guarded
-from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.runs.rows import Row, keep
 from toruslab.partitioning.cost.estimate import estimate, estimate_many
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
-from toruslab.partitioning.published.numbers import calibration, figures
+from toruslab.partitioning.published.papers import calibration, figures
 
 DATA = Path(__file__).parents[2] / "docs" / "data" / "tpu_compiler.jsonl"
 KEPT = (

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from toruslab.benchmarks.cli import COMMANDS
 from toruslab.benchmarks.docs import compiled_page, loops_page, training_page
-from toruslab.benchmarks.explain import steps
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.models.presets import SUFFIXES
+from toruslab.partitioning.cost.explain import steps
 from toruslab.partitioning.layouts.layout import LAYOUTS
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point
@@ -22,9 +22,7 @@ from toruslab.partitioning.plan.point import Point
 
 def commands() -> str:
     """The commands and what they do."""
-    return "\n".join(
-        ["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, (_, w) in COMMANDS.items())]
-    )
+    return "\n".join(["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, w in COMMANDS.items())])
 
 
 def layouts() -> str:

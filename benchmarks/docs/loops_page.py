@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toruslab.benchmarks.runs.kept_rows import keep
 from toruslab.benchmarks.runs.options import guarded
-from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.runs.rows import Row, keep
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toruslab.benchmarks.docs import compiled_page
-from toruslab.benchmarks.runs.kept_rows import keep
 from toruslab.benchmarks.runs.options import guarded
-from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.runs.rows import Row, keep
 
 DATA = Path(__file__).parents[2] / "docs" / "data" / "training.jsonl"
 

@@ -8,17 +8,13 @@ import dataclasses
 import json
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from toruslab.benchmarks.runs.options import InputError
-from toruslab.benchmarks.runs.rows import Row, environment
-from toruslab.partitioning.torus.calibrated import Fit, Machine, Sample
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.partitioning.torus.calibrated import Machine, Sample
 from toruslab.partitioning.torus.chip import Chip, chip, names
 
 
@@ -65,48 +61,6 @@ def _part(path: Path) -> Path:
     return path.with_suffix(".toml.part")
 
 
-def calibrated(path: Path, dtypes: Sequence[str] = ()) -> Chip:
-    """The chip of a file that `toruslab calibrate` wrote, for weights of these dtypes.
-
-    Raises:
-        InputError: it is another file, or none, or has not measured a dtype.
-    """
-    try:
-        found = chip(path)
-    except ValueError as error:
-        said = str(error)
-        raise InputError(said if said.startswith("chip=") else f"chip={str(path)!r}: {said}") from None
-    if not found.machine:
-        raise InputError(f"chip={str(path)!r} has no [machine]: it must be a file of toruslab calibrate")
-    try:
-        for dtype in dtypes:
-            found.machine.of("matmul", dtype)
-    except ValueError as error:
-        raise InputError(f"chip={str(path)!r}: {error}") from None
-    return found
-
-
-def fits_here(path: Path, dtypes: Sequence[str]) -> bool:
-    """Whether a chip file was written by this JAX on a machine like this one, and has these dtypes of weights; and
-    sends, if it has collectives (older files have none).
-
-    Initialises the JAX backend.
-    """
-    here = environment(seed=0)
-    try:
-        written = tomllib.loads(path.read_text())["machine"]
-        there = written["environment"]
-        known = {s["dtype"] for s in written["samples"] if s["what"] == "matmul"}
-        moves = {s["what"] for s in written["samples"] if s.get("axes")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    if moves and "collective-permute" not in moves:
-        return False
-    return known.issuperset(dtypes) and all(
-        there.get(k) == here[k] for k in ("jax", "jaxlib", "python", "platform", "device_kind", "cores")
-    )
-
-
 def _lines(name: str, machine: Machine, memory_bytes: int, measured: Row):
     where = f"{measured['device_kind']}, {measured['cores']} cores, JAX {measured['jax']}"
     source = f"measured by toruslab calibrate, {measured['date']}: {where}"
@@ -115,7 +69,7 @@ def _lines(name: str, machine: Machine, memory_bytes: int, measured: Row):
     for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "matmul"):
         rate = max(2 * _macs(s) / s.cost_s for s in machine.of("matmul", dtype))
         yield from _figure(f"peak_flops_per_s.{dtype}", rate, f"{source}: the fastest matmul")
-    rate, how = _memory_rate(machine)
+    rate, how = memory_rate(machine)
     yield from _figure("hbm_bytes", memory_bytes, f"{source}: the memory there is, shared out")
     yield from _figure("hbm_bytes_per_s", rate, f"{source}: {how}")
     links = [s.sizes["bytes"] / s.cost_s for s in machine.samples if s.what == "all-gather"]
@@ -151,7 +105,7 @@ def entry(sample: Sample) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(sample).items() if v != ""}
 
 
-def _memory_rate(machine: Machine) -> tuple[float, str]:
+def memory_rate(machine: Machine) -> tuple[float, str]:
     """Bytes per second at which one device reads weights, and how that was found: fake devices copy them out of the
     stack, accelerators read them in the matmul itself."""
     copies = [s.sizes["bytes"] / s.cost_s for s in machine.samples if s.what == "copy"]
@@ -167,49 +121,6 @@ def _macs(s: Sample) -> int:
     return s.sizes["rows"] * s.sizes["inner"] * s.sizes["outer"]
 
 
-def show(machine: Machine, console: Console) -> None:
-    """Prints what was measured: rates of matmuls and copies, then what was fitted, with its residuals."""
-    n = machine.n_devices
-    together = f"{n} devices at once" + (", which share the cores" if machine.shared else "")
-    for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "matmul"):
-        console.print(f"[bold]{dtype} matmuls[/], GFLOP/s of {together}")
-        console.print(_matmuls(machine, dtype))
-    console.print(f"[bold]everything else[/], {together}: first quartile, median, third quartile")
-    listing = Table()
-    for heading in ("block", "dtype", "sizes", "us", "GB/s"):
-        listing.add_column(heading, justify="right" if heading in ("us", "GB/s") else "left")
-    for s in machine.samples:
-        if s.what != "matmul" and not s.axes:
-            rate = f"{n * s.sizes['bytes'] / s.cost_s / 1e9:,.1f}" if s.what == "copy" else ""
-            sizes = ", ".join(f"{k} {v:,}" for k, v in s.sizes.items())
-            listing.add_row(s.what, s.dtype, sizes, _spread(s), rate)
-    console.print(listing)
-    console.print("[bold]fits[/]: fixed + bytes / bandwidth; passes are priced between the samples, as costs bend")
-    fits = Table()
-    for heading in ("collective", "axes", "of", "group", "fixed us", "GB/s", "worst residual", "samples"):
-        fits.add_column(heading, justify="left" if heading in ("collective", "axes", "of") else "right")
-    for kind, axes, at in machine.collectives():
-        fit = machine.collective_fit(kind, axes, at)
-        some = [s for s in machine.samples if (s.what, s.axes, s.at) == (kind, axes, at)]
-        per_byte = fit.s_per.get("bytes", 0.0)
-        fits.add_row(
-            kind,
-            axes,
-            at,
-            str(some[0].sizes["group"]),
-            f"{fit.fixed_s * 1e6:,.0f}",
-            f"{n / per_byte / 1e9:,.1f}" if per_byte else "",
-            _worst(fit),
-            str(len(some)),
-        )
-    console.print(fits)
-    for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "attention"):
-        for what, fit in zip(("decode", "longer passes"), machine.attention_fits(dtype), strict=True):
-            parts = ", ".join(f"{v * 1e9:.3g} ns a unit of {k}" for k, v in fit.s_per.items() if v)
-            fixed = f"{fit.fixed_s * 1e6:.1f} us + {parts}"
-            console.print(f"attention, {dtype}, {what}: {fixed}; worst residual {_worst(fit)}")
-
-
 def data_sheet(device_kind: str) -> Chip | None:
     """The catalogued chip of a kind of device, as JAX names it; None for fake devices and unknown ones.
 
@@ -222,56 +133,9 @@ def data_sheet(device_kind: str) -> Chip | None:
     return next((chip(name) for name in longest_first if re.search(rf"(^|[ -]){name}($|[ -])", kind)), None)
 
 
-def against(machine: Machine, sheet: Chip) -> Table:
-    """What was measured of one chip beside its data sheet: the fastest matmul, and how fast weights are read."""
-    table = Table()
-    for heading in ("", "measured", f"data sheet of {sheet.name}", "share"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "matmul"):
-        rate = max(2 * _macs(s) / s.cost_s for s in machine.of("matmul", dtype))
-        peak = sheet.peak_flops_per_s.get("bf16" if dtype == "int8" else dtype)  # int8 weights, bf16 products
-        if peak:
-            table.add_row(
-                f"{dtype} matmul, TFLOP/s", f"{rate / 1e12:,.1f}", f"{peak / 1e12:,.1f}", f"{rate / peak:.0%}"
-            )
-    rate, _ = _memory_rate(machine)
-    figures = f"{rate / 1e9:,.0f}", f"{sheet.hbm_bytes_per_s / 1e9:,.0f}"
-    table.add_row("weights read, GB/s", *figures, f"{rate / sheet.hbm_bytes_per_s:.0%}")
-    return table
-
-
-def _matmuls(machine: Machine, dtype: str) -> Table:
-    found = [s for s in machine.samples if s.what == "matmul" and s.dtype == dtype]
-    table = Table()
-    table.add_column("rows", justify="right")
-    shapes = list(dict.fromkeys((s.sizes["inner"], s.sizes["outer"]) for s in found))
-    for inner, outer in shapes:
-        table.add_column(f"x {inner} x {outer}", justify="right")
-    for rows in dict.fromkeys(s.sizes["rows"] for s in found):
-        here = {(s.sizes["inner"], s.sizes["outer"]): s for s in found if s.sizes["rows"] == rows}
-        rates = [2 * machine.n_devices * _macs(here[x]) / here[x].cost_s / 1e9 if x in here else None for x in shapes]
-        table.add_row(str(rows), *("" if r is None else f"{r:,.0f}" for r in rates))
-    return table
-
-
-def _spread(s: Sample) -> str:
-    return " ".join(f"{t * 1e6:,.1f}" for t in (s.low_s, s.seconds, s.high_s))
-
-
-def _worst(fit: Fit) -> str:
-    return f"{max(fit.residuals, key=abs):+.0%}"
-
-
 def memory_of(device: Any, n_devices: int) -> int:
     """Bytes of memory of a device; of fake ones a share of the host's."""
     stats = device.memory_stats() or {}
     if stats.get("bytes_limit"):
         return int(stats["bytes_limit"])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // n_devices
-
-
-def name_of(devices: Sequence[Any], n_processes: int) -> str:
-    """`cpu-fake-8`, or the kind of device and how many."""
-    if devices[0].platform == "cpu":
-        return f"cpu-fake-{len(devices)}" + (f"-in-{n_processes}" if n_processes > 1 else "")
-    return "-".join([*str(devices[0].device_kind).lower().split(), str(len(devices))])

@@ -3,23 +3,22 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from toruslab.benchmarks.measure.chip_file import data_sheet
-from toruslab.benchmarks.measure.timing import Step, stepper, training_stepper
+from toruslab.benchmarks.measure.timing import RunOnce, stepper, training_stepper
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.decoder.parameters import initial
 from toruslab.models.programs.compiled import planned, program
 from toruslab.models.programs.program import Program
 from toruslab.models.programs.training import Trainer
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.measured import Terms, terms, with_collectives
-from toruslab.partitioning.cost.sizes import Numbers
+from toruslab.partitioning.cost.sizes import PassSizes
 from toruslab.partitioning.cost.training import training_terms
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
@@ -34,7 +33,7 @@ class Contender:
 
     point: Point
     compiled_row: Row
-    step: Step
+    step: RunOnce
     text: str
 
 
@@ -58,7 +57,7 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
 def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
     """A pass priced from a calibrated chip; each collective gets its seconds."""
     found = _terms(point, chip)
-    taken = [(m.scope, m.kind, m.axes, float(np.ravel(s)[0])) for m, _, s in found.collectives]
+    taken = [(c.scope, c.kind, c.axes, float(np.ravel(c.seconds)[0])) for c in found.collectives]
     for c in collectives:
         c["seconds"] = next((s for *key, s in taken if key == [c["scope"], c["kind"], c["axes"]]), None)
     seconds = {k: float(np.ravel(v)[0]) for k, v in found.seconds.items()}
@@ -102,14 +101,14 @@ def shares(row: Row, latency_s: float) -> Row:
     }
 
 
-def _terms(point: Point, chip: Chip) -> Terms[Any]:
+def _terms(point: Point, chip: Chip) -> Terms:
     assert chip.machine
     if point.phase == "train":
         return training_terms(point, chip)
-    return terms(point.layout_value, point.config.block, point.mesh_shape, Numbers.of([point]), chip.machine)
+    return terms(point.layout_value, point.config.block, point.mesh_shape, PassSizes.of([point]), chip.machine)
 
 
-def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> Contender:
+def prepare(point: Point, seed: int, text: str, chip: Chip | None = None) -> Contender:
     """Compiles a point for the devices that are here, holds it against the plan, and places weights and text.
 
     `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
@@ -134,10 +133,10 @@ def prepare(point: Point, seed: int, corpus: str, chip: Chip | None = None) -> C
         seconds = with_collectives(work, collectives, chip.machine, point.n_chips)
         row |= {"latency_s": sum(seconds.values()), "terms": seconds, "chip": chip.name}
     if isinstance(made, Trainer):
-        ids = text.windows(text.encode(corpus, bos=False), point.batch, point.length, seed, 0)
+        ids = corpus.windows(byte_ids.encode(text, bos=False), point.batch, point.length, seed, 0)
         step = training_stepper(made, compiled.executable, made.initial(seed), ids)
     else:
-        ids = text.prompts(point.batch, point.length, seed, corpus)
+        ids = corpus.prompts(point.batch, point.length, seed, text)
         step = stepper(made, compiled.executable, _params(point, made, seed), ids, point.start)
     return Contender(point=point, compiled_row=row, step=step, text=compiled.text)
 

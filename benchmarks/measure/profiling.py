@@ -46,7 +46,7 @@ class Spent:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line(Spent):
+class ScopeTime(Spent):
     """What the operations of one scope and kind take.
 
     Args:
@@ -84,7 +84,7 @@ class Profile:
     cores: int | None
     step_s: float
     mean_s: float
-    rows: tuple[Line, ...]
+    rows: tuple[ScopeTime, ...]
     between_s: float
     dispatch_s: float
     unknown: tuple[str, ...]
@@ -197,7 +197,7 @@ def attribute(
         for i, more in enumerate((ns * each, work, waiting * each, 0.0 if o.ends else n / len(runs) / steps)):
             row[i] += more
     rows = [
-        Line(
+        ScopeTime(
             scope=scope,
             kind=kind,
             collective=collective,

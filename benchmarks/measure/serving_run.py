@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from toruslab.benchmarks.runs.serve_ladder import PAGE, PIECE, Rung, Setting, sizes_of_passes
+from toruslab.benchmarks.runs.serving_setting import PAGE, PIECE, Scheme, ServingSetting, sizes_of_passes
 from toruslab.benchmarks.runs.weights_option import chosen
 from toruslab.models.decoder.quantise import quantise
 from toruslab.models.decoder.reference import init
@@ -33,7 +33,7 @@ from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.scheduler import Scheduler
-from toruslab.serving.traffic.arrivals import Arrivals, At
+from toruslab.serving.traffic.arrivals import Arrivals, GivenTimes
 from toruslab.serving.traffic.workload import Workload, prompt_ids
 
 
@@ -45,8 +45,8 @@ class Invalid(RuntimeError):
         self.numbers = numbers
 
 
-def engine(setting: Setting, compiled: Callable[[int, int], None]) -> Engine:
-    """The one engine of all rungs, its programs compiled; its weights random, or a checkpoint's.
+def engine(setting: ServingSetting, compiled: Callable[[int, int], None]) -> Engine:
+    """The one engine of all schemes, its programs compiled; its weights random, or a checkpoint's.
 
     Raises:
         ValueError: stages that cannot be made of the devices that are here.
@@ -82,7 +82,7 @@ def engine(setting: Setting, compiled: Callable[[int, int], None]) -> Engine:
     return Engine(stages, packed, sizes, compiled=compiled)
 
 
-def engine_weights(setting: Setting) -> dict[str, Any]:
+def engine_weights(setting: ServingSetting) -> dict[str, Any]:
     """The weights on the host, as `models.weights.packing.pack` has them; a checkpoint's come over one device."""
     config = setting.config
     if setting.checkpoint is None:
@@ -93,11 +93,11 @@ def engine_weights(setting: Setting) -> dict[str, Any]:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(params))
 
 
-def _size(setting: Setting) -> int:
+def _size(setting: ServingSetting) -> int:
     return setting.slice.n_chips // setting.stages
 
 
-def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) -> dict[str, Any]:
+def measure(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float, seed: int) -> dict[str, Any]:
     """Serves one trace and says all that there is to say of it.
 
     Raises:
@@ -107,7 +107,7 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
     metrics = Metrics(max_bs=setting.max_bs, window_s=workload.window_s(setting.warm_up), limits=setting.limits)
     seen = Seen(made)
     rss = resident_bytes()
-    served = run_once(setting, made, rung, workload, [metrics, seen])
+    served = run_once(setting, made, scheme, workload, [metrics, seen])
     summary = dataclasses.asdict(metrics.summary())
     numbers = {
         **summary,
@@ -132,24 +132,24 @@ def measure(setting: Setting, made: Engine, rung: Rung, rate: float, seed: int) 
     return numbers
 
 
-def warm(setting: Setting, made: Engine) -> None:
-    """A short trace for every rung, so that nothing is met for the first time in measured traffic."""
-    for rung in setting.rungs:
-        run_once(setting, made, rung, _burst(setting, 8), [])
+def warm(setting: ServingSetting, made: Engine) -> None:
+    """A short trace for every scheme, so that nothing is met for the first time in measured traffic."""
+    for scheme in setting.schemes:
+        run_once(setting, made, scheme, _burst(setting, 8), [])
 
 
-def capacity(setting: Setting, made: Engine) -> float:
-    """Requests per second of a closed burst of four full batches: Orca's, or that of the last rung."""
-    rung = next((r for r in setting.rungs if r.policy.name == "orca"), setting.rungs[-1])
+def capacity(setting: ServingSetting, made: Engine) -> float:
+    """Requests per second of a closed burst of four full batches: Orca's, or that of the last scheme."""
+    scheme = next((r for r in setting.schemes if r.policy.name == "orca"), setting.schemes[-1])
     n = 4 * setting.max_bs
-    return n / statistics.median(run_once(setting, made, rung, _burst(setting, n), []).end_s for _ in range(2))
+    return n / statistics.median(run_once(setting, made, scheme, _burst(setting, n), []).end_s for _ in range(2))
 
 
-def timeline(setting: Setting, made: Engine, rung: Rung, rate: float) -> dict[str, Any]:
+def timeline(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float) -> dict[str, Any]:
     """The first requests of a run, as a trace that Perfetto opens."""
     drawn = Timeline()
     n = min(setting.requests, 3 * setting.max_bs)
-    run_once(setting, made, rung, traffic(setting, setting.arrivals.at(rate), n, 0), [drawn])
+    run_once(setting, made, scheme, traffic(setting, setting.arrivals.at(rate), n, 0), [drawn])
     return drawn.to_json()
 
 
@@ -161,28 +161,30 @@ def resident_bytes() -> int | None:
         return None
 
 
-def _burst(setting: Setting, n: int) -> Workload:
-    return traffic(setting, At(times_s=(0.0,) * n), n, 0)
+def _burst(setting: ServingSetting, n: int) -> Workload:
+    return traffic(setting, GivenTimes(times_s=(0.0,) * n), n, 0)
 
 
-def traffic(setting: Setting, when: Arrivals, n: int, seed: int) -> Workload:
+def traffic(setting: ServingSetting, when: Arrivals, n: int, seed: int) -> Workload:
     trace = setting.trace
     return Workload(n=n, arrivals=when, prompt=trace.prompt, output=trace.output, seed=seed)
 
 
-def run_once(setting: Setting, made: Engine, rung: Rung, workload: Workload, observers: Iterable[Observer]) -> Served:
+def run_once(
+    setting: ServingSetting, made: Engine, scheme: Scheme, workload: Workload, observers: Iterable[Observer]
+) -> Served:
     """Serves a trace to its end."""
     prompt = functools.partial(prompt_ids, seed=workload.seed)
-    return serve(workload.requests(), scheduler(setting, rung), made, prompt, observers=list(observers))
+    return serve(workload.requests(), scheduler(setting, scheme), made, prompt, observers=list(observers))
 
 
-def scheduler(setting: Setting, rung: Rung) -> Scheduler:
-    """An empty one, of a rung."""
+def scheduler(setting: ServingSetting, scheme: Scheme) -> Scheduler:
+    """An empty one, of a scheme."""
     return Scheduler(
         max_bs=setting.max_bs,
         n_slots=setting.n_slots,
-        n_workers=rung.n_workers,
-        policy=rung.policy,
+        n_workers=scheme.n_workers,
+        policy=scheme.policy,
         reservation=setting.reservation,
         model_max=setting.trace.longest,
     )

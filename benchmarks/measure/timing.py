@@ -25,7 +25,7 @@ from toruslab.models.decoder.parameters import everywhere
 from toruslab.models.programs.program import Program
 from toruslab.models.programs.training import Trainer, TrainState
 
-Step = Callable[[], None]
+RunOnce = Callable[[], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,9 @@ class Timing:
         }
 
 
-def stepper(program: Program, executable: jax.stages.Compiled, params: nnx.State, ids: np.ndarray, start: int) -> Step:
+def stepper(
+    program: Program, executable: jax.stages.Compiled, params: nnx.State, ids: np.ndarray, start: int
+) -> RunOnce:
     """A function that calls the program once and waits for it, its cache handed on from call to call.
 
     Args:
@@ -98,7 +100,7 @@ def stepper(program: Program, executable: jax.stages.Compiled, params: nnx.State
     return step
 
 
-def training_stepper(trainer: Trainer, executable: jax.stages.Compiled, state: TrainState, ids: np.ndarray) -> Step:
+def training_stepper(trainer: Trainer, executable: jax.stages.Compiled, state: TrainState, ids: np.ndarray) -> RunOnce:
     """A function that takes one training step and waits for it, its state handed on from call to call.
 
     Args:
@@ -130,7 +132,7 @@ def idle(program: Program) -> jax.stages.Compiled:
         return run.lower(*program.arguments()).compile()
 
 
-def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: int = 3) -> list[Timing]:
+def interleaved(steps: Sequence[RunOnce], *, repeats: int, budget_s: float, least: int = 3) -> list[Timing]:
     """Times all steps in turn, round after round.
 
     Args:
@@ -162,7 +164,7 @@ def interleaved(steps: Sequence[Step], *, repeats: int, budget_s: float, least: 
     return [Timing(times_s=tuple(t)) for t in times]
 
 
-def _seconds(step: Step) -> float:
+def _seconds(step: RunOnce) -> float:
     started = time.perf_counter()
     step()
     return time.perf_counter() - started

@@ -22,13 +22,13 @@ import numpy as np
 
 from toruslab.benchmarks.runs.folder import all_agree
 from toruslab.benchmarks.runs.rows import Row, environment, line
-from toruslab.benchmarks.runs.train_setting import Setting, Texts
+from toruslab.benchmarks.runs.training_options import Texts, TrainingSetting
 from toruslab.models.decoder.parameters import everywhere
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.checkpoints import Checkpoints
 from toruslab.models.programs.generate import Generator, batch_multiple
 from toruslab.models.programs.training import Recipe, Trainer, TrainState
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.torus.mesh import Slice, attach
 
 ROWS, CHECKPOINTS = "rows.jsonl", "checkpoints"
@@ -62,7 +62,7 @@ class Signals:
 
 
 @dataclass(kw_only=True)
-class Run:
+class TrainingRun:
     """A run from its beginning, or from its latest checkpoint, to its last step or a signal.
 
     Args:
@@ -76,7 +76,7 @@ class Run:
         ValueError: checkpoints of another model.
     """
 
-    setting: Setting
+    setting: TrainingSetting
     texts: Texts
     folder: Path
     evaluate_every: int
@@ -124,7 +124,7 @@ class Run:
         s, step = self.setting, self.first
         self._say(self._head())
         while step < s.steps and not all_agree(bool(signals.seen)):
-            ids = text.windows(self.texts.train, s.batch, s.length, s.seed, step)
+            ids = corpus.windows(self.texts.train, s.batch, s.length, s.seed, step)
             begun = time.perf_counter()
             with jax.set_mesh(self.mesh):
                 self.state, report = self.trainer.step(self.state, everywhere(self.mesh, ids))
@@ -190,12 +190,12 @@ class Run:
             steps_per_call=STEPS_PER_CALL,
         )
         windows = self.texts.held_out.reshape(-1, self.texts.held_out.shape[-1])
-        letters = np.isin(windows[:, :length], text.encode(string.ascii_lowercase, bos=False)).sum(axis=1)
+        letters = np.isin(windows[:, :length], byte_ids.encode(string.ascii_lowercase, bos=False)).sum(axis=1)
         order = np.argsort(-letters, kind="stable")
         prompts = [windows[order[i % len(order)], :length] for i in range(batch)]
-        found = generator(self.state.params, prompts, NEW_BYTES, stop=text.EOS)
+        found = generator(self.state.params, prompts, NEW_BYTES, stop=byte_ids.EOS)
         pairs = zip(prompts[:PROMPTS], found, strict=False)
-        return [{"prompt": text.decode(p), "text": text.decode(ids[ids < text.VOCAB])} for p, ids in pairs]
+        return [{"prompt": byte_ids.decode(p), "text": byte_ids.decode(ids[ids < byte_ids.VOCAB])} for p, ids in pairs]
 
     def _save(self, step: int) -> None:
         if step > (self.saved.latest() or 0):

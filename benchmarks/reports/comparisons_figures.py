@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.rows import Row
 
 COLOURS = {
@@ -15,7 +15,7 @@ COLOURS = {
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Writes the rows and the pictures (SVG and PNG); returns their paths."""
-    return out_folder.write(folder, "rows", rows, {"block": draw_block(rows), "attention": draw_attention(rows)})
+    return run_folder.save(folder, "rows", rows, {"block": draw_block(rows), "attention": draw_attention(rows)})
 
 
 def draw_block(rows: Sequence[Row]):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate_many
 from toruslab.partitioning.cost.forward import Constants
 from toruslab.partitioning.plan.point import Point
-from toruslab.partitioning.published.numbers import Row, figure_3_bytes, figure_7_point, mfu_of
+from toruslab.partitioning.published.papers import figure_3_bytes, figure_7_point, mfu_of
 
 PICTURES = ("predicted", "figure_3", "figure_6", "figure_7")
 
@@ -17,7 +18,7 @@ PICTURES = ("predicted", "figure_3", "figure_6", "figure_7")
 def write(rows: Sequence[Row], folder: Path, constants: Constants | None = None) -> list[Path]:
     """Writes the rows and the pictures (SVG and PNG); returns their paths."""
     drawn = (draw_predicted(rows), draw_figure_3(rows), draw_figure_6(rows), draw_figure_7(rows, constants))
-    return out_folder.write(folder, "rows", rows, dict(zip(PICTURES, drawn, strict=True)))
+    return run_folder.save(folder, "rows", rows, dict(zip(PICTURES, drawn, strict=True)))
 
 
 def draw_predicted(rows: Sequence[Row]):

@@ -5,7 +5,7 @@ from typing import Any
 
 from toruslab.benchmarks.reports.style import log_axis
 from toruslab.benchmarks.studies import orca as orca
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 
 Row = dict[str, Any]
 

@@ -11,21 +11,20 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from toruslab.benchmarks.measure.chip_file import calibrated, fits_here, name_of
 from toruslab.benchmarks.runs.options import InputError, Parser
-from toruslab.benchmarks.runs.rows import Row, Rows, changes, commit, environment, line, of_a_point
+from toruslab.benchmarks.runs.rows import Row, RowFile, changes, commit, environment, line, of_a_point
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import Chip
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-class Run:
+
+class BenchRun:
     """Where the rows of one run go, what it predicts from, and what an interrupted one has left.
 
     Args:
@@ -33,7 +32,7 @@ class Run:
         rows: of the folder; None in a process that writes none.
     """
 
-    def __init__(self, options: argparse.Namespace, rows: Rows | None):
+    def __init__(self, options: argparse.Namespace, rows: RowFile | None):
         self.options, self.rows = options, rows
         self.chip: Chip | None = None
         self.folder = options.out.resolve()
@@ -62,7 +61,7 @@ class Run:
 @contextlib.contextmanager
 def open_run(
     folder: Path, settings: Row, argv: Sequence[str], check: Callable[[Row], object] = of_a_point, *others: str
-) -> Iterator[Rows]:
+) -> Iterator[RowFile]:
     """A run's folder, kept from other runs: a run that was left there with the same settings goes on, another one is
     put aside.
 
@@ -85,14 +84,14 @@ def open_run(
         try:
             with claim(folder):
                 if (folder / "finished").exists() or _load(marker) != settings:
-                    Rows(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
+                    RowFile(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
                     put_aside(folder)
                     for name in ("chip.toml", "finished", *others):
                         (folder / name).unlink(missing_ok=True)
             held.enter_context(claim(folder))
             (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
             marker.write_text(json.dumps(settings, indent=1))
-            rows = Rows(folder / "rows.jsonl", check)
+            rows = RowFile(folder / "rows.jsonl", check)
         except OSError as error:
             raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
         yield rows
@@ -193,41 +192,6 @@ def unfinished(folder: Path) -> list[str]:
     return argv
 
 
-def chip_of(
-    options: argparse.Namespace, folder: Path, mesh: Any, dtypes: Sequence[str], speaks: bool, console: Console
-) -> Chip | None:
-    """The calibrated chip that a run predicts from: the one that it began with, or of a file, or of this machine.
-
-    Args:
-        options: of the bench.
-        folder: of the run.
-        mesh: what is measured, if it must be.
-        dtypes: of the weights.
-        speaks: whether this process writes; the others take part in measuring and get None.
-        console: where progress goes.
-    """
-    from toruslab.benchmarks.calibrate import OUT, REPEATS, calibrate, save
-
-    asked, kept = options.chip, folder / "chip.toml"
-    if asked == "none":
-        return None
-    own = OUT / f"{name_of(list(mesh.devices.flat), options.processes)}.toml"
-    path = kept if all_agree(kept.exists()) else own if asked in (None, "new") else Path(asked)
-    if path == own and (asked == "new" or not all_agree(fits_here(own, dtypes))):
-        if options.quick:
-            print("no predictions: toruslab calibrate has not been run here", file=sys.stderr)
-            return None
-        machine = calibrate(mesh, dtypes, REPEATS, console)
-        if speaks:
-            save(machine, mesh, options.processes)
-    if not speaks:
-        return None
-    found = calibrated(path, dtypes)
-    if path != kept:
-        shutil.copyfile(path, kept)
-    return found
-
-
 def all_agree(value: bool) -> bool:
     """What the first process says."""
     import jax
@@ -235,3 +199,32 @@ def all_agree(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+
+
+def writable(folder: Path) -> None:
+    """Makes the folder, and refuses one that nothing can be written to.
+
+    Raises:
+        InputError: why.
+    """
+    probe = folder / ".part"
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"out={str(folder)!r} is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+
+
+def save(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], figures: "Mapping[str, Figure]") -> list[Path]:
+    """Writes the rows as NAME.jsonl and every figure as SVG and PNG; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.jsonl"]
+    paths[0].write_text("".join(line(row) + "\n" for row in rows))
+    for called, figure in figures.items():
+        for suffix in ("svg", "png"):
+            paths.append(folder / f"{called}.{suffix}")
+            figure.savefig(paths[-1], dpi=150)
+    return paths

@@ -7,8 +7,7 @@ device.
 import argparse
 import dataclasses
 
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.options import InputError, read_lines
 from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point

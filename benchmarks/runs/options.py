@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,6 +34,28 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' must be a path")
     return Path(text)
+
+
+def read_lines(field: str, where: str) -> Iterator[tuple[int, str | ValueError]]:
+    """Numbered lines that are not empty: their text, or what is wrong with their bytes.
+
+    Args:
+        field: the option's name, for the message.
+        where: a path, or - for standard input.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    try:
+        data = sys.stdin.buffer.read() if where == "-" else Path(where).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{field}={where!r} cannot be read: {error}") from None
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            try:
+                yield number, line.decode()
+            except UnicodeDecodeError as error:
+                yield number, ValueError(f"not UTF-8: {error.reason} at byte {error.start}")
 
 
 def guarded(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:

@@ -4,17 +4,18 @@ A row is a point, the `source` of its numbers (analytic, compiled, measured, pub
 were taken. Whoever draws tables or pictures only reads rows.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.options import InputError, Parser, read_lines
 from toruslab.partitioning.plan.point import Point
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ def of_a_point(row: Row) -> None:
         raise TypeError
 
 
-class Rows:
+class RowFile:
     """A file of rows that grows.
 
     Args:
@@ -137,3 +138,30 @@ def _git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+def keep(name: str, about: str | None, argv: Sequence[str] | None, compact: Callable[[Row], Row], data: Path) -> int:
+    """The command of a page: writes what `compact` leaves of the rows of all files to `data`, one a line."""
+    p = Parser(prog=f"python -m benchmarks.{name}", description=about, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
+    options = p.parse_args(argv)
+    kept = [compact(row) for path in options.rows for row in of_compile(path)]
+    data.parent.mkdir(exist_ok=True)
+    data.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    print(f"{data}: {len(kept)} rows")
+    return 0
+
+
+def of_compile(path: str) -> Iterable[Row]:
+    """The rows of a file of `toruslab compile`."""
+    for number, text in read_lines("rows", path):
+        try:
+            if isinstance(text, ValueError):
+                raise text
+            row = json.loads(text)
+            Point.from_json(row["point"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is not a row of toruslab compile: {error}") from None
+        if "error" in row:
+            raise InputError(f"{path}, line {number} is of a point that failed: {row['error']}")
+        yield row

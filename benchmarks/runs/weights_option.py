@@ -1,7 +1,7 @@
 """The option `--checkpoint DIR`: which model, weights and tokenizer a command works with.
 
-Decides by what a folder holds which kind of checkpoint it is, a line in `KINDS` each, and that there are random weights
-without one. Leaves reading to each kind's own module. Nothing here touches a device until `Chosen.params` is called.
+Decides by what a folder holds which form of checkpoint it is, a line in `FORMATS` each, and that there are random weights
+without one. Leaves reading to each form's own module. Nothing here touches a device until `Chosen.params` is called.
 """
 
 import argparse
@@ -54,10 +54,10 @@ def chosen(name: str | None, checkpoint: str | None, seed: int) -> Chosen:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"checkpoint={checkpoint!r}: there is no such folder")
-    for kind in KINDS:
-        if kind.fits(folder):
+    for form in FORMATS:
+        if form.fits(folder):
             try:
-                return kind.opened(folder)
+                return form.opened(folder)
             except ValueError as error:
                 said = str(error).removeprefix(f"model={str(folder)!r}: ")
                 raise ValueError(f"checkpoint={checkpoint!r}: {said}") from error
@@ -129,8 +129,8 @@ def _has_steps(folder: Path) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One kind of checkpoint: what it is called, whether a folder is one, and how it is opened."""
+class Format:
+    """One form of checkpoint: what it is called, whether a folder is one, and how it is opened."""
 
     name: str
     fits: Callable[[Path], bool]
@@ -141,12 +141,12 @@ def _has_safetensors(folder: Path) -> bool:
     return any((folder / file).exists() for file in (SINGLE, INDEX))
 
 
-KINDS = (
-    Kind(name="Hugging Face (config.json, *.safetensors)", fits=_has_safetensors, opened=_hugging_face),
-    Kind(name="toruslab train (its --out)", fits=_has_steps, opened=_own),
+FORMATS = (
+    Format(name="Hugging Face (config.json, *.safetensors)", fits=_has_safetensors, opened=_hugging_face),
+    Format(name="toruslab train (its --out)", fits=_has_steps, opened=_own),
 )
-"""In the order in which they are tried; one more kind is one more line."""
+"""In the order in which they are tried; one more form is one more line."""
 
 
 def _known() -> str:
-    return ", ".join(kind.name for kind in KINDS)
+    return ", ".join(form.name for form in FORMATS)

@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from toruslab.benchmarks.runs import out_folder
+from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.presets import model, suffixed
@@ -29,7 +29,7 @@ from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import longest_context
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published import closed_forms
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 from toruslab.partitioning.torus.chip import chip
 
 BLOCKS: dict[str, tuple[str, ...]] = {"parallel": (), "serial": ("-serial",)}
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise InputError(str(error)) from None
     if folder:
-        out_folder.check(folder)
+        run_folder.writable(folder)
     if measured:
         rows += measure(measured, options)
     if options.json:
@@ -220,7 +220,7 @@ def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -
     from toruslab.benchmarks.measure.contenders import clear, prepare
     from toruslab.benchmarks.measure.timing import interleaved
     from toruslab.benchmarks.runs.rows import environment
-    from toruslab.models.weights import text
+    from toruslab.models.weights import corpus
 
     found = []
     for group in groups:
@@ -229,7 +229,7 @@ def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -
             row: Row = {"point": point.to_json(), "source": "measured", "comparison": comparison, "kind": kind}
             rows.append(row | {"environment": environment(options.seed)})
             try:
-                steps.append((rows[-1], prepare(point, options.seed, text.corpus()).step))
+                steps.append((rows[-1], prepare(point, options.seed, corpus.read()).step))
             except Exception as error:
                 rows[-1]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         timings = interleaved([step for _, step in steps], repeats=options.repeats, budget_s=5)

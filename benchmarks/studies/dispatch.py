@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.models.weights import text
+from toruslab.models.weights import corpus
 from toruslab.partitioning.plan.point import Point
 
 WANTED = 0.02
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from toruslab.benchmarks.measure.timing import interleaved
     from toruslab.benchmarks.runs.rows import environment
 
-    contenders = [prepare(p, options.seed, text.corpus()) for p in points]
+    contenders = [prepare(p, options.seed, corpus.read()) for p in points]
     steps = [s for c in contenders for s in (c.step, empty(c.point))]
     timings = interleaved(steps, repeats=options.repeats, budget_s=20)
     rows = []
@@ -102,7 +102,7 @@ def empty(point: Point):
     mesh = attach(point.mesh_shape, chip=point.chip, explicit=layout.explicit)
     program = Program(config=point.config, layout=layout, mesh=mesh, pass_=point.pass_)
     params = initial(point.config, layout, mesh, dtype=program.dtype, int8=program.int8)
-    return stepper(program, idle(program), params, text.prompts(point.batch, 1, 0, text.corpus()), point.start)
+    return stepper(program, idle(program), params, corpus.prompts(point.batch, 1, 0, corpus.read()), point.start)
 
 
 def show(rows: Sequence[dict]) -> None:

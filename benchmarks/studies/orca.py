@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.partitioning.published.numbers import data
+from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
-from toruslab.serving.simulation.scenario import Scenario, Server, highest_rate
+from toruslab.serving.simulation.scenario import Scenario, highest_rate
+from toruslab.serving.simulation.simulator import Server
 from toruslab.serving.traffic.arrivals import Poisson
 from toruslab.serving.traffic.lengths import ORCA_OUTPUT, ORCA_PROMPT
 from toruslab.serving.traffic.workload import Workload

@@ -24,7 +24,7 @@ from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 
 if TYPE_CHECKING:
     import jax
@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(options, name) < least:
                 raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
         config = model(options.model)
-        if config.vocab < text.VOCAB:
-            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
-        ids = held_out(options.windows, options.length, text.corpus(options.text))
+        if config.vocab < byte_ids.VOCAB:
+            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
+        ids = held_out(options.windows, options.length, corpus.read(options.text))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
     processes.join(options.platform, 1, 1)
@@ -92,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def held_out(n: int, length: int, corpus: str) -> np.ndarray:
+def held_out(n: int, length: int, text: str) -> np.ndarray:
     """[n, length + 1] ids: windows of the held-out end of a text, evenly spaced; each begins where a target ends.
 
     Raises:
         ValueError: a text whose end is shorter than the windows.
     """
-    _, rest = text.split(text.encode(corpus, bos=False))
+    _, rest = corpus.split(byte_ids.encode(text, bos=False))
     if rest.size < length + 1:
         raise ValueError(f"length={length} is more than the {rest.size} held-out bytes of the text; give a longer text")
     if n * length > rest.size:
@@ -181,7 +181,7 @@ def _layer(config: ModelConfig, platform: str, batch: int) -> Callable[[dict, "j
 
     from toruslab.models.decoder.cache import empty_cache
     from toruslab.models.decoder.parameters import abstract
-    from toruslab.models.decoder.rows import Aligned
+    from toruslab.models.decoder.sequences import Aligned
 
     layout, mesh = _alone(config, platform)
     one = dataclasses.replace(config, n_layers=1)

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.models.weights import text
+from toruslab.models.weights import corpus
 from toruslab.partitioning.plan.point import Point
 
 DECODE = (
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ready, failed = [], []
     for name, point in zip(names, todo, strict=True):
         try:
-            contender = prepare(point, 0, text.corpus())
+            contender = prepare(point, 0, corpus.read())
             contender.step()  # whether there is memory to run it
             ready.append((name, contender))
         except Exception as error:  # it is said, and the others are timed

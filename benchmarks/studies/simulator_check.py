@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from toruslab.benchmarks import serve_bench
-from toruslab.benchmarks.runs import processes, serve_ladder
+from toruslab.benchmarks.runs import processes, serving_setting
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.benchmarks.runs.serve_ladder import Rung, Setting
+from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
 from toruslab.serving.results.metrics import Metrics
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace, settings: Sequence[Setting], made: "Engine", console: Console) -> None:
+def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine", console: Console) -> None:
     """Runs everything, and says what came out."""
     from toruslab.benchmarks.measure.serving_run import capacity, run_once, warm
 
@@ -93,10 +93,10 @@ def _compare(options: argparse.Namespace, settings: Sequence[Setting], made: "En
         rates = {setting.trace.name: capacity(setting, made) for setting in settings}
         seen = _Seen()
         for setting in settings:
-            for rung in setting.rungs:
+            for scheme in setting.schemes:
                 for share in SHARES:
                     workload = _traffic(setting, share * rates[setting.trace.name], CALIBRATION)
-                    run_once(setting, made, rung, workload, [seen])
+                    run_once(setting, made, scheme, workload, [seen])
         sizes = made.sizes
         padding = Padding(singles=sizes.singles, pieces=sizes.pieces, length=sizes.length)
         times = MeasuredTimes(padding, seen.samples)
@@ -104,10 +104,10 @@ def _compare(options: argparse.Namespace, settings: Sequence[Setting], made: "En
         for setting in settings:
             for seed in range(setting.seeds):
                 for share in SHARES:
-                    for rung in setting.rungs:
-                        status.update(f"{setting.trace.name}, {rung.name}, {share} of capacity")
+                    for scheme in setting.schemes:
+                        status.update(f"{setting.trace.name}, {scheme.name}, {share} of capacity")
                         rate = share * rates[setting.trace.name]
-                        rows.append(_row(setting, made, rung, rate, share, seed, times, host_s))
+                        rows.append(_row(setting, made, scheme, rate, share, seed, times, host_s))
                         if options.json:
                             print(json.dumps(rows[-1]), flush=True)
     if not options.json:
@@ -165,26 +165,26 @@ class _Seen(Observer):
             self._number = -2  # idle: what comes next is no gap
 
 
-def _settings(options: argparse.Namespace) -> list[Setting]:
+def _settings(options: argparse.Namespace) -> list[ServingSetting]:
     found = []
     for name in options.traces.split(","):
         given = ["--model", options.model, "--slice", options.slice, "--layout", options.layout]
         given += ["--attention", options.attention, "--max-bs", str(options.max_bs), "--trace", name]
         given += ["--scale", options.scale, "--policies", options.policies]
         given += ["--requests", str(options.requests), "--seeds", str(options.seeds)]
-        found.append(serve_ladder.read(serve_bench.options_of(given)))
+        found.append(serving_setting.read(serve_bench.options_of(given)))
     slots = max(setting.n_slots for setting in found)
     return [replace(setting, n_slots=slots) for setting in found]
 
 
-def _traffic(setting: Setting, rate: float, seed: int) -> "Workload":
+def _traffic(setting: ServingSetting, rate: float, seed: int) -> "Workload":
     from toruslab.benchmarks.measure.serving_run import traffic
 
     return traffic(setting, setting.arrivals.at(rate), setting.requests, seed)
 
 
 def _row(
-    setting: Setting, made: "Engine", rung: Rung, rate: float, share: float, seed: int, times, host_s: float
+    setting: ServingSetting, made: "Engine", scheme: Scheme, rate: float, share: float, seed: int, times, host_s: float
 ) -> dict:
     from toruslab.benchmarks.measure.serving_run import Seen as Sustained
     from toruslab.benchmarks.measure.serving_run import run_once, scheduler
@@ -196,15 +196,15 @@ def _row(
         metrics, sustained = Metrics(max_bs=setting.max_bs, window_s=window), Sustained(made)
         observers = [metrics, sustained]
         if kind == "engine":
-            run_once(setting, made, rung, workload, observers)
+            run_once(setting, made, scheme, workload, observers)
         else:
-            simulate(workload.requests(), scheduler(setting, rung), times, host_s=host_s, observers=observers)
+            simulate(workload.requests(), scheduler(setting, scheme), times, host_s=host_s, observers=observers)
         summary = metrics.summary()
         found["throughput_per_s"][kind] = sustained.sustained_per_s(window[0])
         found["normalised_s"][kind] = summary.normalised_s.median if summary.normalised_s else None
     return {
         "trace": setting.trace.name,
-        "policy": rung.name,
+        "policy": scheme.name,
         "rate_per_s": rate,
         "share": share,
         "seed": seed,

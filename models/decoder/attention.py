@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from toruslab.models.blocks import BLOCK, block_size
+from toruslab.models.attention_blocks import BLOCK, block_size
 from toruslab.models.decoder.cache import pad_width
 from toruslab.partitioning.layouts.precision import exact
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache
-from toruslab.models.decoder.rows import Aligned, Rows, index, place, row_ladder, split_axes
+from toruslab.models.decoder.sequences import Aligned, Sequences, batch_ladder, index, place, split_axes
 from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, follow_together, local, on_a_chip
 from toruslab.partitioning.layouts.precision import exact
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
     lengths: Any
 
 
-class Block(nnx.Module):
+class ResidualBlock(nnx.Module):
     """Norm, input projection, attention and/or MLP, output projection; parameters of all layers stacked.
 
     `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E]; where these are int8, also their scales
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         x: jax.Array,
         cache: Cache,
         layer: jax.Array,
-        rows: Rows,
+        rows: Sequences,
         layout: Layout,
         held: Mapping[str, jax.Array] | None = None,
         regather: bool = False,
@@ -183,10 +183,10 @@ class Decoder(nnx.Module):
         if first or (last and config.tied):
             self.table = nnx.Param(table(rngs.params(), (config.vocab_rows, config.d_model), dtype))
         if config.block == "parallel":
-            self.layer = Block(config, attention=True, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
+            self.layer = ResidualBlock(config, attention=True, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
         else:
-            self.attention = Block(config, attention=True, mlp=False, dtype=dtype, int8=int8, rngs=rngs)
-            self.mlp = Block(config, attention=False, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
+            self.attention = ResidualBlock(config, attention=True, mlp=False, dtype=dtype, int8=int8, rngs=rngs)
+            self.mlp = ResidualBlock(config, attention=False, mlp=True, dtype=dtype, int8=int8, rngs=rngs)
         if last:
             self.final_norm = nnx.Param(jnp.ones((config.d_model,), dtype))
         if last and not config.tied:
@@ -215,7 +215,7 @@ class Decoder(nnx.Module):
 
         def last(x):
             at = layout.rows[:1]
-            by_row = row_ladder(layout, layout.rows[0]) if at else ()
+            by_row = batch_ladder(layout, layout.rows[0]) if at else ()
             return local(_last_of_rows, [at, by_row], [at])(x, follow(tokens.lengths, by_row))[0]
 
         return self.logits(x, layout, None if all_logits else last), cache
@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
             return follow(x, layout.embed)
 
     def through_layers(
-        self, x: jax.Array, cache: Cache, rows: Rows, layout: Layout, *, remat: str = "none"
+        self, x: jax.Array, cache: Cache, rows: Sequences, layout: Layout, *, remat: str = "none"
     ) -> tuple[jax.Array, Cache]:
         """All layers on the residual stream; `remat`: what is worked out again for gradients (`dataflow.REMAT`)."""
         config = self.config
@@ -378,7 +378,7 @@ def _by_row(x: jax.Array, squares: jax.Array, at: P, eps: float) -> jax.Array:
 
 
 def _look_up(axes: Axes, scale: float, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
-    """Rows of the table times `scale`, zero where this chip's part does not hold them."""
+    """Sequences of the table times `scale`, zero where this chip's part does not hold them."""
     if axes:
         rows = ids - index(axes) * table.shape[0]
         here = (rows >= 0) & (rows < table.shape[0])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from toruslab.models.decoder.rows import index, row_ladder, split_axes
+from toruslab.models.decoder.sequences import batch_ladder, index, split_axes
 from toruslab.partitioning.layouts.layout import Axes, Layout
 from toruslab.partitioning.layouts.moves import follow
 from toruslab.partitioning.plan.plan import norm_ladder
@@ -27,7 +27,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, layout: Layout) -> jax.
         for the logits needs nothing from other chips, as every row's maximum and sum are kept.
     """
     if layout.logits:
-        targets = follow(targets, row_ladder(layout, layout.logits[-1]))
+        targets = follow(targets, batch_ladder(layout, layout.logits[-1]))
     return _cross_entropy(logits, targets, layout)
 
 

@@ -22,14 +22,14 @@ from jax.sharding import PartitionSpec as P
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.attention import rope, rope_tables
 from toruslab.models.decoder.cache import Cache, cache_spec, pad_width
-from toruslab.models.decoder.rows import arrays, heads_read, place
+from toruslab.models.decoder.sequences import arrays, heads_read, place
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, local
 from toruslab.partitioning.layouts.precision import exact
 
 
 @dataclass(frozen=True, kw_only=True)
-class Form:
+class MixedForm:
     """The static sizes of a pass; per part of the list, of which there are `parts`.
 
     Args:
@@ -94,17 +94,17 @@ class Control(NamedTuple):
     tables: Any
 
 
-class Mixed(NamedTuple):
-    """Rows of such a pass (see `models.decoder.rows.Rows`): `control` [n, width] of the parts that a chip holds, RoPE's `cos`
+class Paged(NamedTuple):
+    """Sequences of such a pass (see `models.decoder.sequences.Sequences`): `control` [n, width] of the parts that a chip holds, RoPE's `cos`
     and `sin` [t, Q/2]."""
 
-    form: Form
+    form: MixedForm
     control: jax.Array
     cos: jax.Array
     sin: jax.Array
 
     @classmethod
-    def of(cls, whole: jax.Array, form: Form, config: ModelConfig, layout: Layout) -> "Mixed":
+    def of(cls, whole: jax.Array, form: MixedForm, config: ModelConfig, layout: Layout) -> "Paged":
         """Of `whole` [parts, width], whole on every chip."""
         split = entries(layout.cache)[0]
         by_part = () if not layout.explicit else (P(None, None), P(split, None)) if axes_of(split) else (P(None, None),)
@@ -120,7 +120,7 @@ class Mixed(NamedTuple):
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
     ) -> tuple[jax.Array, Cache]:
-        """See `models.decoder.rows.Rows`; the cache is of pages, [n_layers, N, K, page, Q]."""
+        """See `models.decoder.sequences.Sequences`; the cache is of pages, [n_layers, N, K, page, Q]."""
         form = self.form
 
         def on_shards(q, kv, layer, control, cos, sin, k, v):
@@ -145,14 +145,14 @@ class Mixed(NamedTuple):
         return o, Cache(*stored)
 
 
-def token_positions(form: Form, told: Control) -> jax.Array:
+def token_positions(form: MixedForm, told: Control) -> jax.Array:
     """[tokens] of one part, in the order of the list."""
     singles = told.starts[: form.singles]
     pieces = told.starts[form.singles :, None] + jnp.arange(form.length)
     return jnp.concatenate([singles, pieces.reshape(-1)])
 
 
-def where(form: Form, told: Control, n_pages: int) -> tuple[jax.Array, jax.Array]:
+def where(form: MixedForm, told: Control, n_pages: int) -> tuple[jax.Array, jax.Array]:
     """The page and the place in it of each token of one part, [tokens] each; of tokens that are not there the page is
     `n_pages`, which there is none of."""
     within = jnp.concatenate([jnp.zeros(form.singles, jnp.int32), jnp.tile(jnp.arange(form.length), form.pieces)])
@@ -165,7 +165,7 @@ def where(form: Form, told: Control, n_pages: int) -> tuple[jax.Array, jax.Array
 
 
 def attend_pages(
-    form: Form, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, told: Control, which: Any
+    form: MixedForm, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, told: Control, which: Any
 ) -> jax.Array:
     """Softmax attention of every token of one part over its request's positions up to its own.
 
@@ -173,7 +173,7 @@ def attend_pages(
 
     Args:
         q: [t, h, Q], turned by RoPE; k, v: [n_layers, N, K, page, Q], the new positions already written.
-        which: KV heads of these q heads, as `models.decoder.rows.heads_read` says.
+        which: KV heads of these q heads, as `models.decoder.sequences.heads_read` says.
 
     Returns:
         [t, h, Q]; what stands for tokens that are not there means nothing.
@@ -228,7 +228,7 @@ def attend_pages(
     return jnp.concatenate(parts)
 
 
-def last_of_segments(form: Form, x: jax.Array, control: jax.Array) -> tuple[jax.Array]:
+def last_of_segments(form: MixedForm, x: jax.Array, control: jax.Array) -> tuple[jax.Array]:
     """[n * tokens, e] -> [n * segments, e]: of `control` [n, width] each segment's last token that is there."""
     x = x.reshape(len(control), form.tokens, x.shape[-1])
     lengths = form.read(control).lengths[:, form.singles :]

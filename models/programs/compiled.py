@@ -22,13 +22,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from toruslab.models.blocks import n_turns
+from toruslab.models.attention_blocks import n_turns
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import cache_shape, cache_spec
 from toruslab.models.programs.program import Compiled, Program
 from toruslab.models.programs.training import Trainer
-from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.forward import Estimate
+from toruslab.partitioning.cost.estimate import Estimate, estimate
 from toruslab.partitioning.hlo.collectives import (
     Cycles,
     Module,

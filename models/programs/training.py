@@ -23,7 +23,7 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache
 from toruslab.models.decoder.loss import cross_entropy
 from toruslab.models.decoder.parameters import abstract, bare, initial, keys_of, specs
-from toruslab.models.decoder.rows import Causal, split_axes
+from toruslab.models.decoder.sequences import Causal, split_axes
 from toruslab.models.programs.program import Compiled
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.moves import follow
@@ -106,7 +106,7 @@ class TrainState(NamedTuple):
     moments: Any
 
 
-class Report(NamedTuple):
+class LossAndNorm(NamedTuple):
     """Of a step: the mean loss in nats a token, before the update; the norm of the whole gradient, before clipping."""
 
     loss: Any
@@ -199,8 +199,8 @@ class Trainer:
 
     @functools.cached_property
     def step(self) -> Any:
-        """`(state, ids [B, L + 1]) -> (state, Report)`; the state is donated, `ids` whole on every chip."""
-        return self._jitted(self._step, (self.specs(), P()), (self.specs(), Report(P(), P())), donate_argnums=0)
+        """`(state, ids [B, L + 1]) -> (state, LossAndNorm)`; the state is donated, `ids` whole on every chip."""
+        return self._jitted(self._step, (self.specs(), P()), (self.specs(), LossAndNorm(P(), P())), donate_argnums=0)
 
     def compile(self, *, text: bool = True) -> Compiled:
         """The step, compiled ahead of time from shapes alone. See `models.programs.program.Program.compile`."""
@@ -224,7 +224,7 @@ class Trainer:
             function = jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         return jax.jit(function, in_shardings=at[0], out_shardings=at[1], **more)
 
-    def _step(self, state: TrainState, ids: jax.Array) -> tuple[TrainState, Report]:
+    def _step(self, state: TrainState, ids: jax.Array) -> tuple[TrainState, LossAndNorm]:
         loss, gradients = self._gradients(state.params, ids)
         resting = specs(state.params, self.layout)
         with jax.named_scope("gradients"):
@@ -280,13 +280,13 @@ class Trainer:
         same = self.mesh.size // math.prod(self.sizes[a] for a in used) if layout.explicit else 1
         return total / (ids.shape[0] * length * same)
 
-    def _everywhere(self, loss: jax.Array, squares: jax.Array | int = 0) -> Report:
+    def _everywhere(self, loss: jax.Array, squares: jax.Array | int = 0) -> LossAndNorm:
         """The sums over all chips of their parts of the loss and of the gradient's square, in one collective."""
         if self.layout.explicit:
             with jax.named_scope("clip"):
                 axes = tuple(a for a in AXES if self.sizes[a] > 1)
                 loss, squares = lax.psum((loss, jnp.float32(squares)), axes) if axes else (loss, squares)
-        return Report(loss, jnp.sqrt(squares))
+        return LossAndNorm(loss, jnp.sqrt(squares))
 
     def _along(self, ladder: Any, arrays: Any, resting: Any) -> Any:
         """Arrays in the form of the parameters, each down the `ladder` of its own."""

@@ -1,7 +1,7 @@
 """A Llama or Gemma folder of Hugging Face as the decoder's parameters, any part of them by itself.
 
 Decides which tensor of theirs is which part of a fused matrix, and what of their arithmetic is folded into weights.
-Leaves files to `models.weights.tensor_files`, what a `config.json` says to `models.presets` and devices to
+Leaves files to `models.weights.tensor_files`, what a `config.json` says to `models.hf_config` and devices to
 `models.decoder.parameters`. Imports no JAX.
 
 Theirs are matrices [out, in], one for each layer, with RoPE in halves as here, so that a fused matrix is theirs
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from toruslab.models.config import ModelConfig
-from toruslab.models.presets import fields, from_hugging_face
+from toruslab.models.hf_config import from_hugging_face, read_fields
 from toruslab.models.weights.tensor_files import TensorFiles
 
 EMBED, UNEMBED, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -104,7 +104,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
             wrong shape or dtype, or in damaged files. The message names which.
     """
     folder = Path(folder)
-    config, said = from_hugging_face(folder, exact=True), fields(folder)
+    config, said = from_hugging_face(folder, exact=True), read_fields(folder)
     files = TensorFiles(folder)
     expected = shapes(config)
     if config.tied and UNEMBED in files.shapes:

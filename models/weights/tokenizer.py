@@ -1,6 +1,6 @@
 """How text becomes ids and back: bytes, or the `tokenizer.json` of a checkpoint.
 
-Decides which of them a folder gets. Leaves the bytes' ids to `models.weights.text`, and everything that a `tokenizer.json`
+Decides which of them a folder gets. Leaves the bytes' ids to `models.weights.byte_ids`, and everything that a `tokenizer.json`
 can hold to the package `tokenizers`, where it is installed (the extra `hf`). Imports no JAX.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from toruslab.models.config import ModelConfig
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids
 
 FILE = "tokenizer.json"
 
@@ -30,30 +30,30 @@ class Tokenizer(Protocol):
     @property
     def stops(self) -> tuple[int, ...]: ...
 
-    def encode(self, said: str) -> text.Ids: ...
+    def encode(self, said: str) -> byte_ids.TokenIds: ...
 
-    def decode(self, ids: text.Ids) -> str: ...
+    def decode(self, ids: byte_ids.TokenIds) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """UTF-8 bytes, see `models.weights.text`; ids past them are shown as U+FFFD.
+    """UTF-8 bytes, see `models.weights.byte_ids`; ids past them are shown as U+FFFD.
 
     Example:
         >>> Bytes().decode(Bytes().encode("né"))
         'né'
     """
 
-    stops: tuple[int, ...] = (text.EOS,)
+    stops: tuple[int, ...] = (byte_ids.EOS,)
     name: str = "bytes"
 
-    def encode(self, said: str) -> text.Ids:
+    def encode(self, said: str) -> byte_ids.TokenIds:
         """[n] ids, `BOS` first."""
-        return text.encode(said)
+        return byte_ids.encode(said)
 
-    def decode(self, ids: text.Ids) -> str:
+    def decode(self, ids: byte_ids.TokenIds) -> str:
         """The text of any ids."""
-        return text.decode(np.where(ids < text.VOCAB, ids, 0xFF))  # 0xFF begins no character
+        return byte_ids.decode(np.where(ids < byte_ids.VOCAB, ids, 0xFF))  # 0xFF begins no character
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class FromFile:
     stops: tuple[int, ...]
     name: str
 
-    def encode(self, said: str) -> text.Ids:
+    def encode(self, said: str) -> byte_ids.TokenIds:
         """[n] ids."""
         return np.array(self.held.encode(said).ids, np.int32)
 
-    def decode(self, ids: text.Ids) -> str:
+    def decode(self, ids: byte_ids.TokenIds) -> str:
         """The text of any ids; unknown ones and specials are left out."""
         return self.held.decode(ids.tolist())
 
@@ -79,8 +79,8 @@ def of_bytes(config: ModelConfig) -> Bytes:
     Raises:
         ValueError: it does not.
     """
-    if config.vocab < text.VOCAB:
-        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the {text.VOCAB} ids of bytes")
+    if config.vocab < byte_ids.VOCAB:
+        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the {byte_ids.VOCAB} ids of bytes")
     return Bytes()
 
 

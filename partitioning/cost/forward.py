@@ -1,27 +1,30 @@
-"""What a pass costs: seconds, bytes and fit of any point, from its plan and the chip's figures. Touches no device.
+"""What a forward pass costs: seconds, bytes and fit, from the plan and the chip's figures. Touches no device.
 
-The collectives are the layout's own (`partitioning.plan.plan`); matmuls, attention and memory follow from the same
-specs. What is beyond the data sheet is here and nowhere else:
+The collectives are the layout's own (`partitioning.plan.plan`). Matmuls, attention and memory follow from the same specs.
+What goes beyond the data sheet is decided here and nowhere else:
 
-- a matmul's multiply-adds and its memory traffic (weights, and activations in and out) overlap, not perfectly: the
-  4-norm of the two, which is their maximum unless they are close;
-- a collective over several axes runs axis after axis on that axis' ring (`interconnect.rate`);
-- weights are gathered while the matmuls run, on rings that send one way, as looped einsums do: the 2-norm of both;
-- of a layout with rings, instead, what runs is priced: a looped collective hides under its own matmul, as much of it
-  as is done while something is on its way (all but the last piece), and the rest is exposed. Its sends have one link
-  each, or two on a closed ring both ways round, and a hop each; all together they have the fixed cost of one collective
-  [assumed]. The pieces of its matmul read their rows, or write and read float32 sums, each anew. The constants are
-  those of plain layouts, fitted as if the authors had looped no activations, which they did: only the difference to
-  the plain layout says something;
-- of a layout that prefetches, weights that are gathered a layer ahead hide like the authors', on rings both ways;
-- all other collectives are exposed;
-- an all-to-all sends K messages, 0.1 us each [assumed].
+- The multiply-adds of a matmul and its memory traffic (weights, and activations in and out) overlap, but not perfectly.
+  Their 4-norm is taken, which is the larger of the two unless they are close.
+- A collective over several axes runs one axis after the other, each on that axis' ring (`links.rate`).
+- Weights are gathered while the matmuls run, on rings that send one way, as looped einsums do: the 2-norm of both.
+- All other collectives are exposed.
+- An all-to-all sends K messages of 0.1 us each [assumed].
 
-A chip that `toruslab calibrate` has measured is priced from its samples instead (`partitioning.cost.measured`).
+Layouts with rings are priced as they run:
+
+- A collective overlaps its matmul except for the last piece. What that does not hide is exposed.
+- Each of its permutes has one link, or two on a closed ring both ways, and a hop. All of them together have the fixed
+  cost of one collective [assumed].
+- The pieces of the matmul each read their rows again, or write and read float32 sums again.
+- The constants are those of plain layouts. They were fitted as if the authors had looped no activations, which they
+  did: only the difference to the plain layout means something.
+
+Layouts that prefetch gather their weights a layer ahead. The gathers hide like the authors', on rings both ways.
 
 Five constants are fitted, on the 28 rows of Pope et al. 2022, Tables 2 and 3 and Figure B.1, for the chip v4 (its file
-holds them); chips without fitted constants take v4's, which is an assumption. All estimates are of groups of points
-with one layout and mesh at once, vectorised over everything else.
+holds them). Chips without fitted constants take v4's, which is an assumption.
+
+A chip that `toruslab calibrate` has measured is priced from its samples instead (`partitioning.cost.measured`).
 """
 
 import math
@@ -31,13 +34,11 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.partitioning.cost.measured import Moved, terms
-from toruslab.partitioning.cost.memory import held_bytes, matmuls
-from toruslab.partitioning.cost.sizes import Numbers
-from toruslab.partitioning.cost.traffic import Entry, Recipe, recipe
-from toruslab.partitioning.layouts.layout import Axes, Layout
-from toruslab.partitioning.layouts.moves import LANES, SUBLANES
-from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.cost.measured import terms
+from toruslab.partitioning.cost.memory import cache_tile, held_bytes
+from toruslab.partitioning.cost.sizes import PassSizes, matmuls
+from toruslab.partitioning.cost.traffic import Coefficients, CollectiveCost, coefficients, n_messages
+from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.torus.chip import FITTED, Chip, chip
 from toruslab.partitioning.torus.mesh import Shape, Slice
 
@@ -49,75 +50,25 @@ CONVERSION_FLOPS = 64
 """[derived] what the matrix units could do while the vector unit turns one int8 number into bf16: on v4, 2 cores of
 1024 lanes x 2 numbers at 1.05 GHz convert 4.3e12 a second, a 64th of 275e12."""
 Constants = Mapping[str, float]
-PARTS = {
-    "body_s": "of one layer: matmuls and vector work",
-    "attention_s": "of one layer: attention's multiply-adds",
-    "converted_s": "of one layer: an int8 cache's conversion",
-    "cache_s": "of one layer: reading the cache",
-    "hidden_s": "of one layer: weights gathered under the matmuls",
-    "open_s": "of one layer: collectives that nothing hides",
-    "head_compute_s": "unembedding: multiply-adds",
-    "head_memory_s": "unembedding: its table read, and embedding's rows",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectiveCost:
-    """One collective of the plan: bytes that one chip receives and seconds, of one execution; `count` a pass."""
-
-    scope: str
-    kind: str
-    axes: Axes
-    bytes: int
-    count: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What one pass of a point costs.
-
-    Args:
-        latency_s: the whole pass, without dispatch and sampling's arithmetic; of several steps in a call one step, at
-            their mean context (exact where the cost grows evenly with it): the call takes `steps_per_call` times that.
-        stack_latency_s: the layers alone, as the paper's figures have it.
-        compute_s, memory_s, collective_s: each if it were alone; they overlap as the module says.
-        bound: the largest of the three.
-        mfu: 2 x parameters x tokens over latency x chips x peak, as the paper counts: padding left out, but the
-            embedding counted for every token, so that a model of few layers can pass 1.
-        hbm_bytes_per_chip: weights, KV cache, and the activations and gathered weights that live at once.
-        fits: whether that is within the chip's memory.
-        terms: seconds that add up to the latency, by `measured_cost.TERMS`; of a calibrated chip only.
-    """
-
-    point: Point
-    latency_s: float
-    stack_latency_s: float
-    compute_s: float
-    memory_s: float
-    collective_s: float
-    bound: str
-    mfu: float
-    hbm_bytes_per_chip: int
-    fits: bool
-    collectives: tuple[CollectiveCost, ...]
-    terms: Mapping[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields of `toruslab estimate`."""
-        fields = {k: v for k, v in vars(self).items() if k not in ("point", "collectives", "terms")}
-        fields |= {"terms": dict(self.terms)} if self.terms else {}
-        return {
-            "point": self.point.to_json(),
-            "source": "analytic",
-            **fields,
-            "collectives": [vars(c) | {"axes": list(c.axes)} for c in self.collectives],
-        }
+"""The fitted constants by name: `partitioning.torus.chip.FITTED`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """The estimates of a group, as arrays (see `Estimate`)."""
+    """What the passes of a group cost, each field as an array with one number per pass (or as one number).
+
+    Args:
+        latency_s, stack_latency_s, compute_s, memory_s, collective_s, mfu, hbm_bytes_per_chip: see
+            `partitioning.cost.estimate.Estimate`.
+        hbm_bytes: memory of the chip.
+        collectives: of the plan, in order; empty unless they were asked for.
+        terms: seconds that add up to the latency; of a calibrated chip only.
+        parts: seconds before they are joined, for passes that are not uniform; not of a calibrated chip. Of one layer:
+            `body_s` (matmuls and vector work), `attention_s` (its multiply-adds), `converted_s` (an int8 cache's
+            conversion), `cache_s` (reading the cache), `hidden_s` (weights gathered under the matmuls), `open_s`
+            (collectives that nothing hides). Of the pass: `head_compute_s` (unembedding: multiply-adds) and
+            `head_memory_s` (its table read, and embedding's rows).
+    """
 
     latency_s: Any
     stack_latency_s: Any
@@ -127,42 +78,9 @@ class Cost:
     mfu: Any
     hbm_bytes_per_chip: Any
     hbm_bytes: float
-    collectives: tuple[tuple[Entry | Moved, Any, Any], ...]
-    n_layers: Any
+    collectives: tuple[CollectiveCost, ...]
     terms: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Any] = field(default_factory=dict)
-    """Seconds before they are joined, for passes that are not uniform: `PARTS`; not of a calibrated chip."""
-
-    def at(self, row: int, point: Point) -> Estimate:
-        """One of them."""
-
-        def pick(array: Any) -> float:
-            return float(array[row]) if np.ndim(array) else float(array)
-
-        bounds = {k: pick(getattr(self, f"{k}_s")) for k in ("compute", "memory", "collective")}
-        held = int(pick(self.hbm_bytes_per_chip))
-        return Estimate(
-            point=point,
-            latency_s=pick(self.latency_s),
-            stack_latency_s=pick(self.stack_latency_s),
-            **{f"{k}_s": v for k, v in bounds.items()},
-            bound=max(bounds, key=bounds.__getitem__),
-            mfu=pick(self.mfu),
-            hbm_bytes_per_chip=held,
-            fits=held <= self.hbm_bytes,
-            terms={k: pick(v) for k, v in self.terms.items()},
-            collectives=tuple(
-                CollectiveCost(
-                    scope=entry.scope,
-                    kind=entry.kind,
-                    axes=entry.axes,
-                    bytes=round(pick(n_bytes)),
-                    count=int(pick(self.n_layers)) if entry.in_layer else 1,
-                    seconds=pick(taken),
-                )
-                for entry, n_bytes, taken in self.collectives
-            ),
-        )
 
 
 def constants_of(chip_: Chip) -> dict[str, float]:
@@ -177,7 +95,7 @@ def price(
     block: str,
     slice_: Slice,
     mesh: Shape,
-    numbers: Numbers,
+    n: PassSizes,
     constants: Constants | None = None,
     *,
     overlap: bool = True,
@@ -190,26 +108,25 @@ def price(
         block: `parallel` or `serial`.
         slice_: chip and torus.
         mesh: extents.
-        numbers: everything else, as arrays.
-        constants, overlap: see `estimate`.
+        n: the sizes of the passes.
+        constants, overlap: see `partitioning.cost.estimate.estimate`.
         detail: list the collectives, too.
     """
-    plan = recipe(layout, block, slice_, mesh, overlap)
+    known = coefficients(layout, block, slice_, mesh, overlap)
     chip_ = chip(slice_.chip)
     if chip_.machine:
-        return _measured(plan, layout, block, mesh, numbers, chip_)
+        return _measured(known, n, chip_)
     c = constants_of(chip_) if constants is None else constants
-    n, size = numbers, numbers.size
-    n_chips = math.prod(mesh)
+    size = n.size
     rates = chip_.peak_flops_per_s
     bf16 = rates.get("bf16", rates.get("f32", 0.0))
     peak = np.where(n.act == 4, rates.get("f32", bf16 / 6), bf16)
     flops_rate, hbm_rate = peak * c["matmul_efficiency"], chip_.hbm_bytes_per_s * c["hbm_efficiency"]
 
-    def split(field: str, rung: int = -1) -> tuple[int, ...]:
-        return plan.splits[field, rung]
+    def split(field: str, step: int = -1) -> tuple[int, ...]:
+        return known.splits[field, step]
 
-    # matmuls of one layer: rows here, inner and outer dimension here
+    # matmuls of one layer: rows, inner and outer dimension of one chip
     suffixes = [""] if block == "parallel" else ["", "_mlp"]
     compute = memory = matmul = 0.0
     hides: dict[Any, Any] = {}
@@ -219,7 +136,7 @@ def price(
         taken = 2 * t * here / flops_rate + np.where(n.weight == 1, here * CONVERSION_FLOPS / peak, 0)
         moved = (here * n.weight + t * (size[inner] / a + size[outer] / b) * n.act) / hbm_rate
         under = (weight, "_mlp" if "_mlp" in inner + outer else "")
-        if pieces := plan.looped.get(under):
+        if pieces := known.looped.get(under):
             again = (pieces.inputs - 1) * size[inner] / a * n.act + 2 * pieces.sums * size[outer] / b * 4
             moved = moved + t * again / hbm_rate
         compute, memory = compute + taken, memory + moved
@@ -236,8 +153,8 @@ def price(
     b_split, k_split = split("cache")[0], split("cache")[1]
     seen = n.first + (n.length + 1) / 2
     attention_flops = 4 * size["T"] / b_split * seen * size["H"] / split("q")[1] * size["Q"]
-    tile = _tile(chip_)
-    stored = np.ceil(size["Q"] / tile[1]) * tile[1]
+    width = cache_tile(chip_)[1]
+    stored = np.ceil(size["Q"] / width) * width
     cached = 2 * size["B"] / b_split * size["K"] / k_split
     cache_bytes = cached * n.cached_bytes(stored)
     # the vector unit turns int8 into bf16 beside the matrix units
@@ -250,18 +167,19 @@ def price(
 
     # collectives: those outside the layers, those in a layer that are exposed, and those hidden under its matmuls
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
-    taken_s: dict[Any, Any] = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0} | dict.fromkeys(plan.looped, 0.0)
-    for (where, dtype, dims), s_per_element in plan.moving.items():
+    taken_s: dict[Any, Any] = {"outside": 0.0, "exposed": 0.0, "hidden": 0.0} | dict.fromkeys(known.looped, 0.0)
+    for (where, dtype, dims), s_per_element in known.moving.items():
         seconds = s_per_element / c["link_efficiency"] * element[dtype]
         for dim in dims:
             seconds = seconds * size[dim]
         taken_s[where] = taken_s[where] + seconds
-    for where, (count, hops, messages) in plan.fixed.items():
+    for where, (count, hops, messages) in known.fixed.items():
         taken_s[where] = taken_s[where] + count * c["collective_s"] + hops * c["hop_s"] + messages * MESSAGE_S
     outside = taken_s["outside"]
     total = outside + n.n_layers * sum(seconds for where, seconds in taken_s.items() if where != "outside")
-    left = sum(np.maximum(taken_s[under] - hides[under], 0.0) for under in plan.looped)
+    left = sum(np.maximum(taken_s[under] - hides[under], 0.0) for under in known.looped)
     stack = n.n_layers * (np.hypot(matmul + vector + attention, taken_s["hidden"]) + taken_s["exposed"] + left)
+
     # embedding and unembedding: look-ups read T rows, logits read the table once
     v, e_ = split("table")
     table = size["V"] * size["E"] / (v * e_)
@@ -272,18 +190,16 @@ def price(
     memory = memory * n.n_layers + head_memory
     latency = stack + (head_compute**4 + head_memory**4) ** 0.25 + outside
 
-    tokens = size["T"]
     return Cost(
         latency_s=latency,
         stack_latency_s=stack,
         compute_s=compute,
         memory_s=memory,
         collective_s=total,
-        mfu=2 * n.n_params * tokens / (latency * n_chips * bf16),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, tile, together=layout.prefetch),
+        mfu=2 * n.n_params * size["T"] / (latency * math.prod(mesh) * bf16),
+        hbm_bytes_per_chip=held_bytes(known, n),
         hbm_bytes=chip_.hbm_bytes,
-        collectives=_listed(plan, c, size, element) if detail else (),
-        n_layers=n.n_layers,
+        collectives=_listed(known, c, n, element) if detail else (),
         parts={
             "body_s": matmul + vector,
             "attention_s": products_s,
@@ -297,41 +213,31 @@ def price(
     )
 
 
-def _tile(chip_: Chip) -> tuple[int, int]:
-    """Positions and numbers of a head's width that a cache is stored in: a TPU's tiles are whole."""
-    return (1, 1) if chip_.wrap == "switch" else (SUBLANES, LANES)
-
-
-def _measured(plan: Recipe, layout: Layout, block: str, mesh: Shape, n: Numbers, chip_: Chip) -> Cost:
+def _measured(known: Coefficients, n: PassSizes, chip_: Chip) -> Cost:
     """The same from a machine that was measured."""
     assert chip_.machine
-    found = terms(layout, block, mesh, n, chip_.machine)
-    seconds, latency = found.seconds, found.latency_s
+    found = terms(known.layout, known.block, known.mesh, n, chip_.machine)
     rates = chip_.peak_flops_per_s
     peak = rates.get("bf16", rates.get("f32"))
     return Cost(
-        latency_s=latency,
+        latency_s=found.latency_s,
         stack_latency_s=found.layers_s,
-        compute_s=seconds["matmul_s"] + seconds["attention_s"] + seconds["other_s"],
-        memory_s=seconds["weights_s"],
-        collective_s=seconds["collective_s"],
-        mfu=2 * n.n_params * n.size["T"] / (latency * math.prod(mesh) * peak),
-        hbm_bytes_per_chip=held_bytes(plan.splits, plan.gathered, block, n, _tile(chip_), together=layout.prefetch),
+        **found.bounds(),
+        mfu=2 * n.n_params * n.size["T"] / (found.latency_s * math.prod(known.mesh) * peak),
+        hbm_bytes_per_chip=held_bytes(known, n),
         hbm_bytes=chip_.hbm_bytes,
         collectives=found.collectives,
-        n_layers=n.n_layers,
-        terms=seconds,
+        terms=found.seconds,
     )
 
 
-def _listed(plan: Recipe, c: Constants, size: Mapping[str, Any], element: Mapping[str, Any]) -> tuple:
+def _listed(known: Coefficients, c: Constants, n: PassSizes, element: Mapping[str, Any]) -> tuple[CollectiveCost, ...]:
     """Every collective with its bytes and seconds."""
     found = []
-    for e in plan.entries:
-        n_bytes = e.factor * element[e.dtype]
-        for dim in e.dims:
-            n_bytes = n_bytes * size[dim]
-        messages = e.n_group if e.kind == "all-to-all" else 0
-        start = e.starts * c["collective_s"] + e.hops * c["hop_s"] + messages * MESSAGE_S
-        found.append((e, n_bytes, n_bytes * e.s_per_byte / c["link_efficiency"] + start))
+    for t, per_byte, hops in known.rates:
+        n_bytes = t.factor * element[t.dtype]
+        for dim in t.dims:
+            n_bytes = n_bytes * n.size[dim]
+        start = t.starts * c["collective_s"] + hops * c["hop_s"] + n_messages(t) * MESSAGE_S
+        found.append(t.cost(n_bytes, n_bytes * per_byte / c["link_efficiency"] + start, n.n_layers))
     return tuple(found)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from toruslab.partitioning.cost.forward import price
-from toruslab.partitioning.cost.sizes import Numbers, model_numbers
+from toruslab.partitioning.cost.sizes import PassSizes, model_sizes
 from toruslab.partitioning.cost.training import fits
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.plan.plan import requirements
@@ -77,8 +77,8 @@ def _fits(point: Point, changed: Mapping[str, np.ndarray]) -> np.ndarray:
     context = changed.get("context", np.array(point.context))
     more = point.capacity - point.context
     decode = point.phase == "decode"
-    numbers = Numbers.join(
-        model_numbers(point.config),
+    numbers = PassSizes.join(
+        model_sizes(point.config),
         batch=np.asarray(changed.get("batch", point.batch), float),
         length=float(point.length),
         first=np.asarray(context - (point.length if decode else 0), float),

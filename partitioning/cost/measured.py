@@ -15,15 +15,15 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
-from toruslab.partitioning.cost.memory import matmuls
-from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
+from toruslab.partitioning.cost.sizes import PassSizes, matmuls
+from toruslab.partitioning.cost.traffic import PERMUTE, CollectiveCost, splits, transfers
+from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.rings import loops
-from toruslab.partitioning.plan.plan import stages
-from toruslab.partitioning.torus.calibrated import AT, At, Machine
+from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
@@ -31,29 +31,8 @@ DTYPES = {4: ("f32", "f32"), 2: ("bf16", "bf16"), 1: ("int8", "bf16")}
 TERMS = ("matmul_s", "weights_s", "attention_s", "other_s", "collective_s", "dispatch_s")
 
 
-C = TypeVar("C")
-"""What is known of a collective."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Moved:
-    """A collective of the plan with its sizes left open, see `partitioning.cost.traffic.Entry`."""
-
-    scope: str
-    kind: str
-    axes: Axes
-    at: At
-    n_group: int
-    other_split: int
-    dims: tuple[str, ...]
-    dtype: str
-    factor: float
-    in_layer: bool
-    rides: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms(Generic[C]):
+class Terms:
     """Seconds of a pass by what they go into (arrays, one number a point), and what it computes and reads.
 
     Args:
@@ -67,43 +46,20 @@ class Terms(Generic[C]):
     layers_s: Any
     flops: Any
     memory_bytes: Any
-    collectives: tuple[tuple[C, Any, Any], ...]
+    collectives: tuple[CollectiveCost, ...]
 
     @property
     def latency_s(self) -> Any:
         return sum(self.seconds.values())
 
-
-@functools.lru_cache(maxsize=4096)
-def moved(layout: Layout, block: str, mesh: Shape) -> tuple[Moved, ...]:
-    """The collectives of a pass."""
-    sizes = dict(zip(AXES, mesh, strict=True))
-    found = []
-    for stage in stages(layout, block, 1, True):
-        for kind, axes, share, move in stage.collectives(sizes):
-            k = move.group(sizes)
-            if k == 1:
-                continue
-            held = move.dst if move.kind == "all-gather" else move.src
-            split = math.prod(sizes[a] for entry in entries(held) for a in axes_of(entry))
-            dim = move.source if move.kind == "all-gather" else move.target
-            parts = math.prod(sizes[a] for a in axes_of(entries(layout.logits[-1])[1])) if "n" in stage.dims else 1
-            found.append(
-                Moved(
-                    scope=stage.scope,
-                    kind=kind,
-                    axes=tuple(a for a in axes if sizes[a] > 1),
-                    at=AT[min(max(dim, 0), 1)],
-                    n_group=sizes[axes[0]] if kind == "collective-permute" else k,
-                    other_split=math.prod(sizes[a] for e in entries(held)[1:2] for a in axes_of(e)),
-                    dims=tuple(d for d in stage.dims if d != "n"),
-                    dtype=stage.dtype,
-                    factor=(2 if move.kind == "all-reduce" else 1) * (k - 1) / k / split * parts * float(share),
-                    in_layer=stage.in_layer,
-                    rides=stage.rides,
-                )
-            )
-    return tuple(found)
+    def bounds(self) -> dict[str, Any]:
+        """`compute_s`, `memory_s` and `collective_s`, as an estimate has them."""
+        s = self.seconds
+        return {
+            "compute_s": s["matmul_s"] + s["attention_s"] + s["other_s"],
+            "memory_s": s["weights_s"],
+            "collective_s": s["collective_s"],
+        }
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,28 +77,14 @@ def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
     return found
 
 
-@functools.lru_cache(maxsize=4096)
-def splits(layout: Layout, mesh: Shape) -> Mapping[tuple[str, int], tuple[int, ...]]:
-    """(field of the layout, rung) -> into how many parts each dimension is split; rungs 0, 1 and -1."""
-    sizes = dict(zip(AXES, mesh, strict=True))
-    found = {}
-    fields = ("table", "cache", "w_in", "w_kv", "w_out", "x", "x_kv", "h", "g", "q", "out", "rows", "embed", "logits")
-    for name in fields:
-        value = getattr(layout, name)
-        ladder = value if isinstance(value, tuple) else (value,)
-        for rung, spec in ((0, ladder[0]), (1, ladder[min(1, len(ladder) - 1)]), (-1, ladder[-1])):
-            found[name, rung] = tuple(math.prod(sizes[a] for a in axes_of(e)) for e in entries(spec))
-    return found
-
-
-def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> Terms[Moved]:
+def terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machine) -> Terms:
     """Seconds of passes of one layout on one mesh.
 
     Args:
         layout: made for the mesh, with a plan.
         block: `parallel` or `serial`.
         mesh: extents.
-        n: the sizes of the passes (`partitioning.cost.sizes.Numbers`).
+        n: the sizes of the passes (`partitioning.cost.sizes.PassSizes`).
         machine: what was measured.
     """
     dtypes = [DTYPES[int(w)] for w in np.unique(n.weight)]
@@ -163,7 +105,7 @@ def terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine) -> 
     )
 
 
-def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, weight: str, act: str) -> Terms[Moved]:
+def _terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machine, weight: str, act: str) -> Terms:
     split, size, n_chips = splits(layout, mesh), n.size, math.prod(mesh)
     suffixes = ("",) if block == "parallel" else ("", "_mlp")
 
@@ -207,14 +149,16 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
     # collectives
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
     found, outside = [], np.float64(0.0)
-    each = [(m, m.factor * element[m.dtype] * math.prod(size[d] for d in m.dims)) for m in moved(layout, block, mesh)]
-    for m, n_bytes in each:
-        columns = size[m.dims[1]] / m.other_split if len(m.dims) == 2 else 0
-        whole = n_bytes + sum(b for other, b in each if other.rides and other.scope == m.scope)
-        args = (m.kind, m.n_group, m.at, whole, columns, "".join(m.axes))
-        taken = 0.0 if m.rides else collective_s(machine, *args)
-        found.append((m, n_bytes, taken))
-        if m.in_layer:
+    each = [
+        (t, t.factor * element[t.dtype] * math.prod(size[d] for d in t.dims)) for t in transfers(layout, block, mesh)
+    ]
+    for t, n_bytes in each:
+        columns = size[t.dims[1]] / t.column_parts if len(t.dims) == 2 else 0
+        whole = n_bytes + sum(b for other, b in each if other.fused and other.scope == t.scope)
+        args = (t.kind, t.n_group, t.at, whole, columns, "".join(t.axes))
+        taken = 0.0 if t.fused else collective_s(machine, *args)
+        found.append((t, n_bytes, taken))
+        if t.in_layer:
             layer["collective_s"] = layer["collective_s"] + taken
         else:
             outside = outside + taken
@@ -239,14 +183,14 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: Any, machine: Machine, we
         layers_s=layers_s * scale,
         flops=n_chips * (n.n_layers * flops + 2 * r * head_in * head_out),
         memory_bytes=n_chips * (n.n_layers * read + size["V"] * size["E"] / (v * e) * n.act),
-        collectives=tuple((m, n_bytes, taken * scale) for m, n_bytes, taken in found),
+        collectives=tuple(t.cost(n_bytes, taken * scale, n.n_layers) for t, n_bytes, taken in found),
     )
 
 
-def collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+def collective_s(machine: Machine, kind: str, k: int, at: str, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
     """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
     measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
-    if kind == "collective-permute":
+    if kind == PERMUTE:
         rings = {s.sizes["group"] for s in machine.samples if s.what == kind}
         if rings:
             k = min(rings, key=lambda n: (abs(n - k), n))
@@ -260,14 +204,14 @@ def collective_s(machine: Machine, kind: str, k: int, at: At, n_bytes: Any, colu
     return machine.collective_s(kind, k, at, n_bytes, columns, axes)
 
 
-def with_collectives(found: Terms[Any], collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
+def with_collectives(found: Terms, collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
     """The seconds of a pass, by `TERMS`, with other collectives: those of a compiled program (`hlo.Collective`).
 
     The program does not say along which dimension it gathers and scatters; columns are assumed.
     """
     taken = 0.0
     for c in collectives:
-        if c.group_size > 1 or c.kind == "collective-permute":
+        if c.group_size > 1 or c.kind == PERMUTE:
             at = "rows" if c.kind == "all-reduce" else "columns"
             taken += c.trips * float(collective_s(machine, c.kind, c.group_size, at, c.bytes)) * machine.scale(n_chips)
     return {name: float(np.ravel(s)[0]) for name, s in found.seconds.items()} | {"collective_s": taken}

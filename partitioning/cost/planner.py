@@ -25,15 +25,16 @@ import numpy as np
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
+from toruslab.partitioning.cost.cache_move import cache_move_s, same_weights
 from toruslab.partitioning.cost.forward import Constants, constants_of, price
 from toruslab.partitioning.cost.limits import MOST, batch_step
-from toruslab.partitioning.cost.sizes import Numbers, model_numbers
-from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft, axes_of, entries
+from toruslab.partitioning.cost.sizes import PassSizes, model_sizes
+from toruslab.partitioning.layouts.layout import ATTENTIONS, LAYOUTS, Layout, NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout, parts_of
 from toruslab.partitioning.plan.plan import Pass, check
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS, Point
 from toruslab.partitioning.torus.chip import Chip, chip
-from toruslab.partitioning.torus.links import Kind, rate, rings
+from toruslab.partitioning.torus.links import segments
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 
 Goal = Literal["latency", "cost", "batch"]
@@ -46,7 +47,7 @@ BATCHES = tuple(batch for batch in BATCHES if batch <= 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
+class Job:
     """What is to be served: `output` tokens for a prompt of `prompt`.
 
     Args:
@@ -72,7 +73,7 @@ class Workload:
 
     @property
     def capacity(self) -> int:
-        """Positions of the cache that the workload comes to need."""
+        """Positions of the cache that the job comes to need."""
         return self.prompt + (0 if self.phase == "prefill" else self.output)
 
     def sizes(self, phase: str) -> dict[str, int]:
@@ -173,7 +174,7 @@ class Plan:
     Args:
         structures: what the columns `prefill` and `decode` index (-1: no such phase).
         columns: one array per name in `COLUMNS`; `weights` indexes `space.weights`. `latency_s` is the request, the
-            pass or the step; `cost_chip_s_per_token` = chips x latency / (batch x `workload.tokens`).
+            pass or the step; `cost_chip_s_per_token` = chips x latency / (batch x `job.tokens`).
         n_points: all (phase, slice, mesh, layout, attention, weights, batch) that were looked at.
         n_priced: those that went through the cost model.
         n_considered: those that can run; with the rejected they are all.
@@ -181,7 +182,7 @@ class Plan:
     """
 
     space: Space
-    workload: Workload
+    job: Job
     structures: Sequence[Structure]
     columns: Mapping[str, np.ndarray]
     rejected: Sequence[Rejected]
@@ -232,7 +233,7 @@ class Plan:
     def points(self, i: int) -> dict[str, Point]:
         """An option's points, by phase."""
         found = {}
-        for phase in self.workload.phases:
+        for phase in self.job.phases:
             structure = self.structures[self.columns[phase][i]]
             found[phase] = Point(
                 model=self.space.model,
@@ -240,7 +241,7 @@ class Plan:
                 batch=int(self.columns["batch"][i]),
                 weights=self.space.weights[self.columns["weights"][i]],
                 cache=self.space.cache,
-                **self.workload.sizes(phase),
+                **self.job.sizes(phase),
                 **structure.fields(),
             )
         return found
@@ -295,12 +296,12 @@ def placements(slice_: Slice) -> tuple[tuple[Slice, Shape], ...]:
     return (*found, *((each, mesh_shape(each)) for each in turned))
 
 
-def search(space: Space, workload: Workload, constants: Constants | None = None) -> Plan:
+def search(space: Space, job: Job, constants: Constants | None = None) -> Plan:
     """Prices the whole space.
 
     Args:
         space: what is searched.
-        workload: what is to be served.
+        job: what is to be served.
         constants: fitted ones for the cost model; the chips' own by default.
 
     Raises:
@@ -308,12 +309,12 @@ def search(space: Space, workload: Workload, constants: Constants | None = None)
 
     Example: a decode step of PaLM 540B at 512 sequences: two-dimensional weights and attention over the batch.
         >>> plan = search(Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)),
-        ...               Workload(phase="decode", prompt=2047))
+        ...               Job(phase="decode", prompt=2047))
         >>> point = plan.points(plan.order("cost")[0])["decode"]
         >>> point.layout, point.attention
         ('ws2d', 'batch')
     """
-    return _Search(space, workload, constants).run()
+    return _Search(space, job, constants).run()
 
 
 @dataclass(kw_only=True)
@@ -329,15 +330,15 @@ class _Priced:
 class _Search:
     """One run of `search`: the tallies and the blocks of options found so far."""
 
-    def __init__(self, space: Space, workload: Workload, constants: Constants | None):
-        self.space, self.workload, self.constants = space, workload, constants
+    def __init__(self, space: Space, job: Job, constants: Constants | None):
+        self.space, self.job, self.constants = space, job, constants
         self.config = space.config
-        self.model_row = model_numbers(self.config)
+        self.model_row = model_sizes(self.config)
         self.batches = np.array(space.batches, np.int64)
         self.structures: list[Structure] = []
         self.blocks: list[dict[str, Any]] = []
         self.rejected: dict[str, Rejected] = {}
-        self.numbers: dict[int, tuple[np.ndarray, Numbers]] = {}
+        self.numbers: dict[int, tuple[np.ndarray, PassSizes]] = {}
         self.n_points = self.n_priced = self.n_considered = self.n_pairs_refused = 0
 
     def run(self) -> Plan:
@@ -350,7 +351,7 @@ class _Search:
                 chip_.check_slice(slice_.dims)
             except ValueError as error:
                 impossible.append(f"slice={text!r}: {error}")
-                n = len(placements(slice_)) * self._per_phase * len(self.workload.phases)
+                n = len(placements(slice_)) * self._per_phase * len(self.job.phases)
                 self.n_points += n
                 self._reject("the slice is impossible", n, {"slice": text}, str(error))
                 continue
@@ -361,7 +362,7 @@ class _Search:
         join = {c: np.concatenate([np.asarray(b[c]) for b in self.blocks] or [np.empty(0)]) for c in COLUMNS}
         return Plan(
             space=self.space,
-            workload=self.workload,
+            job=self.job,
             structures=self.structures,
             columns=join | {c: join[c].astype(np.int64) for c in ("prefill", "decode", "weights", "batch")},
             rejected=sorted(self.rejected.values(), key=lambda r: -r.count),
@@ -386,12 +387,12 @@ class _Search:
         found.count += n
 
     def _on(self, asked: str, slice_: Slice, mesh: Shape, chip_: Chip) -> None:
-        phases = self.workload.phases
+        phases = self.job.phases
         self.n_points += self._per_phase * len(phases)
         where = {"slice": str(slice_), "mesh": "x".join(map(str, mesh))}
         try:
             if chip_.wrap != "switch":
-                rings(AXES, mesh, chip_, mesh_shape(slice_))
+                segments(AXES, mesh, chip_, mesh_shape(slice_))
         except ValueError as error:
             self._reject("the mesh cannot be laid over the slice", self._per_phase * len(phases), where, str(error))
             return
@@ -422,7 +423,7 @@ class _Search:
 
     def _price(self, s: Structure, step: int, chip_: Chip, example: Mapping) -> Iterator[tuple[str, _Priced]]:
         """All phases, weights and batches of a structure in one call of the cost model."""
-        phases, weights = self.workload.phases, self.space.weights
+        phases, weights = self.job.phases, self.space.weights
         columns, numbers = self._numbers(step)
         left_out = len(self.batches) - len(columns)
         if left_out:
@@ -455,19 +456,19 @@ class _Search:
             if fits[i].any():
                 yield phase, _Priced(index=len(self.structures) - 1, structure=s, seconds=seconds[i], held=bytes_[i])
 
-    def _numbers(self, step: int) -> tuple[np.ndarray, Numbers]:
+    def _numbers(self, step: int) -> tuple[np.ndarray, PassSizes]:
         """Which batches a step divides, and all passes with them as [phase, weights, batch]."""
         if step not in self.numbers:
             columns = np.flatnonzero(self.batches % step == 0)
-            phases = [(self.workload.sizes(phase), phase) for phase in self.workload.phases]
+            phases = [(self.job.sizes(phase), phase) for phase in self.job.phases]
             self.numbers[step] = (
                 columns,
-                Numbers.join(
+                PassSizes.join(
                     self.model_row,
                     batch=self.batches[columns].astype(float),
                     length=np.array([[[sizes["length"]]] for sizes, _ in phases], float),
                     first=np.array([[[sizes["context"] - (phase == "decode")]] for sizes, phase in phases], float),
-                    capacity=float(self.workload.capacity),
+                    capacity=float(self.job.capacity),
                     weight=np.array([[WEIGHTS[w]] for w in self.space.weights], float),
                     int8_cache=self.space.cache == "int8",
                 ),
@@ -475,10 +476,10 @@ class _Search:
         return self.numbers[step]
 
     def _combine(self, priced: Mapping[str, list[_Priced]], slice_: Slice, mesh: Shape, chip_: Chip) -> None:
-        if self.workload.phase != "request":
-            for p in priced[self.workload.phase]:
+        if self.job.phase != "request":
+            for p in priced[self.job.phase]:
                 nothing = np.zeros_like(p.seconds)
-                decode = self.workload.phase == "decode"
+                decode = self.job.phase == "decode"
                 alone = {"prefill": -1 if decode else p.index, "decode": p.index if decode else -1}
                 first, step = (nothing, p.seconds) if decode else (p.seconds, nothing)
                 self._keep(alone, p.seconds, first, step, nothing, p.held, slice_)
@@ -491,8 +492,17 @@ class _Search:
                 if not same_weights(p.structure.layout, d.structure.layout):
                     self.n_pairs_refused += 1
                     continue
-                moved = handoff_s(
-                    p.structure, d.structure, self.config, self.batches, self.workload.prompt, weight, c, int8
+                moved = cache_move_s(
+                    p.structure.layout,
+                    d.structure.layout,
+                    slice_,
+                    mesh,
+                    self.config,
+                    batch=self.batches,
+                    filled=self.job.prompt,
+                    weight=weight,
+                    constants=c,
+                    int8_cache=int8,
                 )
                 if best is None:
                     best = [
@@ -505,7 +515,7 @@ class _Search:
                 best = [np.where(better, new, old) for new, old in zip(news, best, strict=True)]
             if best is not None:
                 first, index, moved, held = best
-                total = first + moved + self.workload.output * d.seconds
+                total = first + moved + self.job.output * d.seconds
                 both = {"prefill": index, "decode": d.index}
                 self._keep(both, total, first, d.seconds, moved, np.maximum(held, d.held), slice_)
 
@@ -518,66 +528,9 @@ class _Search:
         self.blocks.append(
             {k: np.broadcast_to(v, total.shape)[ok] for k, v in indices.items()}
             | {"weights": w, "batch": batch, "latency_s": total[ok]}
-            | {"cost_chip_s_per_token": slice_.n_chips * total[ok] / (batch * self.workload.tokens)}
+            | {"cost_chip_s_per_token": slice_.n_chips * total[ok] / (batch * self.job.tokens)}
             | {"prefill_s": first[ok], "step_s": step[ok], "handoff_s": moved[ok], "hbm_bytes_per_chip": held[ok]}
         )
-
-
-@functools.lru_cache(maxsize=65536)
-def same_weights(a: Layout, b: Layout) -> bool:
-    """Whether the weights of two layouts rest in the same places, so that a switch between them moves none."""
-    return all(getattr(a, name)[0] == getattr(b, name)[0] for name in ("w_in", "w_kv", "w_out")) and a.table == b.table
-
-
-def handoff_s(
-    src: Structure,
-    dst: Structure,
-    config: ModelConfig,
-    batch: Any,
-    filled: int,
-    weight: Any,
-    c: Constants,
-    int8_cache: bool = False,
-) -> Any:
-    """Seconds to bring the KV cache from where one layout leaves it to where another on the same mesh reads it.
-
-    A chip receives what it reads and does not hold: its share x (1 - 1 / the parts that the old split has and the
-    new one has not). Two collectives, K and V of all layers each. Sequences may change their order for nothing.
-
-    Args:
-        src, dst: prefill's and decode's.
-        config: the model.
-        batch, weight: sequences and bytes per weight, arrays or numbers.
-        filled: positions in the cache.
-        c: fitted constants.
-        int8_cache: K and V move as int8, with their scales.
-    """
-    share, per_byte, hops = _handoff(src.layout, dst.layout, src.slice_, src.mesh)
-    if not share:
-        return np.zeros(np.broadcast_shapes(np.shape(batch), np.shape(weight)))
-    act = np.where(weight == 4, 4, 2)
-    each = config.d_head + act if int8_cache else config.d_head * act
-    total = 2.0 * config.n_layers * config.n_kv_heads * each * filled * batch
-    return share * total * per_byte / c["link_efficiency"] + (4 if int8_cache else 2) * (
-        c["collective_s"] + hops * c["hop_s"]
-    )
-
-
-@functools.lru_cache(maxsize=65536)
-def _handoff(src: Layout, dst: Layout, slice_: Slice, mesh: Shape) -> tuple[float, float, int]:
-    """The share of the whole cache that a chip receives, seconds per byte of it, and hops."""
-    sizes = dict(zip(AXES, mesh, strict=True))
-    old, new = ([axes_of(e) for e in entries(each.cache)[:2]] for each in (src, dst))
-    left = {a for i in (0, 1) for a in old[i] if a not in new[i]}
-    if not left:
-        return 0.0, 0.0, 0
-    axes = tuple(a for a in AXES if a in left)
-    k = math.prod(sizes[a] for a in axes)
-    share = (1 - 1 / k) / math.prod(sizes[a] for each in new for a in each)
-    kind: Kind = "all-to-all" if left & {a for each in new for a in each} else "all-gather"
-    chip_ = chip(slice_.chip)
-    dims = None if chip_.wrap == "switch" else mesh_shape(slice_)
-    return share, *rate(kind, axes, mesh, chip_, dims)
 
 
 def read_slices(text: str, max_chips: int) -> tuple[str, ...]:

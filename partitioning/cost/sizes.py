@@ -16,7 +16,7 @@ from toruslab.partitioning.plan.point import WEIGHTS, Point
 
 
 @dataclass(frozen=True, kw_only=True)
-class Numbers:
+class PassSizes:
     """The sizes of many points that share a layout, as arrays of one length (or single numbers): letters of `dataflow`.
 
     `first` is the position of the first new token, of several steps in a call their mean; `act` and `weight` are bytes
@@ -40,7 +40,7 @@ class Numbers:
         return np.where(self.int8_cache, width + self.act, width * self.act)
 
     @classmethod
-    def of(cls, points: Sequence[Point]) -> "Numbers":
+    def of(cls, points: Sequence[Point]) -> "PassSizes":
         """From points."""
         rows = [_model_row(p.config) for p in points]
         model = {k: np.array([r[k] for r in rows], float) for k in rows[0]}
@@ -71,8 +71,8 @@ class Numbers:
         weight,
         steps: Any = 1.0,
         int8_cache: Any = False,
-    ) -> "Numbers":
-        """From a model's row (`model_numbers`) and the sizes of the passes, which broadcast."""
+    ) -> "PassSizes":
+        """From a model's row (`model_sizes`) and the sizes of the passes, which broadcast."""
         letters = ("E", "C", "G", "C_mlp", "G_mlp", "D", "K", "H", "Q", "V")
         size = {k: model[k] for k in letters} | {"B": batch, "T": batch * length, "R": batch, "S": capacity, "2": 2}
         return cls(
@@ -89,7 +89,7 @@ class Numbers:
         )
 
 
-def model_numbers(config: ModelConfig) -> dict[str, float]:
+def model_sizes(config: ModelConfig) -> dict[str, float]:
     """A model's sizes under the letters of the dataflow."""
     return dict(_model_row(config))
 
@@ -98,3 +98,11 @@ def model_numbers(config: ModelConfig) -> dict[str, float]:
 def _model_row(config: ModelConfig) -> dict[str, float]:
     counts = {"n_layers": config.n_layers, "n_params": config.n_params, "tied": config.tied}
     return {**model_letters(config), **counts}
+
+
+def matmuls(block: str) -> tuple[tuple[str, str, str, str], ...]:
+    """Of one layer: inner and outer dimension, the weight, and the ladder of its rows."""
+    found = [("E", "D", "w_kv", "x_kv")]
+    for s in ("",) if block == "parallel" else ("", "_mlp"):
+        found += [("E", "C" + s, "w_in", "x"), ("G" + s, "E", "w_out", "g")]
+    return tuple(found)

@@ -16,7 +16,7 @@ from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.plan import Pass, Training, check
 from toruslab.partitioning.torus.chip import PLATFORMS, chip
-from toruslab.partitioning.torus.links import rate, rings
+from toruslab.partitioning.torus.links import rate, segments
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 
 PHASES = ("prefill", "decode", "train")
@@ -175,7 +175,7 @@ class Point:
         if described.wrap == "switch":
             rate("all-gather", AXES, self.mesh_shape, described)
         else:
-            rings(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
+            segments(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
         """The point as JSON fields; `mesh` and `cache` only where given, `steps_per_call` where it is not 1."""

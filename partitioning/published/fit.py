@@ -6,7 +6,7 @@ import numpy as np
 
 from toruslab.partitioning.cost.estimate import estimate_many
 from toruslab.partitioning.cost.forward import FITTED, Constants
-from toruslab.partitioning.published.numbers import Published, answer
+from toruslab.partitioning.published.papers import Published, answer
 
 SOFT = 0.05
 """Log error from which the fit's soft-L1 loss turns from quadratic to linear."""

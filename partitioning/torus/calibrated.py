@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-At = str
-AT = ("rows", "columns")
+DIMENSIONS = ("rows", "columns")
 NARROW = 512
 """Columns of the collectives that were measured for all sizes."""
 SOFT = 0.2
@@ -46,7 +45,7 @@ class Sample:
     high_s: float
     repeats: int
     axes: str = ""
-    at: At = ""
+    at: str = ""
 
     @property
     def cost_s(self) -> float:
@@ -59,8 +58,8 @@ class Sample:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
                 raise ValueError(f"{self.what}: {name}={value!r} must be a number of seconds")
-        if self.at and self.at not in AT:
-            raise ValueError(f"{self.what}: at={self.at!r} must be one of {', '.join(AT)}")
+        if self.at and self.at not in DIMENSIONS:
+            raise ValueError(f"{self.what}: at={self.at!r} must be one of {', '.join(DIMENSIONS)}")
         for name, value in self.sizes.items():
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{self.what}: {name}={value!r} must be a size")
@@ -80,7 +79,7 @@ class Fit:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Curve:
+class CollectiveTimes:
     """Seconds of a collective over bytes received, for tensors of so many columns."""
 
     axes: str
@@ -146,14 +145,14 @@ class Machine:
 
     # ---- collectives ---------------------------------------------------------------------------------------------
 
-    def collective_s(self, kind: str, n_group: int, at: At, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
+    def collective_s(self, kind: str, n_group: int, at: str, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
         """Seconds of a collective.
 
         Read off between sizes that were measured over these axes, if more than two were, else over a group of as many
         devices, else between the groups next in size.
 
         Args:
-            kind: of `interconnect.Kind`.
+            kind: of `links.CollectiveKind`.
             n_group: devices of the group.
             at: what is gathered or scattered.
             n_bytes: that every device receives.
@@ -178,11 +177,11 @@ class Machine:
         )
 
     @functools.cached_property
-    def _curves(self) -> dict[tuple[str, At], tuple[Curve, ...]]:
+    def _curves(self) -> dict[tuple[str, str], tuple[CollectiveTimes, ...]]:
         """By (kind, at): those of other tensors than a kind was measured on are its all."""
         kinds = {s.what for s in self.samples if s.axes}
         found = {}
-        for kind, at in itertools.product(kinds, ("", *AT)):
+        for kind, at in itertools.product(kinds, ("", *DIMENSIONS)):
             some = [s for s in self.samples if s.what == kind]
             found[kind, at] = _curves_of([s for s in some if s.at == at] or some)
         return found
@@ -215,12 +214,12 @@ class Machine:
         """By dtype; filled on demand."""
         return {}
 
-    def collective_fit(self, kind: str, axes: str, at: At) -> Fit:
+    def collective_fit(self, kind: str, axes: str, at: str) -> Fit:
         """Fixed seconds and seconds per byte of a collective: what the report shows beside the samples."""
         found = [s for s in self.samples if s.what == kind and s.axes == axes and s.at == at and _width(s) == NARROW]
         return fit([{"bytes": s.sizes["bytes"]} for s in found], [s.cost_s for s in found])
 
-    def collectives(self) -> list[tuple[str, str, At]]:
+    def collectives(self) -> list[tuple[str, str, str]]:
         """(kind, axes, at) of what was measured."""
         return sorted({(s.what, s.axes, s.at) for s in self.samples if s.axes})
 
@@ -262,7 +261,7 @@ def _width(sample: Sample) -> int:
     return max(sample.sizes["columns"], NARROW)
 
 
-def _between_widths(curves: Sequence[Curve], n_bytes: Any, columns: Any) -> Any:
+def _between_widths(curves: Sequence[CollectiveTimes], n_bytes: Any, columns: Any) -> Any:
     """The mean of curves of one width, and between two widths a share of each, by logarithm. Where the wider were not
     measured (small messages) the narrower count."""
     widths = sorted({c.columns for c in curves})
@@ -280,13 +279,13 @@ def _between_widths(curves: Sequence[Curve], n_bytes: Any, columns: Any) -> Any:
     return found
 
 
-def _curves_of(samples: Sequence[Sample]) -> tuple[Curve, ...]:
+def _curves_of(samples: Sequence[Sample]) -> tuple[CollectiveTimes, ...]:
     """One for each group of axes and width."""
     curves: dict[tuple, list[Sample]] = {}
     for s in sorted(samples, key=lambda s: s.sizes["bytes"]):
         curves.setdefault((s.axes, s.sizes["group"], _width(s)), []).append(s)
     return tuple(
-        Curve(
+        CollectiveTimes(
             axes=axes,
             n_group=k,
             columns=columns,

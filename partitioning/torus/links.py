@@ -23,13 +23,13 @@ import numpy as np
 from toruslab.partitioning.torus.chip import Chip, Wrap
 
 Number = TypeVar("Number", float, np.ndarray)
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+CollectiveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 Convention = Literal["flat", "links"]
 MESH_AXES = "xyz"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ring:
+class Segment:
     """The chips of one group that lie along one physical axis.
 
     Args:
@@ -67,9 +67,9 @@ def wraps(wrap: Wrap, dims: Sequence[int]) -> tuple[bool, ...]:
     return tuple(wrap == "axis_of_16" and size == 16 for size in dims)
 
 
-def rings(
+def segments(
     axes: Sequence[str], mesh: Sequence[int], chip: Chip, slice_dims: Sequence[int] | None = None
-) -> tuple[Ring, ...]:
+) -> tuple[Segment, ...]:
     """The rings and lines that join the chips of one group, one per physical axis (and per gap on it).
 
     Args:
@@ -83,17 +83,17 @@ def rings(
 
     Example:
         >>> from toruslab.partitioning.torus.chip import chip
-        >>> rings("y", (4, 8, 8), chip("v5e"), slice_dims=(16, 16))
-        (Ring(n_chips=4, stride=1, closed=False, n_sharing=1), Ring(n_chips=2, stride=8, closed=True, n_sharing=1))
+        >>> segments("y", (4, 8, 8), chip("v5e"), slice_dims=(16, 16))
+        (Segment(n_chips=4, stride=1, closed=False, n_sharing=1), Segment(n_chips=2, stride=8, closed=True, n_sharing=1))
     """
     dims = tuple(mesh if slice_dims is None else slice_dims)
     if chip.wrap == "switch":
         raise ValueError(f"chip={chip.name!r} hangs on a switch and has no rings")
-    return _rings(tuple(axes), tuple(mesh), dims, chip.wrap, chip.torus_axes)
+    return _segments(tuple(axes), tuple(mesh), dims, chip.wrap, chip.torus_axes)
 
 
 def seconds(
-    kind: Kind,
+    kind: CollectiveKind,
     bytes_received: Number,
     axes: Sequence[str],
     mesh: Sequence[int],
@@ -144,8 +144,8 @@ def seconds(
         >>> float(seconds("all-gather", 2 * 2048 * 8192 * 3 / 4, "y", (8, 4), chip("v5e"), hop_s=0))
         0.0005592405333333334
     """
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(Kind))}")
+    if kind not in get_args(CollectiveKind):
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(get_args(CollectiveKind))}")
     if convention not in get_args(Convention):
         raise ValueError(f"convention={convention!r} must be one of {', '.join(get_args(Convention))}")
     received: Any = np.asarray(bytes_received, dtype=np.float64)[()]
@@ -166,7 +166,7 @@ def seconds(
         n_links, n_hops = float(chip.n_links), 1
     else:
         dims = tuple(mesh if slice_dims is None else slice_dims)
-        group = _rings(tuple(axes), tuple(mesh), dims, chip.wrap, chip.torus_axes)
+        group = _segments(tuple(axes), tuple(mesh), dims, chip.wrap, chip.torus_axes)
         n_links = float(chip.n_links) if convention == "flat" else _usable_links(kind, group)
         n_hops = _hops(kind, group)
     return fixed_s + n_phases * n_hops * hop_s + received / (n_links * chip.link_bytes_per_s)
@@ -174,7 +174,7 @@ def seconds(
 
 @functools.lru_cache(maxsize=65536)
 def rate(
-    kind: Kind,
+    kind: CollectiveKind,
     axes: tuple[str, ...],
     mesh: tuple[int, ...],
     chip: Chip,
@@ -201,7 +201,7 @@ def rate(
         if n_group > chip.max_chips:
             seconds(kind, 1.0, axes, mesh, chip)  # raises
         return 1 / (chip.n_links * chip.link_bytes_per_s), phases
-    group = _rings(axes, mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
+    group = _segments(axes, mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
     hops = phases * sum(ring.stride * (ring.n_chips - 1) for ring in group)
     if kind in ("all-to-all", "collective-permute"):
         return 1 / (_usable_links(kind, group) * chip.link_bytes_per_s), hops
@@ -213,7 +213,7 @@ def rate(
     return taken, hops
 
 
-def ring_step(
+def permute_rate(
     axis: str, mesh: tuple[int, ...], chip: Chip, slice_dims: tuple[int, ...] | None = None, *, ways: int = 1
 ) -> tuple[float, float]:
     """One send of a looped collective along a mesh axis (`partitioning.layouts.rings`): seconds per byte, and hops.
@@ -225,7 +225,7 @@ def ring_step(
     per_byte, hops = rate("collective-permute", (axis,), mesh, chip, slice_dims)
     if chip.wrap == "switch":
         return per_byte, hops
-    group = _rings((axis,), mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
+    group = _segments((axis,), mesh, tuple(mesh if slice_dims is None else slice_dims), chip.wrap, chip.torus_axes)
     closed = all(ring.closed for ring in group)
     step = sum(ring.stride for ring in group) if closed else hops
     share = 0.5 if ways == 2 and closed and _group_size((axis,), mesh) > 2 else 1.0
@@ -245,9 +245,9 @@ def _group_size(axes: tuple[str, ...], mesh: tuple[int, ...]) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _rings(
+def _segments(
     axes: tuple[str, ...], mesh: tuple[int, ...], dims: tuple[int, ...], wrap: Wrap, torus_axes: int
-) -> tuple[Ring, ...]:
+) -> tuple[Segment, ...]:
     _group_size(axes, mesh)
     if sum(size > 1 for size in dims) > torus_axes:
         raise ValueError(
@@ -265,7 +265,7 @@ def _rings(
     closed = wraps(wrap, dims)
     on_axis = [physical for physical, _, _ in segments]
     return tuple(
-        Ring(
+        Segment(
             n_chips=n_chips,
             stride=stride,
             closed=closed[physical] and n_chips * stride == dims[physical],
@@ -295,13 +295,13 @@ def _placed(mesh: tuple[int, ...], dims: tuple[int, ...]) -> list[tuple[int, int
     return places
 
 
-def _hops(kind: Kind, group: tuple[Ring, ...]) -> int:
+def _hops(kind: CollectiveKind, group: tuple[Segment, ...]) -> int:
     if kind == "collective-permute":  # to the next chip, and in a line all the way back
         return max(ring.stride if ring.closed else ring.n_hops for ring in group)
     return sum(ring.n_hops for ring in group)
 
 
-def _usable_links(kind: Kind, group: tuple[Ring, ...]) -> float:
+def _usable_links(kind: CollectiveKind, group: tuple[Segment, ...]) -> float:
     n_group = math.prod(ring.n_chips for ring in group)
     if kind == "collective-permute":
         return min(1 / (ring.stride * ring.n_sharing) for ring in group)

@@ -20,7 +20,7 @@ from typing import Any, Self, get_args
 import jax
 import numpy as np
 
-from toruslab.models.decoder.mixed import Control, Form
+from toruslab.models.decoder.mixed import Control, MixedForm
 from toruslab.models.weights.packing import layers
 from toruslab.serving.engine.pages import Held, Pages
 from toruslab.serving.engine.stage import Stage
@@ -86,7 +86,7 @@ class Flight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartWork:
     """What one part of attention's rows computes in a batch or a pass: tokens that stand alone, pieces of prompts."""
 
     singles: list[Work]
@@ -128,7 +128,7 @@ class Engine:
             stage.params(layers(packed, first, stage.config.n_layers))
             for stage, first in zip(self.stages, firsts, strict=True)
         ]
-        self._programs: dict[Form, list[Any]] = {}
+        self._programs: dict[MixedForm, list[Any]] = {}
         self._compile(compiled)
 
     def __enter__(self) -> Self:
@@ -181,13 +181,13 @@ class Engine:
         return sum(self._sending_s)
 
     @property
-    def forms(self) -> list[Form]:
+    def forms(self) -> list[MixedForm]:
         """Of all passes that there can be."""
         return list(self._programs)
 
-    def _form(self, singles: int, pieces: int) -> Form:
+    def _form(self, singles: int, pieces: int) -> MixedForm:
         sizes = self.sizes
-        return Form(
+        return MixedForm(
             parts=self.parts,
             singles=singles,
             pieces=pieces,
@@ -289,10 +289,10 @@ class Engine:
         begin_s, self._left_s[stage] = max(sent_s, self._left_s[stage]), self.clock()
         return begin_s, self._left_s[stage], out
 
-    def passes(self, work: Iterable[Work]) -> Iterable[tuple[Form, Control, list[tuple[int, int]]]]:
+    def passes(self, work: Iterable[Work]) -> Iterable[tuple[MixedForm, Control, list[tuple[int, int]]]]:
         """A batch as passes: each one's form, what it is told, and (request, place in the sampled ids) of whoever gets
         a token from it."""
-        parts = [Part(singles=[], pieces=[]) for _ in range(self.parts)]
+        parts = [PartWork(singles=[], pieces=[]) for _ in range(self.parts)]
         for w in work:
             part = parts[self.pages.of(w.request)[0]]
             if w.padded == 1:
@@ -308,10 +308,10 @@ class Engine:
             )
             yield self._fill(form, now)
 
-    def _next(self, part: Part) -> Part:
+    def _next(self, part: PartWork) -> PartWork:
         """As much as one pass holds, and it leaves the part."""
         singles, pieces = self.sizes.singles[-1], self.sizes.pieces[-1]
-        now = Part(singles=part.singles[:singles], pieces=part.pieces[:pieces])
+        now = PartWork(singles=part.singles[:singles], pieces=part.pieces[:pieces])
         del part.singles[:singles], part.pieces[:pieces]
         return now
 
@@ -323,7 +323,7 @@ class Engine:
             ends = at < w.length <= at + size
             yield Work(w.request, w.start + at, n, size, w.emits and ends, w.dead)
 
-    def _fill(self, form: Form, parts: Sequence[Part]) -> tuple[Form, Control, list[tuple[int, int]]]:
+    def _fill(self, form: MixedForm, parts: Sequence[PartWork]) -> tuple[MixedForm, Control, list[tuple[int, int]]]:
         told, emitting = form.describe(), []
         for part, of in enumerate(parts):
             placed = [(i, i, w) for i, w in enumerate(of.singles)]

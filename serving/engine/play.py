@@ -9,15 +9,25 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import numpy as np
 
-from toruslab.serving.engine.compilations import Compilations
 from toruslab.serving.engine.engine import Engine, Flight
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.scheduler import Scheduler
 
 POLL_S = 1e-4
+COMPILED = "/jax/core/compile/backend_compile_duration"
+_n = 0
+
+
+def _heard(event: str, duration_secs: float, **details: str | int) -> None:
+    global _n
+    _n += event == COMPILED
+
+
+jax.monitoring.register_event_duration_secs_listener(_heard)
 
 
 class Clock(Protocol):
@@ -48,28 +58,6 @@ class Wall:
                 break
             time.sleep(min(left_s, POLL_S) if flight else left_s)
         return flight is not None and (until_s == float("inf") or flight.ready)
-
-
-class Virtual:
-    """For tests: every batch takes `batch_s` seconds from when it is first waited for, whatever it really takes."""
-
-    def __init__(self, batch_s: float = 1.0):
-        self.batch_s, self._now_s = batch_s, 0.0
-        self._awaited: tuple[Flight, float] | None = None  # and when it ends
-
-    def now_s(self) -> float:
-        """Seconds that have been waited for."""
-        return self._now_s
-
-    def wait(self, until_s: float, flight: Flight | None) -> bool:
-        """See `Clock`."""
-        if flight is None:
-            self._now_s = until_s
-            return False
-        if self._awaited is None or self._awaited[0] is not flight:
-            self._awaited = (flight, self._now_s + self.batch_s)
-        self._now_s = min(self._awaited[1], until_s)
-        return self._awaited[1] < until_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,3 +204,15 @@ def _check(scheduler: Scheduler, engine: Engine) -> None:
         raise ValueError(f"n_slots={scheduler.n_slots} exceeds the engine's n_slots={sizes.n_slots}")
     if scheduler.model_max > sizes.longest:
         raise ValueError(f"model_max={scheduler.model_max} exceeds the engine's longest={sizes.longest}")
+
+
+class Compilations:
+    """Compilations of this process since it was made."""
+
+    def __init__(self):
+        self._before = _n
+
+    @property
+    def n(self) -> int:
+        """How many there were."""
+        return _n - self._before

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache, cache_shardings, empty_cache
-from toruslab.models.decoder.mixed import Form, Mixed, last_of_segments
+from toruslab.models.decoder.mixed import MixedForm, Paged, last_of_segments
 from toruslab.models.decoder.parameters import abstract, put, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
@@ -86,7 +86,7 @@ class Stage:
         """The residual stream of the stage before, from its devices to these."""
         return jax.device_put(x, self._stream)
 
-    def compile(self, form: Form, pool: Cache) -> "jax.stages.Compiled":
+    def compile(self, form: MixedForm, pool: Cache) -> "jax.stages.Compiled":
         """`(params, ids' or stream, control, pool) -> (sampled ids [parts * segments], or stream; pool)`, of one form.
 
         The pool is donated. The first stage takes its ids from `control`, and None in the place of a stream.
@@ -98,7 +98,7 @@ class Stage:
             decoder = nnx.merge(graph, params)
             if x is None:
                 x = decoder.embed(form.read(whole).ids.reshape(-1), layout)
-            rows = Mixed.of(whole, form, config, layout)
+            rows = Paged.of(whole, form, config, layout)
             x, pool = decoder.through_layers(x, pool, rows, layout)
             if not self.last:
                 return x, pool

@@ -13,7 +13,7 @@ _PER_OCTAVE = 128  # buckets from a value to its double: each is 0.54% wide
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
+class Percentiles:
     """A distribution in six numbers."""
 
     n: int
@@ -73,13 +73,13 @@ class Distribution:
                 return min(2.0 ** ((bucket + 0.5) / _PER_OCTAVE), self._max)
         return self._max
 
-    def spread(self) -> Spread | None:
+    def percentiles(self) -> Percentiles | None:
         """The distribution in six numbers; None of no values."""
         mean, median, p90, p99 = self.mean, self.quantile(0.5), self.quantile(0.9), self.quantile(0.99)
         if mean is None or median is None or p90 is None or p99 is None:
             return None
         highest = max(self._max, *self._values) if self._values else self._max
-        return Spread(n=self.n, mean=mean, median=median, p90=p90, p99=p99, max=highest)
+        return Percentiles(n=self.n, mean=mean, median=median, p90=p90, p99=p99, max=highest)
 
     def _fold(self) -> None:
         if not self._values:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from toruslab.serving.results.distribution import Distribution, Spread
+from toruslab.serving.results.distribution import Distribution, Percentiles
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
@@ -60,12 +60,12 @@ class Summary:
     offered_per_s: float | None
     throughput_per_s: float | None
     tokens_per_s: float | None
-    queue_delay_s: Spread | None
-    ttft_s: Spread | None
-    tpot_s: Spread | None
-    itl_s: Spread | None
-    e2e_s: Spread | None
-    normalised_s: Spread | None
+    queue_delay_s: Percentiles | None
+    ttft_s: Percentiles | None
+    tpot_s: Percentiles | None
+    itl_s: Percentiles | None
+    e2e_s: Percentiles | None
+    normalised_s: Percentiles | None
     within_limits: float | None
     batches: int
     occupancy: float | None
@@ -159,12 +159,12 @@ class Metrics(Observer):
             offered_per_s=_ratio(self._arrived_inside, length_s),
             throughput_per_s=_ratio(self._returned_inside, length_s),
             tokens_per_s=_ratio(self._tokens_inside, length_s),
-            queue_delay_s=self._queue_delay.spread(),
-            ttft_s=self._ttft.spread(),
-            tpot_s=self._tpot.spread(),
-            itl_s=self._itl.spread(),
-            e2e_s=self._e2e.spread(),
-            normalised_s=self._normalised.spread(),
+            queue_delay_s=self._queue_delay.percentiles(),
+            ttft_s=self._ttft.percentiles(),
+            tpot_s=self._tpot.percentiles(),
+            itl_s=self._itl.percentiles(),
+            e2e_s=self._e2e.percentiles(),
+            normalised_s=self._normalised.percentiles(),
             within_limits=_ratio(self._met, judged) if self._limits else None,
             batches=self._batches,
             occupancy=_ratio(self._rows, self._batches * self._max_bs),

@@ -55,7 +55,7 @@ class Request:
     """Slots that it reserves from its first iteration until its row is given back."""
     cached: int = field(default=0, init=False)
     """Tokens whose K and V its cache holds, those of an iteration in flight included. Not 0 before its first iteration
-    where they came from elsewhere (`serving.simulation.apart`)."""
+    where they came from elsewhere (`serving.simulation.disaggregated`)."""
     scheduled_s: float | None = field(default=None, init=False)
     token_s: list[float] = field(default_factory=list, init=False)
     finished_s: float | None = field(default=None, init=False)

@@ -23,8 +23,8 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.partitioning.cost.forward import Constants, price
 from toruslab.partitioning.cost.limits import batch_step
-from toruslab.partitioning.cost.sizes import Numbers, model_numbers
-from toruslab.partitioning.cost.traffic import recipe
+from toruslab.partitioning.cost.sizes import PassSizes, model_sizes
+from toruslab.partitioning.cost.traffic import coefficients
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import WEIGHTS, Point
@@ -118,12 +118,12 @@ class Pipeline:
             cache=self.cache,
         )
 
-    def numbers(self, tokens: Any, *, capacity: Any = 1.0, rows: Any = None) -> Numbers:
+    def numbers(self, tokens: Any, *, capacity: Any = 1.0, rows: Any = None) -> PassSizes:
         """Sizes of passes of one stage's layers over single tokens, which are all at position 0."""
-        row = model_numbers(self.config) | {"n_layers": self.config.n_layers // self.stages}
+        row = model_sizes(self.config) | {"n_layers": self.config.n_layers // self.stages}
         if self.stages > 1:
             row["tied"] = 1  # the first stage has one table, the last one another
-        found = Numbers.join(
+        found = PassSizes.join(
             row,
             batch=np.asarray(tokens, float),
             length=1.0,
@@ -134,7 +134,9 @@ class Pipeline:
         )
         return found if rows is None else dataclasses.replace(found, size={**found.size, "R": rows})
 
-    def cost(self, numbers: Numbers, constants: Constants | None = None, *, overlap: bool = True, detail: bool = False):
+    def cost(
+        self, numbers: PassSizes, constants: Constants | None = None, *, overlap: bool = True, detail: bool = False
+    ):
         """`partitioning.cost.forward.price` of such passes."""
         slice_ = Slice.parse(self.slice)
         options = {"overlap": overlap, "detail": detail}
@@ -202,7 +204,7 @@ class Pricing:
         self._step = pipeline.step
         self._n_layers = pipeline.config.n_layers // pipeline.stages
         made, chip_ = pipeline.made, pipeline.chip
-        plan = recipe(made, pipeline.config.block, Slice.parse(pipeline.slice), pipeline.shape, overlap)
+        plan = coefficients(made, pipeline.config.block, Slice.parse(pipeline.slice), pipeline.shape, overlap)
         self._parts = plan.splits["cache", -1][0]
         unit = self._cost(np.array([1.0])).parts
         # seconds of one layer for one token at one position: multiply-adds; reading, or converting, that position
@@ -267,9 +269,9 @@ class Pricing:
         self._body, self._open = parts["body_s"].tolist(), parts["open_s"].tolist()
         self._hidden = float(parts["hidden_s"][0])
         ends = {True: np.zeros_like(at), False: np.zeros_like(at)}
-        for entry, _, seconds in cost.collectives:
-            if not entry.in_layer:
-                ends[entry.scope.startswith("embed")] += seconds
+        for c in cost.collectives:
+            if not c.in_layer:
+                ends[c.scope.startswith("embed")] += c.seconds
         self._first, self._last = ends[True].tolist(), ends[False].tolist()
 
     def _cost(self, tokens: Any, *, detail: bool = False):

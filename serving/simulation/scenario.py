@@ -11,59 +11,15 @@ from dataclasses import dataclass, replace
 from toruslab.serving.results.metrics import Limits, Metrics, Summary
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
-from toruslab.serving.scheduling.policies import ORCA, Policy
+from toruslab.serving.scheduling.policies import ORCA
 from toruslab.serving.scheduling.request import Request
-from toruslab.serving.scheduling.reservation import OWN, Reservation
-from toruslab.serving.scheduling.scheduler import Scheduler
-from toruslab.serving.simulation.apart import Side, simulate_apart
-from toruslab.serving.simulation.simulator import Simulation, StageTimes, simulate
-from toruslab.serving.traffic.arrivals import At
+from toruslab.serving.simulation.disaggregated import simulate_disaggregated
+from toruslab.serving.simulation.simulator import Server, Simulation, simulate
+from toruslab.serving.traffic.arrivals import GivenTimes
 from toruslab.serving.traffic.workload import Workload
 
 SHARE = 0.9
 """Of the requests that must keep within the limits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Server:
-    """A slice, or several in a row, and how it is scheduled.
-
-    Args:
-        times: see `serving.simulation.simulator.StageTimes`.
-        n_stages, n_chips: of the whole pipeline.
-        max_bs, slots, policy, reservation: see `serving.scheduling.scheduler.Scheduler`.
-        in_flight: batches in flight at most; None: one for each stage.
-        host_s: seconds of host work for each batch.
-    """
-
-    times: StageTimes
-    n_stages: int
-    n_chips: int
-    max_bs: int
-    slots: int
-    policy: Policy = ORCA
-    reservation: Reservation = OWN
-    in_flight: int | None = None
-    host_s: float = 0.0
-
-    def scheduler(self) -> Scheduler:
-        """An empty one.
-
-        Raises:
-            ValueError: a size below one.
-        """
-        return Scheduler(
-            max_bs=self.max_bs,
-            n_slots=self.slots,
-            n_workers=self.n_stages if self.in_flight is None else self.in_flight,
-            policy=self.policy,
-            reservation=self.reservation,
-        )
-
-    @property
-    def side(self) -> Side:
-        """For `serving.simulation.apart`."""
-        return Side(scheduler=self.scheduler(), times=self.times, host_s=self.host_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +61,7 @@ class Scenario:
             server = self.server
             requests, scheduler = workload.requests(), server.scheduler()
             return (simulate(requests, scheduler, server.times, host_s=server.host_s, observers=observers),)
-        return simulate_apart(workload.requests(), self.prefill.side, self.server.side, self.transfer_s, observers)
+        return simulate_disaggregated(workload.requests(), self.prefill, self.server, self.transfer_s, observers)
 
     def run(
         self,
@@ -123,7 +79,7 @@ class Scenario:
     def peak_per_s(self, workload: Workload, observers: Sequence[Observer] = ()) -> float:
         """Requests per second when all are there from the beginning, from the first fifth of them to the last."""
         returns = _Returns()
-        at_once = replace(workload, arrivals=At(times_s=(0.0,) * workload.n))
+        at_once = replace(workload, arrivals=GivenTimes(times_s=(0.0,) * workload.n))
         self.simulate(at_once, [returns, *observers])
         times_s = returns.times_s
         if not times_s:

@@ -11,11 +11,50 @@ from dataclasses import dataclass
 
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
+from toruslab.serving.scheduling.policies import ORCA, Policy
 from toruslab.serving.scheduling.request import Request
+from toruslab.serving.scheduling.reservation import OWN, Reservation
 from toruslab.serving.scheduling.scheduler import Scheduler
 
 StageTimes = Callable[[Batch], Sequence[float]]
 """Seconds that each stage takes for a batch, in the order of the pipeline; as many for every batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A slice, or several in a row, and how it is scheduled.
+
+    Args:
+        times: see `StageTimes`.
+        n_stages, n_chips: of the whole pipeline.
+        max_bs, slots, policy, reservation: see `serving.scheduling.scheduler.Scheduler`.
+        in_flight: batches in flight at most; None: one for each stage.
+        host_s: seconds of host work for each batch.
+    """
+
+    times: StageTimes
+    n_stages: int
+    n_chips: int
+    max_bs: int
+    slots: int
+    policy: Policy = ORCA
+    reservation: Reservation = OWN
+    in_flight: int | None = None
+    host_s: float = 0.0
+
+    def scheduler(self) -> Scheduler:
+        """An empty one.
+
+        Raises:
+            ValueError: a size below one.
+        """
+        return Scheduler(
+            max_bs=self.max_bs,
+            n_slots=self.slots,
+            n_workers=self.n_stages if self.in_flight is None else self.in_flight,
+            policy=self.policy,
+            reservation=self.reservation,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

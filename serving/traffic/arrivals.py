@@ -67,7 +67,7 @@ class Gamma:
 
 
 @dataclass(frozen=True, kw_only=True)
-class At:
+class GivenTimes:
     """At these times.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from toruslab.serving.traffic.arrivals import LEAST_CV, MOST_CV, Arrivals, At, Gamma, Poisson
+from toruslab.serving.traffic.arrivals import LEAST_CV, MOST_CV, Arrivals, Gamma, GivenTimes, Poisson
 from toruslab.serving.traffic.lengths import (
     AZURE_CODE_OUTPUT,
     AZURE_CODE_PROMPT,
@@ -140,8 +140,8 @@ def arrivals(name: str, n: int) -> Pattern:
     )
 
 
-def _stretched(times_s: tuple[float, ...], rate: float, wanted: float) -> At:
-    return At(times_s=tuple(time_s * (rate / wanted) for time_s in times_s))
+def _stretched(times_s: tuple[float, ...], rate: float, wanted: float) -> GivenTimes:
+    return GivenTimes(times_s=tuple(time_s * (rate / wanted) for time_s in times_s))
 
 
 def _times(name: str, n: int) -> tuple[float, ...]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.serving.scheduling.request import Request
-from toruslab.serving.traffic.arrivals import Arrivals, At
+from toruslab.serving.traffic.arrivals import Arrivals, GivenTimes
 from toruslab.serving.traffic.lengths import Lengths
 
 _BLOCK = 1024
@@ -36,9 +36,9 @@ class Workload:
         ValueError: field, value and rule.
 
     Example:
-        >>> from toruslab.serving.traffic.arrivals import At
+        >>> from toruslab.serving.traffic.arrivals import GivenTimes
         >>> from toruslab.serving.traffic.lengths import Fixed
-        >>> trace = Workload(n=2, arrivals=At(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
+        >>> trace = Workload(n=2, arrivals=GivenTimes(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
         >>> [(request.id, request.arrival_s, request.prompt, request.output) for request in trace.requests()]
         [(0, 0.0, 8, 3), (1, 1.5, 8, 3)]
     """
@@ -55,7 +55,7 @@ class Workload:
             raise ValueError(f"n={self.n} must be at least 1 request")
         if self.max_output is not None and self.max_output < 1:
             raise ValueError(f"max_output={self.max_output} must be at least 1 token")
-        if isinstance(self.arrivals, At) and self.n > len(self.arrivals.times_s):
+        if isinstance(self.arrivals, GivenTimes) and self.n > len(self.arrivals.times_s):
             raise ValueError(f"n={self.n} must be at most the number of times, {len(self.arrivals.times_s)}")
 
     def requests(self) -> Iterator[Request]:
@@ -107,7 +107,7 @@ class Workload:
 
 
 def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.text`); a
+    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.byte_ids`); a
     prompt longer than the corpus goes on at its beginning.
 
     Example:
@@ -115,11 +115,11 @@ def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.i
         >>> ids.shape, bool((ids == prompt_ids(Request(id=3, arrival_s=9.0, prompt=5, max_output=8))).all())
         ((5,), True)
     """
-    corpus = _corpus()
-    start = int(np.random.default_rng((seed, request.id)).integers(corpus.size))
-    return corpus.take(np.arange(start, start + request.prompt), mode="wrap")
+    text = _corpus()
+    start = int(np.random.default_rng((seed, request.id)).integers(text.size))
+    return text.take(np.arange(start, start + request.prompt), mode="wrap")
 
 
 @functools.cache
 def _corpus() -> np.ndarray[Any, np.dtype[np.int32]]:
-    return text.encode(text.corpus(), bos=False)
+    return byte_ids.encode(corpus.read(), bos=False)

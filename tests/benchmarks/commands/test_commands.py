@@ -14,7 +14,7 @@ from toruslab.benchmarks import cli, explain, generate
 from toruslab.benchmarks.report import groups, markdown, write
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.grid import grid
-from toruslab.benchmarks.runs.rows import DamagedResults, Rows
+from toruslab.benchmarks.runs.rows import DamagedResults, RowFile
 from toruslab.benchmarks.studies import ratio
 from toruslab.partitioning.plan.point import Point
 
@@ -189,7 +189,7 @@ def test_a_run_is_saved_shown_and_continued(capsys, tmp_path):
     out = tmp_path / "run"
     shown = bench(capsys, out, "--layouts", "ws2d,auto")
     assert "ws2d/batch" in shown and "yes" in shown and "x bytes" in shown
-    rows = Rows(out / "rows.jsonl")
+    rows = RowFile(out / "rows.jsonl")
     assert [r["source"] for r in rows.rows] == ["analytic", "compiled"] * 2 + ["measured"] * 2
     measured = rows.find(Point.from_json(POINT), "measured")
     assert measured and measured["latency_s"] > 0 and measured["environment"]["n_devices"] == 8
@@ -202,14 +202,14 @@ def test_a_run_is_saved_shown_and_continued(capsys, tmp_path):
     lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
     (out / "rows.jsonl").write_text("".join(lines[:5]) + '{"point": {"mod')
     bench(capsys, out, "--layouts", "ws2d,auto")
-    again = Rows(out / "rows.jsonl").rows
+    again = RowFile(out / "rows.jsonl").rows
     assert again[:5] == rows.rows[:5]
     assert [r["source"] for r in again[5:]] == ["measured"]
 
     # finished: the next run starts afresh and puts this one aside
     bench(capsys, out, "--layouts", "ws2d", "--json")
-    assert len(Rows(out / "rows.jsonl").rows) == 3
-    assert Rows(tmp_path / "run.1" / "rows.jsonl").rows == again
+    assert len(RowFile(out / "rows.jsonl").rows) == 3
+    assert RowFile(tmp_path / "run.1" / "rows.jsonl").rows == again
 
 
 def test_damaged_results_are_refused_and_kept(capsys, tmp_path):
@@ -220,7 +220,7 @@ def test_damaged_results_are_refused_and_kept(capsys, tmp_path):
     assert "rows.jsonl, line 2 is not a result row" in sentence
     assert path.read_bytes() == before
     with pytest.raises(DamagedResults):
-        Rows(path)
+        RowFile(path)
 
 
 def test_the_readmes_benches_are_legal():
@@ -247,7 +247,7 @@ def test_a_failed_point_is_a_row_and_an_exit_code(capsys, tmp_path, monkeypatch)
     out, err = capsys.readouterr()
     assert "failed: ws1d/batch RuntimeError: no memory" in err
     assert "failed" in out
-    assert Rows(tmp_path / "rows.jsonl").find(Point.from_json(POINT), "measured")
+    assert RowFile(tmp_path / "rows.jsonl").find(Point.from_json(POINT), "measured")
 
 
 def test_a_report_draws_what_there_is(tmp_path):

@@ -11,7 +11,7 @@ from toruslab.benchmarks import cli, serve_bench
 from toruslab.benchmarks.measure import serving_run as serve_runs
 from toruslab.benchmarks.reports.serve_curves import MULTIPLE, Curve, findings, good
 from toruslab.benchmarks.reports.serve_figures import markdown
-from toruslab.benchmarks.runs import serve_ladder
+from toruslab.benchmarks.runs import serving_setting
 
 ENGINE = ["--model", "toy-s-1l", "--slice", "cpu:2x1x1", "--max-bs", "2", "--trace", "fixed:5:3", "--scale", "1"]
 SMALL = [*ENGINE, "--requests", "6", "--seeds", "1", "--rates", "50,200", "--policies", "request-level@2,orca"]
@@ -26,7 +26,7 @@ def eight_devices(monkeypatch):
 @pytest.fixture(scope="module")
 def made():
     """An engine for all tests here: what is compiled is the same."""
-    with serve_runs.engine(serve_ladder.read(serve_bench.options_of(SMALL)), lambda done, of: None) as made:
+    with serve_runs.engine(serving_setting.read(serve_bench.options_of(SMALL)), lambda done, of: None) as made:
         yield made
 
 
@@ -213,10 +213,10 @@ def test_a_run_that_compiled_or_lost_a_request_fails(tmp_path, quick_engine, mon
 def test_a_run_that_raises_is_a_row_and_the_others_go_on(tmp_path, quick_engine, monkeypatch):
     measure = serve_runs.measure
 
-    def fails(setting, made, rung, rate, seed):
-        if rung.name == "orca":
+    def fails(setting, made, scheme, rate, seed):
+        if scheme.name == "orca":
             raise RuntimeError("out of pages\nat length")
-        return measure(setting, made, rung, rate, seed)
+        return measure(setting, made, scheme, rate, seed)
 
     monkeypatch.setattr(serve_runs, "measure", fails)
     assert cli.guarded(serve_bench.main, [*SMALL, "--out", str(tmp_path)]) == 1
@@ -228,7 +228,7 @@ def test_a_run_that_raises_is_a_row_and_the_others_go_on(tmp_path, quick_engine,
 
 def test_stages_have_equal_parts_of_layers_and_slice():
     def read(*argv):
-        return serve_ladder.read(serve_bench.options_of(argv))
+        return serving_setting.read(serve_bench.options_of(argv))
 
     assert read("--stages", "2").shape == (1, 2, 2)
     assert read("--stages", "2", "--mesh", "2x2").shape == (2, 2, 1)
@@ -237,26 +237,28 @@ def test_stages_have_equal_parts_of_layers_and_slice():
         1,
         3,
     )
-    assert [(r.name, r.n_workers) for r in read("--stages", "2", "--policies", "orca,orca@1").rungs] == [
+    assert [(r.name, r.n_workers) for r in read("--stages", "2", "--policies", "orca,orca@1").schemes] == [
         ("orca", 2),
         ("orca@1", 1),
     ]
 
 
-def test_rungs_alternate_and_have_the_same_traces():
-    setting = serve_ladder.read(serve_bench.options_of([]))
-    runs = list(serve_ladder.runs(setting, (1.0, 2.0)))
-    n = len(setting.rungs)
+def test_schemes_alternate_and_have_the_same_traces():
+    setting = serving_setting.read(serve_bench.options_of([]))
+    runs = list(serving_setting.runs(setting, (1.0, 2.0)))
+    n = len(setting.schemes)
     blocks = [runs[i : i + n] for i in range(0, len(runs), n)]
     assert len(blocks) == 6 and all(len({(rate, seed) for _, rate, seed in block}) == 1 for block in blocks)
-    assert all({rung.name for rung, _, _ in block} == {rung.name for rung in setting.rungs} for block in blocks)
-    assert len({tuple(rung.name for rung, _, _ in block) for block in blocks}) > 1
+    assert all(
+        {scheme.name for scheme, _, _ in block} == {scheme.name for scheme in setting.schemes} for block in blocks
+    )
+    assert len({tuple(scheme.name for scheme, _, _ in block) for block in blocks}) > 1
 
 
 def row(rung, rate, seed, per_s, latency_s):
     spread = {"p90": latency_s, "p99": latency_s, "median": latency_s}
     shares = {"refused": 0, "wasted_share": 0.5, "host_share": 0.01, "iteration_s": 0.02, "within_limits": None}
-    serving = serve_ladder.read(serve_bench.options_of([])).to_json()
+    serving = serving_setting.read(serve_bench.options_of([])).to_json()
     return {
         **{"rung": rung, "request_level": rung != "orca", "rate_per_s": rate, "seed": seed, "sustained_per_s": per_s},
         **{"normalised_s": spread, "itl_s": spread, "ttft_s": spread, "serving": serving, "load_1m": 1.0, **shares},
@@ -293,7 +295,7 @@ def test_arrivals_of_a_file_are_taken_as_they_are_or_stretched(tmp_path, quick_e
     times_s = [0.0, 0.01, 0.01, 0.02, 0.05, 0.06, 9.0]
     (tmp_path / "times").write_text("\n".join(map(str, times_s)))
     argv = [*ENGINE, "--policies", "orca", "--seeds", "1", "--requests", "6", "--arrivals", str(tmp_path / "times")]
-    setting = serve_ladder.read(serve_bench.options_of(argv))
+    setting = serving_setting.read(serve_bench.options_of(argv))
     workload = serve_runs.traffic(setting, setting.arrivals.at(200.0), 4, 0)
     assert [r.arrival_s for r in workload.requests()] == pytest.approx([0.0, 0.005, 0.005, 0.01])
     assert cli.guarded(serve_bench.main, [*argv, "--out", str(tmp_path / "out"), "--timeline"]) == 0

@@ -11,34 +11,34 @@ import pytest
 
 from toruslab.benchmarks import cli, generate, serve_bench, train
 from toruslab.benchmarks.measure import serving_run as serve_runs
-from toruslab.benchmarks.measure import training_run as train_run
+from toruslab.benchmarks.measure import training_run
 from toruslab.benchmarks.reports.train_figure import picture
 from toruslab.benchmarks.runs import folder as run_folder
-from toruslab.benchmarks.runs import serve_ladder
-from toruslab.benchmarks.runs.train_setting import Setting
+from toruslab.benchmarks.runs import serving_setting
+from toruslab.benchmarks.runs.training_options import TrainingSetting
 from toruslab.models.programs import checkpoint_folder
 from toruslab.models.programs.checkpoints import Checkpoints, named
 from toruslab.models.programs.training import Trainer
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.torus.mesh import attach
 
 SMALL = ["--model", "toy-s-1l", "--batch", "4", "--length", "16", "--steps", "6", "--evaluate-every", "2"]
 SMALL += ["--slice", "cpu:2x1x1", "--layout", "wgx", "--attention", "batch"]
-WRITE = train_run.Run.write
+WRITE = training_run.TrainingRun.write
 
 
 @pytest.fixture(autouse=True)
 def eight_devices(monkeypatch):
     """The tests' devices are there already; what a model writes is left out, but where it is looked at."""
     monkeypatch.setattr(train.processes, "join", lambda *_: None)
-    monkeypatch.setattr(train_run.Run, "write", lambda self: [])
+    monkeypatch.setattr(training_run.TrainingRun, "write", lambda self: [])
 
 
 @pytest.fixture(scope="module")
 def manual(tmp_path_factory):
     """A short text, so that its held-out part is quickly read."""
     path = tmp_path_factory.mktemp("text") / "text"
-    path.write_bytes(text.corpus().encode("ascii", "ignore")[:20_000])
+    path.write_bytes(corpus.read().encode("ascii", "ignore")[:20_000])
     return str(path)
 
 
@@ -51,11 +51,11 @@ def resume(out, *argv):
 
 
 def losses(out):
-    return [(row["step"], row["loss_nats_per_byte"]) for row in train_run.rows(out) if "loss_nats_per_byte" in row]
+    return [(row["step"], row["loss_nats_per_byte"]) for row in training_run.rows(out) if "loss_nats_per_byte" in row]
 
 
 def final(out):
-    (row,) = [row for row in train_run.rows(out) if row.get("final")]
+    (row,) = [row for row in training_run.rows(out) if row.get("final")]
     return row["held_out_nats_per_byte"]
 
 
@@ -64,7 +64,7 @@ def whole(manual, tmp_path_factory):
     """An uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.processes, "join", lambda *_: None)
-        patch.setattr(train_run.Run, "write", lambda self: [])
+        patch.setattr(training_run.TrainingRun, "write", lambda self: [])
         out = tmp_path_factory.mktemp("whole") / "run"
         assert go(manual, out) == 0
     return out
@@ -72,14 +72,14 @@ def whole(manual, tmp_path_factory):
 
 def stopped(monkeypatch, at, number=signal.SIGINT):
     """A signal comes while the step after `at` reads its text."""
-    windows = text.windows
+    windows = corpus.windows
 
     def read(ids, batch, length, seed, step):
         if step == at:
             signal.raise_signal(number)
         return windows(ids, batch, length, seed, step)
 
-    monkeypatch.setattr(text, "windows", read)
+    monkeypatch.setattr(corpus, "windows", read)
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_bad_input_is_refused_in_one_sentence(capsys, manual, tmp_path, argv, se
 
 
 def test_a_run_is_rows_a_picture_and_text(capsys, manual, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_run.Run, "write", WRITE)
-    monkeypatch.setattr(train_run, "NEW_BYTES", 4)
-    monkeypatch.setattr(train_run, "STEPS_PER_CALL", 1)
+    monkeypatch.setattr(training_run.TrainingRun, "write", WRITE)
+    monkeypatch.setattr(training_run, "NEW_BYTES", 4)
+    monkeypatch.setattr(training_run, "STEPS_PER_CALL", 1)
     assert go(manual, tmp_path) == 0
     out, _ = capsys.readouterr()
     assert "nats per byte after 6 steps of 4 x 16 bytes" in out and "byte frequencies alone: " in out
     assert {p.name for p in tmp_path.iterdir()} == {"rows.jsonl", "checkpoints", "loss.svg", "loss.png"}
-    head, *rows = train_run.rows(tmp_path)
+    head, *rows = training_run.rows(tmp_path)
     assert head["training"]["layout"] == "wgx" and head["environment"]["seed"] == 0 and head["train_bytes"] == 18_000
     assert [row["step"] for row in rows if "loss_nats_per_byte" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "held_out_nats_per_byte" in row] == [2, 4, 6]
@@ -136,14 +136,14 @@ def test_a_run_is_rows_a_picture_and_text(capsys, manual, tmp_path, monkeypatch)
 
 def test_json_is_the_rows(capsys, manual, tmp_path):
     assert go(manual, tmp_path, "--json") == 0
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == train_run.rows(tmp_path)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == training_run.rows(tmp_path)
 
 
 def test_the_held_out_text_is_never_trained_on(manual, tmp_path, monkeypatch):
-    seen, windows = [], text.windows
-    monkeypatch.setattr(text, "windows", lambda ids, *rest: seen.append(ids) or windows(ids, *rest))
+    seen, windows = [], corpus.windows
+    monkeypatch.setattr(corpus, "windows", lambda ids, *rest: seen.append(ids) or windows(ids, *rest))
     assert go(manual, tmp_path) == 0
-    whole = text.encode(text.corpus(manual), bos=False)
+    whole = byte_ids.encode(corpus.read(manual), bos=False)
     assert len(seen) == 6 and all(np.array_equal(ids, whole[:18_000]) for ids in seen)
 
 
@@ -164,10 +164,10 @@ def test_a_stopped_run_goes_on_to_the_last_digit(capsys, manual, whole, tmp_path
 
 def state(out):
     """The last state that was saved."""
-    setting = Setting.of(train_run.rows(out)[0]["training"])
+    setting = TrainingSetting.of(training_run.rows(out)[0]["training"])
     mesh = attach(setting.shape, chip="cpu")
     made = {"config": setting.config, "layout": setting.layout_value, "mesh": mesh, "pass_": setting.pass_}
-    saved = Checkpoints(out / train_run.CHECKPOINTS, setting.config)
+    saved = Checkpoints(out / training_run.CHECKPOINTS, setting.config)
     assert saved.latest() == setting.steps
     return saved.restore(Trainer(**made).abstract())
 
@@ -205,11 +205,11 @@ def test_what_would_change_the_result_cannot_change(capsys, manual, tmp_path, mo
 
 def test_another_text_is_refused(capsys, tmp_path, monkeypatch):
     own = tmp_path / "text"
-    own.write_text(text.corpus()[:20_000])
+    own.write_text(corpus.read()[:20_000])
     with monkeypatch.context() as patch:
         stopped(patch, 1)
         go(str(own), tmp_path / "run")
-    own.write_text(text.corpus()[1:20_000])
+    own.write_text(corpus.read()[1:20_000])
     assert resume(tmp_path / "run") == 2
     assert "is not the text that the run in out=" in capsys.readouterr().err
 
@@ -239,9 +239,9 @@ def test_a_killed_run_repeats_what_came_after_its_checkpoint(manual, whole, tmp_
             raise Killed
         original(self, row)
 
-    original = train_run.Run._say
+    original = training_run.TrainingRun._say
     with monkeypatch.context() as patch:
-        patch.setattr(train_run.Run, "_say", killed)
+        patch.setattr(training_run.TrainingRun, "_say", killed)
         with pytest.raises(Killed):
             go(manual, tmp_path, "--checkpoint-every", "2")
     with open(tmp_path / "rows.jsonl", "a") as file:
@@ -298,7 +298,7 @@ def test_generate_and_serve_bench_take_what_was_trained(capsys, whole, monkeypat
     assert cli.guarded(generate.main, ["--checkpoint", str(damaged), "--prompt", "The"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: checkpoint=") and "params/_METADATA has" in err and err.count("\n") == 1
-    setting = serve_ladder.read(serve_bench.options_of(["--checkpoint", str(whole), "--slice", "cpu:1"]))
+    setting = serving_setting.read(serve_bench.options_of(["--checkpoint", str(whole), "--slice", "cpu:1"]))
     assert setting.config.n_layers == 1 and setting.to_json()["checkpoint"] == str(whole)
     packed = serve_runs.engine_weights(setting)
     for name, array in named(state(whole).params).items():

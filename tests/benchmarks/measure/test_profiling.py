@@ -15,7 +15,7 @@ from toruslab.benchmarks.measure.profiler_events import Event, TraceError, event
 from toruslab.benchmarks.measure.profiling import KINDS, Profile, attribute, profile
 from toruslab.benchmarks.runs.options import InputError
 from toruslab.models.programs.compiled import planned
-from toruslab.models.weights import text
+from toruslab.models.weights import corpus
 from toruslab.partitioning.hlo.operations import Operation, operations
 from toruslab.partitioning.plan.point import Point
 
@@ -41,7 +41,7 @@ RANKS = {"while": 0, "call": 0, "dot": 2, "add": 2, "gather": 1}
 
 
 def contender(**more) -> Contender:
-    return prepare(Point.from_json(POINT | more), 0, text.corpus())
+    return prepare(Point.from_json(POINT | more), 0, corpus.read())
 
 
 @pytest.fixture(scope="module")

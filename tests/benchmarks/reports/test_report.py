@@ -13,7 +13,7 @@ from toruslab.benchmarks.reports import compare as report_compare
 from toruslab.benchmarks.reports import torus as report_torus
 from toruslab.benchmarks.reports.cells import groups, traced
 from toruslab.benchmarks.reports.html_page import Cell, table
-from toruslab.benchmarks.runs.rows import Rows
+from toruslab.benchmarks.runs.rows import RowFile
 
 ENVIRONMENT = {"n_devices": 8, "platform": "cpu", "cores": 2, "jax": "0.10.2", "commit": "abc", "load_1m": 0.5}
 GATHER = {"scope": "layer/w_in", "kind": "all-gather", "axes": ["x", "y"], "bytes": 4096, "count": 4}
@@ -59,7 +59,7 @@ def drawn(tmp_path_factory):
     """A folder with the report of the whole grid."""
     folder = tmp_path_factory.mktemp("run")
     for row in grid():
-        Rows(folder / "rows.jsonl").add(row)
+        RowFile(folder / "rows.jsonl").add(row)
     write(grid(), folder)
     return folder
 
@@ -231,7 +231,7 @@ def other(tmp_path):
         r for r in grid(1.02) if r["point"]["batch"] == 64
     ]
     for row in rows:
-        Rows(folder / "rows.jsonl").add(row)
+        RowFile(folder / "rows.jsonl").add(row)
     return folder
 
 

@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from tests.points import POINT
-from toruslab.benchmarks.runs.rows import Rows
+from toruslab.benchmarks.runs.rows import RowFile
 
 WRITER = """
 import sys
 from pathlib import Path
-from toruslab.benchmarks.runs.rows import Rows
-rows = Rows(Path(sys.argv[1]))
+from toruslab.benchmarks.runs.rows import RowFile
+rows = RowFile(Path(sys.argv[1]))
 for n in range(len(rows.rows), 10**6):
     rows.add({"point": %r, "source": "measured", "n": n, "filler": "x" * 40_000_000})
     print(n, flush=True)
@@ -40,10 +40,10 @@ def test_rows_survive_kill_9_in_the_middle_of_a_write(tmp_path):
             writer.send_signal(signal.SIGKILL)
             reported = [0, *map(int, writer.stdout.read().split())]
         torn += not path.read_bytes().endswith(b"\n")
-        found = [r["n"] for r in Rows(path).rows]
+        found = [r["n"] for r in RowFile(path).rows]
         assert found == list(range(len(found))) and found[-1] >= reported[-1]
-        Rows(path).add(row(-1))
-        assert [r["n"] for r in Rows(path).rows] == [*found, -1]
+        RowFile(path).add(row(-1))
+        assert [r["n"] for r in RowFile(path).rows] == [*found, -1]
         path.unlink()
     assert torn, "no kill fell into a write"
 
@@ -51,11 +51,11 @@ def test_rows_survive_kill_9_in_the_middle_of_a_write(tmp_path):
 @pytest.mark.parametrize("cut", [1, 10, 100])
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path, cut):
     path = tmp_path / "rows.jsonl"
-    rows = Rows(path)
+    rows = RowFile(path)
     for n in range(3):
         rows.add(row(n))
     path.write_bytes(path.read_bytes()[:-cut])
-    again = Rows(path)
+    again = RowFile(path)
     assert [r["n"] for r in again.rows] == [0, 1]
     again.add(row(7))
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [0, 1, 7]

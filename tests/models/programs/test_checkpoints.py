@@ -308,5 +308,9 @@ def _run(n: int, what: str, *args) -> subprocess.CompletedProcess:
     command = _command(what, *args)
     if n > 1:
         start = f"processes.start_locally('tests.checkpoint_runs', {command[5:]!r}, {n})"
-        command = [sys.executable, "-c", f"import sys; from benchmarks import processes; sys.exit({start})"]
+        command = [
+            sys.executable,
+            "-c",
+            f"import sys; from toruslab.benchmarks.runs import processes; sys.exit({start})",
+        ]
     return subprocess.run(command, capture_output=True, text=True, env=_environment(), timeout=300)

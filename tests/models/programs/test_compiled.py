@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.battery import legal
 from toruslab.benchmarks import compile as command
 from toruslab.benchmarks.runs.options import InputError
-from toruslab.models.programs import compiled_limits
+from toruslab.models.programs import limit_search
 from toruslab.models.programs.compiled import evidence
 from toruslab.partitioning.cost.limits import largest_batch
 from toruslab.partitioning.plan.point import Point
@@ -208,7 +208,7 @@ def test_the_search_finds_where_fitting_ends(step, end, guess):
         tried.append(n)
         return n <= end
 
-    assert compiled_limits._last(step, guess, fits) == (end // step * step or None)
+    assert limit_search._last(step, guess, fits) == (end // step * step or None)
     assert len(tried) == len(set(tried)) <= 45
 
 
@@ -263,7 +263,7 @@ def test_a_limit_that_fails_keeps_the_evidence(monkeypatch, tmp_path):
     options = command.parser().parse_args(["--max-batch", "--out", str(tmp_path)])
     options.flags = {}
     (tmp_path / "kept").mkdir()
-    monkeypatch.setattr(compiled_limits, "max_batch", fail)
+    monkeypatch.setattr(limit_search, "max_batch", fail)
     row = command._row(on_cpu("ws2d", "batch"), options)
     assert row["error"] == "ValueError: no such thing" and row["unexplained"] == 0 and row["collectives"]
 
@@ -271,7 +271,7 @@ def test_a_limit_that_fails_keeps_the_evidence(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("end", "expected"), [(0, None), (1, 1), (127, 1), (128, 128), (5000, 4992)])
 def test_the_longest_context_may_be_shorter_than_a_step(end, expected):
     point = on_v4()
-    assert compiled_limits.max_context(point, lambda p: p.context <= end) == expected
+    assert limit_search.max_context(point, lambda p: p.context <= end) == expected
 
 
 def test_findings_are_found():

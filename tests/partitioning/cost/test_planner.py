@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 from toruslab.benchmarks import cli, plan
 from toruslab.partitioning.cost import planner
+from toruslab.partitioning.cost.cache_move import cache_move_s, same_weights
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
 from toruslab.partitioning.cost.planner import (
     GOALS,
     PLANNED,
     Goal,
+    Job,
     Space,
-    Workload,
     pareto,
     placements,
     read_slices,
-    same_weights,
     search,
 )
 from toruslab.partitioning.layouts.layout import LAYOUTS
@@ -36,11 +36,11 @@ from toruslab.partitioning.torus.mesh import Slice
 
 MODEL = "palm-8b-4l"
 SMALL = Space(model=MODEL, slices=("v4:2x2x1", "v5e:2x4"), batches=(1, 3, 8, 64), weights=("bf16", "int8"))
-DECODE = Workload(phase="decode", prompt=1023)
-REQUEST = Workload(prompt=256, output=32)
+DECODE = Job(phase="decode", prompt=1023)
+REQUEST = Job(prompt=256, output=32)
 
 
-def brute(space: Space, workload: Workload, phase: str):
+def brute(space: Space, job: Job, phase: str):
     """Every point of one phase that can be made and fits, with its estimate, one at a time."""
     for text in space.slices:
         for turned, mesh in placements(Slice.parse(text)):
@@ -59,7 +59,7 @@ def brute(space: Space, workload: Workload, phase: str):
                         phase=phase,
                         batch=batch,
                         attention=attention,
-                        **workload.sizes(phase),
+                        **job.sizes(phase),
                         **fields,
                     )
                 except ValueError:
@@ -72,15 +72,15 @@ def brute(space: Space, workload: Workload, phase: str):
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("goal", GOALS)
 def test_choice_is_that_of_brute_force(phase, goal):
-    workload = Workload(phase=phase, prompt=512)
-    found = search(SMALL, workload)
-    every = [(p, e) for _, p, e in brute(SMALL, workload, phase)]
+    job = Job(phase=phase, prompt=512)
+    found = search(SMALL, job)
+    every = [(p, e) for _, p, e in brute(SMALL, job, phase)]
     assert len(found) == len(every) == found.n_considered
     limit = float(np.median([e.latency_s for _, e in every]))
     within = [(p, e) for p, e in every if e.latency_s <= limit]
     best = found.order(goal, found.allowed(limit))[0]
     latency, cost = found.columns["latency_s"][best], found.columns["cost_chip_s_per_token"][best]
-    costs = [p.n_chips * e.latency_s / p.batch / workload.tokens for p, e in within]
+    costs = [p.n_chips * e.latency_s / p.batch / job.tokens for p, e in within]
     if goal == "latency":
         assert latency == pytest.approx(min(e.latency_s for _, e in within), rel=1e-12)
     elif goal == "cost":
@@ -107,12 +107,18 @@ def test_a_request_joins_the_phases_as_brute_force_does():
         for (p, first), (d, step) in itertools.product(phases["prefill"], phases["decode"]):
             if not same_weights(p.layout_value, d.layout_value):
                 continue
-            structures = [
-                planner.Structure(asked=slice_, slice_=Slice.parse(slice_), mesh=mesh, layout=each.layout_value)
-                for each in (p, d)
-            ]
             c = planner.constants_of(chip("v4"))
-            moved = planner.handoff_s(structures[0], structures[1], p.config, batch, REQUEST.prompt, 1, c)
+            moved = cache_move_s(
+                p.layout_value,
+                d.layout_value,
+                Slice.parse(slice_),
+                mesh,
+                p.config,
+                batch=batch,
+                filled=REQUEST.prompt,
+                weight=1,
+                constants=c,
+            )
             best = min(best, float(first.latency_s + moved + REQUEST.output * step.latency_s))
     i = found.order("latency")[0]
     assert found.columns["latency_s"][i] == pytest.approx(best, rel=1e-12)
@@ -135,17 +141,17 @@ def test_front_is_what_no_point_dominates(points):
     assert pareto(latency, cost).tolist() == [not d for d in dominated]
 
 
-@pytest.mark.parametrize("workload", [DECODE, REQUEST, Workload(phase="prefill", prompt=100_000)])
-def test_rejected_and_considered_are_all(workload):
+@pytest.mark.parametrize("job", [DECODE, REQUEST, Job(phase="prefill", prompt=100_000)])
+def test_rejected_and_considered_are_all(job):
     space = Space(
         model="llama-2-13b",
         slices=("v4:2x2x4", "v5e:4x4x4", "v4:3x1x1", "h100:8"),
         batches=(1, 6, 64, 100_000),
     )
-    found = search(space, workload)
+    found = search(space, job)
     assert found.n_considered + sum(r.count for r in found.rejected) == found.n_points
     meshes = sum(len(placements(Slice.parse(s))) for s in space.slices)
-    assert found.n_points == meshes * 6 * 2 * 2 * 4 * len(workload.phases)
+    assert found.n_points == meshes * 6 * 2 * 2 * 4 * len(job.phases)
     reasons = {r.reason: r for r in found.rejected}
     assert {"the slice is impossible", "does not fit", "batch does not divide", "no axis is left for heads"} <= {
         *reasons
@@ -180,16 +186,14 @@ def test_weights_rest_in_the_same_places_for_all_but_ws1d_and_replicated():
 
 def best(phase: str, batch: int, size: int, goal: Goal = "latency", **changed) -> Point:
     space = Space(**{"model": "palm-540b-h64", "slices": ("v4:4x4x4",), "batches": (batch,), **changed})
-    found = search(space, Workload(phase=phase, prompt=size))
+    found = search(space, Job(phase=phase, prompt=size))
     return found.points(found.order(goal)[0])[phase]
 
 
 def test_known_answers_for_540b_on_64_chips():
     decode = best("decode", 512, 2047)
     assert (decode.layout, decode.attention) == ("ws2d", "batch")
-    found = search(
-        Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)), Workload(phase="decode", prompt=2047)
-    )
+    found = search(Space(model="palm-540b-h64", slices=("v4:4x4x4",), batches=(512,)), Job(phase="decode", prompt=2047))
     fastest: dict[str, float] = {}
     for structure, latency in zip(found.columns["decode"], found.columns["latency_s"], strict=True):
         label = found.structures[structure].label

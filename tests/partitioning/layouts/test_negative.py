@@ -3,7 +3,7 @@
 import pytest
 
 from tests import battery
-from toruslab.models.decoder import rows
+from toruslab.models.decoder import sequences
 from toruslab.partitioning.layouts import moves as collectives
 
 
@@ -51,8 +51,8 @@ def test_a_dropped_reduction_is_missing_from_the_program(bench, monkeypatch):
 
 def test_a_position_off_by_one(bench, monkeypatch):
     """RoPE knows distances only, so the mistake is in the decode step alone: one row of one token on each chip."""
-    tables = rows.rope_tables
-    monkeypatch.setattr(rows, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
+    tables = sequences.rope_tables
+    monkeypatch.setattr(sequences, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
     with pytest.raises(AssertionError, match="relative error"):
         battery.check_chunks_then_decode(bench)
 

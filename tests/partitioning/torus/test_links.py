@@ -20,10 +20,10 @@ from toruslab.models.presets import model
 from toruslab.partitioning.published import closed_forms
 from toruslab.partitioning.torus import links as interconnect
 from toruslab.partitioning.torus.chip import chip
-from toruslab.partitioning.torus.links import Kind, Ring, ring_step, rings, seconds
+from toruslab.partitioning.torus.links import CollectiveKind, Segment, permute_rate, seconds, segments
 
 BOOK = json.loads(resources.files("toruslab.partitioning.published").joinpath("data", "scaling_book.json").read_text())
-KINDS: tuple[Kind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+KINDS: tuple[CollectiveKind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DIMS = st.tuples(*[st.sampled_from((1, 2, 3, 4, 8))] * 3)
 AXES = st.sampled_from([c for r in (1, 2, 3) for c in itertools.combinations("xyz", r)])
 V4, V5E, H100 = chip("v4"), chip("v5e"), chip("h100")
@@ -40,7 +40,7 @@ def test_worked_answers_of_the_scaling_book(answer):
     received = answer["array_bytes"] * (2 if kind == "all-reduce" else 1)
     received *= 1 if answer["counts_own_shard"] else (K - 1) / K
     sheet = chip(answer["chip"])
-    as_asked = all(ring.closed for ring in rings(axes, mesh, sheet)) == answer["wrapped"]
+    as_asked = all(ring.closed for ring in segments(axes, mesh, sheet)) == answer["wrapped"]
     if not as_asked:  # "if the axis were a ring": the book's first answer, before it recalls that v5e has none here
         sheet = dataclasses.replace(sheet, torus_axes=3, n_links=6, wrap="cubes_of_4")
         mesh = (*mesh, 4)
@@ -96,12 +96,12 @@ def test_all_to_all_over_a_cube_is_bound_by_its_middle():
 @pytest.mark.parametrize("kind", KINDS[:4])
 @pytest.mark.parametrize("n_chips", [2, 3, 4, 8])
 def test_a_line_takes_twice_as_long_as_a_ring(kind, n_chips):
-    ring, line = (interconnect._usable_links(kind, (Ring(n_chips=n_chips, closed=c),)) for c in (True, False))
+    ring, line = (interconnect._usable_links(kind, (Segment(n_chips=n_chips, closed=c),)) for c in (True, False))
     assert ring == pytest.approx(2 * line)
 
 
 def test_an_axis_of_two_has_one_cable():
-    assert rings("x", (2, 2, 2), V4) == (Ring(n_chips=2, closed=False),)
+    assert segments("x", (2, 2, 2), V4) == (Segment(n_chips=2, closed=False),)
     assert seconds("all-gather", 45e9, "x", (2, 2, 2), V4, hop_s=0) == pytest.approx(1.0)
 
 
@@ -115,22 +115,22 @@ def test_a_mesh_over_another_slice():
     """z takes 8 neighbours of a row of 16, y the other factor of 2 and 4 rows, x the other 4."""
 
     def over(axes):
-        return rings(axes, (4, 8, 8), V5E, slice_dims=(16, 16))
+        return segments(axes, (4, 8, 8), V5E, slice_dims=(16, 16))
 
-    assert over("z") == (Ring(n_chips=8, closed=False),)
-    assert over("y") == (Ring(n_chips=4, closed=False), Ring(n_chips=2, stride=8, closed=True))
-    assert over("x") == (Ring(n_chips=4, stride=4, closed=True),)
-    whole = (Ring(n_chips=16, closed=True), Ring(n_chips=16, closed=True))
-    assert over("xyz") == whole == rings("xy", (16, 16), V5E)
-    assert rings("xz", (2, 2, 2), V5E, slice_dims=(1, 8)) == (
-        Ring(n_chips=2, closed=False, n_sharing=2),
-        Ring(n_chips=2, stride=4, closed=False, n_sharing=2),
+    assert over("z") == (Segment(n_chips=8, closed=False),)
+    assert over("y") == (Segment(n_chips=4, closed=False), Segment(n_chips=2, stride=8, closed=True))
+    assert over("x") == (Segment(n_chips=4, stride=4, closed=True),)
+    whole = (Segment(n_chips=16, closed=True), Segment(n_chips=16, closed=True))
+    assert over("xyz") == whole == segments("xy", (16, 16), V5E)
+    assert segments("xz", (2, 2, 2), V5E, slice_dims=(1, 8)) == (
+        Segment(n_chips=2, closed=False, n_sharing=2),
+        Segment(n_chips=2, stride=4, closed=False, n_sharing=2),
     )
 
 
 def test_a_slow_long_axis_is_not_hidden_by_a_fast_short_one():
     """Eight chips four links apart must still carry their own seven shards over a quarter of a link."""
-    group = (Ring(n_chips=2, closed=True), Ring(n_chips=8, stride=4, closed=False))
+    group = (Segment(n_chips=2, closed=True), Segment(n_chips=8, stride=4, closed=False))
     assert interconnect._usable_links("all-gather", group) == pytest.approx(0.25 * 15 / 7)
 
 
@@ -164,7 +164,7 @@ def test_a_group_of_one_costs_nothing(dims, axes, kind):
 def test_no_group_receives_faster_than_its_links(dims, axes, kind):
     """At least a chip's own links' worth of time, and never more than one link's."""
     assume(math.prod(dims["xyz".index(axis)] for axis in axes) > 1)
-    group = rings(axes, dims, V4)
+    group = segments(axes, dims, V4)
     link_s = 1e9 / V4.link_bytes_per_s
     took_s = seconds(kind, 1e9, axes, dims, V4, hop_s=0)
     assert link_s / sum(ring.n_links for ring in group) == pytest.approx(took_s)  # whole axes: the book's sum
@@ -209,7 +209,7 @@ def test_bad_questions_are_refused(change, rule):
 
 def test_a_switch_has_no_rings():
     with pytest.raises(ValueError, match="hangs on a switch"):
-        rings("x", (8,), H100)
+        segments("x", (8,), H100)
 
 
 def test_planning_needs_no_jax():
@@ -225,9 +225,9 @@ def test_a_step_of_a_ring():
     """One link one way, two on a closed ring both ways; a line's way back is long, a switch has all links."""
     v4 = chip("v4")
     link = v4.link_bytes_per_s
-    assert ring_step("x", (4, 4, 4), v4) == (1 / link, 1)
-    assert ring_step("x", (4, 4, 4), v4, ways=2) == (0.5 / link, 0.5)
-    assert ring_step("z", (2, 2, 3), v4, ways=2) == (1 / link, 2)
-    assert ring_step("x", (2, 2, 2), v4, ways=2) == (1 / link, 1)
+    assert permute_rate("x", (4, 4, 4), v4) == (1 / link, 1)
+    assert permute_rate("x", (4, 4, 4), v4, ways=2) == (0.5 / link, 0.5)
+    assert permute_rate("z", (2, 2, 3), v4, ways=2) == (1 / link, 2)
+    assert permute_rate("x", (2, 2, 2), v4, ways=2) == (1 / link, 1)
     h100 = chip("h100")
-    assert ring_step("x", (8, 1, 1), h100, ways=2) == (1 / (h100.n_links * h100.link_bytes_per_s), 1)
+    assert permute_rate("x", (8, 1, 1), h100, ways=2) == (1 / (h100.n_links * h100.link_bytes_per_s), 1)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.serving.engine.virtual_clock import Virtual
 from toruslab.models.decoder import mixed
-from toruslab.models.decoder.mixed import Form
+from toruslab.models.decoder.mixed import MixedForm
 from toruslab.models.decoder.quantise import dequantise, quantise
 from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
@@ -23,7 +24,7 @@ from toruslab.partitioning.plan.plan import Pass, plan
 from toruslab.partitioning.torus.mesh import AXES, attach
 from toruslab.serving.engine.engine import Engine, Sizes
 from toruslab.serving.engine.pages import Held, Pages
-from toruslab.serving.engine.play import Virtual, serve
+from toruslab.serving.engine.play import serve
 from toruslab.serving.engine.stage import Stage
 from toruslab.serving.scheduling.batch import Work
 from toruslab.serving.scheduling.policies import policy
@@ -302,7 +303,7 @@ def test_planned_is_compiled(name, attention, kv_heads):
     """The collectives of a pass over tokens of many requests are the layout's plan; the pages are never copied."""
     config, shape = battery.model("parallel", kv_heads), (2, 2, 2)
     (stage,) = stages(name, attention, shape, config=config)
-    form = Form(parts=stage.parts, singles=3, pieces=2, length=5, pages=3, page=7)
+    form = MixedForm(parts=stage.parts, singles=3, pieces=2, length=5, pages=3, page=7)
     pool = stage.pool(11, form.page)
     text = stage.compile(form, pool).as_text() or ""
     if not stage.layout.explicit:  # which XLA partitions as it likes, and which copies the pages
@@ -329,7 +330,9 @@ def test_compiled_for_tpus(attention):
     config, shape = model("palm-540b-h64-4l"), (4, 4, 4)
     mesh, made = target(Slice.parse("v4:4x4x4"), shape), layout("ws2d", attention, shape, 1)
     stage = Stage(config=config, layout=made, mesh=mesh, itemsize=2)
-    form = Form(parts=stage.parts, singles=64 // stage.parts, pieces=64 // stage.parts, length=64, pages=16, page=128)
+    form = MixedForm(
+        parts=stage.parts, singles=64 // stage.parts, pieces=64 // stage.parts, length=64, pages=16, page=128
+    )
     pool = abstract_cache(config, 256, form.page, made, mesh, stage.dtype)
     text = stage.compile(form, pool).as_text() or ""
     shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.serving.engine.test_engine import LONGEST, MAX_BS, N_SLOTS, check_alone, engine, run, stages, trace
-from toruslab.serving.engine.play import Virtual, serve
+from tests.serving.engine.virtual_clock import Virtual
+from toruslab.serving.engine.play import serve
 from toruslab.serving.results.metrics import Metrics
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.reservation import ORACLE

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toruslab.serving.results.distribution import EXACT, Distribution, Spread
+from toruslab.serving.results.distribution import EXACT, Distribution, Percentiles
 from toruslab.serving.results.metrics import Limits, Metrics, Summary, goodput
 from toruslab.serving.results.timeline import Timeline
 from toruslab.serving.scheduling.batch import Batch, Work
@@ -38,9 +38,9 @@ def run(**fields) -> tuple[Summary, Timeline]:
     return metrics.summary(), timeline
 
 
-def spread(values: list[float]) -> Spread:
+def spread(values: list[float]) -> Percentiles:
     p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99)).tolist()
-    return Spread(n=len(values), mean=sum(values) / len(values), median=p50, p90=p90, p99=p99, max=max(values))
+    return Percentiles(n=len(values), mean=sum(values) / len(values), median=p50, p90=p90, p99=p99, max=max(values))
 
 
 def test_each_definition_by_hand():
@@ -89,7 +89,7 @@ def test_many_values_are_nearly_exact(seed: int, sigma: float):
     many = Distribution()
     for part in np.array_split(values, 50):
         many.add(part.tolist())
-    got = many.spread()
+    got = many.percentiles()
     assert got is not None and got.n == values.size
     assert got.mean == pytest.approx(values.mean(), rel=1e-12) and got.max == values.max()
     for share, found in ((0.5, got.median), (0.9, got.p90), (0.99, got.p99)):
@@ -101,8 +101,8 @@ def test_few_values_are_exact():
     few = Distribution()
     few.add([4.0, 1.0])
     few.add([2.0])
-    assert few.spread() == spread([1.0, 2.0, 4.0])
-    assert Distribution().spread() is None
+    assert few.percentiles() == spread([1.0, 2.0, 4.0])
+    assert Distribution().percentiles() is None
 
 
 def test_memory_of_a_distribution_is_bounded():

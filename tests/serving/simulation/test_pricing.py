@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch
 from toruslab.serving.scheduling.batch import Batch, Work
+from toruslab.serving.simulation.measured_times import StageTable
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
-from toruslab.serving.simulation.stage_table import StageTable
 
 WHERE: dict[str, Any] = {
     "a100": {"model": "orca-175b", "slice": "a100-40:8"},

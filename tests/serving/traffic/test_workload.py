@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.traffic import lengths
-from toruslab.serving.traffic.arrivals import At, Gamma, Poisson
+from toruslab.serving.traffic.arrivals import Gamma, GivenTimes, Poisson
 from toruslab.serving.traffic.lengths import Fixed, Quantiles, Uniform
 from toruslab.serving.traffic.traces import arrivals
 from toruslab.serving.traffic.workload import Workload, prompt_ids
@@ -53,7 +53,7 @@ def test_seed_decides_and_more_requests_change_none_before():
 
 def test_fixed_times_are_kept_to_the_bit():
     times = (0.1, 0.3, 0.3, 7.7)
-    trace = Workload(n=4, arrivals=At(times_s=times), prompt=Fixed(tokens=9), output=Fixed(tokens=2))
+    trace = Workload(n=4, arrivals=GivenTimes(times_s=times), prompt=Fixed(tokens=9), output=Fixed(tokens=2))
     assert tuple(r.arrival_s for r in trace.requests()) == times
     assert trace.last_arrival_s() == 7.7 and trace.window_s(0.5) == (3.85, 7.7)
 
@@ -62,8 +62,8 @@ def test_times_of_a_file(tmp_path):
     file = tmp_path / "times"
     file.write_text("0.5\n\n1e0\n 1.0\r\n4\nnot read\n")
     found = arrivals(str(file), 4)
-    assert found.rate == 1.0 and found.at(1.0) == At(times_s=(0.5, 1.0, 1.0, 4.0))
-    assert found.at(2.0) == At(times_s=(0.25, 0.5, 0.5, 2.0)), "stretched to twice the rate"
+    assert found.rate == 1.0 and found.at(1.0) == GivenTimes(times_s=(0.5, 1.0, 1.0, 4.0))
+    assert found.at(2.0) == GivenTimes(times_s=(0.25, 0.5, 0.5, 2.0)), "stretched to twice the rate"
     three = arrivals(str(file), 3)
     assert three.rate == 3.0 and three.digest != found.digest
     assert arrivals("gamma-2.5", 4).name == arrivals("gamma:2.5", 4).name == "gamma:2.5"
@@ -131,13 +131,13 @@ def test_prompts_are_text_of_the_request():
     request = Request(id=11, arrival_s=0.0, prompt=40, max_output=1)
     ids = prompt_ids(request)
     assert ids.shape == (40,) and ids.dtype == np.int32
-    corpus = text.corpus() * 2
-    assert text.decode(ids) in corpus
+    text = corpus.read() * 2
+    assert byte_ids.decode(ids) in text
     longer = prompt_ids(Request(id=11, arrival_s=5.0, prompt=60, max_output=1))
     assert (longer[:40] == ids).all(), "the window begins where the id says, however long"
     assert not (prompt_ids(Request(id=12, arrival_s=0.0, prompt=40, max_output=1)) == ids).all()
     assert not (prompt_ids(request, seed=1) == ids).all()
-    n = text.encode(text.corpus(), bos=False).size
+    n = byte_ids.encode(corpus.read(), bos=False).size
     whole = prompt_ids(Request(id=0, arrival_s=0.0, prompt=n + 5, max_output=1))
     assert (whole[:5] == whole[n:]).all(), "past its end the corpus begins again"
 
@@ -147,8 +147,8 @@ def test_prompts_are_text_of_the_request():
     [
         (lambda: Poisson(rate=0.0), "rate=0.0 must be positive"),
         (lambda: Gamma(rate=1.0, cv=-1.0), "cv=-1.0 must be positive"),
-        (lambda: At(times_s=(1.0, 0.5)), "0.5 after 1.0"),
-        (lambda: At(times_s=(-1.0,)), "begin at 0"),
+        (lambda: GivenTimes(times_s=(1.0, 0.5)), "0.5 after 1.0"),
+        (lambda: GivenTimes(times_s=(-1.0,)), "begin at 0"),
         (lambda: Uniform(low=3, high=2), "low=3, high=2"),
         (lambda: Fixed(tokens=0), "tokens=0"),
         (lambda: Fixed(tokens=2).scaled(0.0), "factor=0.0 must be positive"),
@@ -156,7 +156,7 @@ def test_prompts_are_text_of_the_request():
         (lambda: Quantiles(shares=(0.1, 1.0), tokens=(5, 6)), "must rise between 0 and 1"),
         (lambda: Quantiles(shares=(0.1, 0.9), tokens=(6, 5)), "must be positive and not fall"),
         (
-            lambda: Workload(n=2, arrivals=At(times_s=(1.0,)), prompt=Fixed(tokens=1), output=Fixed(tokens=1)),
+            lambda: Workload(n=2, arrivals=GivenTimes(times_s=(1.0,)), prompt=Fixed(tokens=1), output=Fixed(tokens=1)),
             "n=2 must be at most the number of times, 1",
         ),
         (lambda: Workload(n=0, arrivals=ORCA.arrivals, prompt=ORCA.prompt, output=ORCA.output), "n=0"),

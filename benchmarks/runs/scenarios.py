@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.benchmarks.runs.lines import read_lines
-from toruslab.benchmarks.runs.options import InputError, Parser, path
+from toruslab.benchmarks.runs.options import InputError, Parser, path, read_lines
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.plan.point import CACHES, WEIGHTS
 from toruslab.partitioning.torus.chip import FITTED, chip
@@ -19,10 +18,10 @@ from toruslab.partitioning.torus.mesh import Slice
 from toruslab.serving.results.metrics import Limits
 from toruslab.serving.scheduling.policies import POLICIES, Policy, policy
 from toruslab.serving.scheduling.reservation import RESERVATIONS, reservation
+from toruslab.serving.simulation.measured_times import StageTable
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
-from toruslab.serving.simulation.scenario import Scenario, Server
-from toruslab.serving.simulation.simulator import StageTimes
-from toruslab.serving.simulation.stage_table import StageTable
+from toruslab.serving.simulation.scenario import Scenario
+from toruslab.serving.simulation.simulator import Server, StageTimes
 from toruslab.serving.traffic import lengths
 from toruslab.serving.traffic.arrivals import Arrivals
 from toruslab.serving.traffic.traces import ARRIVALS, Pattern, arrivals

@@ -8,9 +8,9 @@ from toruslab.serving.results.metrics import Metrics
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, chunked
 from toruslab.serving.scheduling.request import Request
-from toruslab.serving.scheduling.scheduler import Scheduler
-from toruslab.serving.simulation.apart import Side, simulate_apart
-from toruslab.serving.simulation.scenario import Scenario, Server
+from toruslab.serving.simulation.disaggregated import simulate_disaggregated
+from toruslab.serving.simulation.scenario import Scenario
+from toruslab.serving.simulation.simulator import Server
 from toruslab.serving.traffic.arrivals import Poisson
 from toruslab.serving.traffic.lengths import Uniform
 from toruslab.serving.traffic.workload import Workload
@@ -34,10 +34,10 @@ def test_three_requests_by_hand():
         seen.append(batch)
         return (1.0,)
 
-    runs = simulate_apart(
+    runs = simulate_disaggregated(
         requests,
-        Side(scheduler=Scheduler(max_bs=1, n_slots=99), times=lambda batch: (1.0,)),
-        Side(scheduler=Scheduler(max_bs=2, n_slots=99), times=decode_times),
+        Server(times=lambda batch: (1.0,), n_stages=1, n_chips=1, max_bs=1, slots=99),
+        Server(times=decode_times, n_stages=1, n_chips=1, max_bs=2, slots=99),
         lambda tokens: 0.5 * tokens,
     )
     assert [r.token_s for r in requests] == [[1.0, 3.0, 4.0], [2.0, 5.0], [3.0]]

@@ -18,7 +18,6 @@ from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.published import closed_forms as paper
 from toruslab.partitioning.torus.chip import chip
 
-Row = dict[str, Any]
 CALIBRATION = ("Tables 2, 3", "Figure B.1")
 NOMINAL = {"palm-540b": 540e9, "palm-62b": 62e9, "palm-8b": 8e9, "mt-nlg-530b": 530e9}
 """Parameters that the papers' MFU counts; other models have those of their configuration."""
@@ -137,7 +136,7 @@ def mfu_of(point: Point, seconds: float) -> float:
     return paper.forward_flops(n_params, point.tokens) / (seconds * point.n_chips * peak)
 
 
-def answer(published: Published, constants: Constants | None = None) -> Row:
+def answer(published: Published, constants: Constants | None = None) -> dict[str, Any]:
     """The row of a published number: with the model's, the relative error, and MFU.
 
     Args:
@@ -167,12 +166,12 @@ def answer(published: Published, constants: Constants | None = None) -> Row:
     return row
 
 
-def closed_form_rows() -> list[Row]:
+def closed_form_rows() -> list[dict[str, Any]]:
     """Figure 3 and Table 1 from the paper's own closed forms; nothing in them is fitted. They are about no point."""
     found, figure, table = [], data("fig3"), data("table1")
     common = {"point": None, "source": "published", "calibrated": False}
 
-    def add(set_: str, citation: str, case: Row, unit: str, published: float, analytic: float) -> None:
+    def add(set_: str, citation: str, case: dict[str, Any], unit: str, published: float, analytic: float) -> None:
         numbers = {f"published_{unit}": published, f"analytic_{unit}": analytic, "error": analytic / published - 1}
         found.append({**common, "set": set_, "citation": citation, "case": case, **numbers})
 

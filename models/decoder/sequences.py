@@ -1,7 +1,7 @@
 """What attention needs to know of the rows of a pass, and attention itself on each chip's own rows and heads.
 
 A pass hands the layers one value that can `attend`: `Aligned` here, rows of equal length over a cache of their own;
-`Causal` here, whole sequences and no cache; or `models.decoder.mixed.Mixed`, tokens of many requests over shared pages. The
+`Causal` here, whole sequences and no cache; or `models.decoder.mixed.Paged`, tokens of many requests over shared pages. The
 layers do not know which.
 """
 
@@ -19,7 +19,7 @@ from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, 
 from toruslab.partitioning.layouts.moves import follow, local
 
 
-class Rows(Protocol):
+class Sequences(Protocol):
     """Whoever knows where the keys and values of a pass's tokens are."""
 
     def attend(
@@ -46,7 +46,7 @@ class Aligned(NamedTuple):
     @classmethod
     def of(cls, starts: jax.Array, length: int, config: ModelConfig, layout: Layout) -> "Aligned":
         """Of `starts` [B], whole on every chip, and so many tokens a row."""
-        by_row, by_token = row_ladder(layout, layout.cache), _by_token(layout)
+        by_row, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
         starts = follow(starts, by_row)
 
         def tables(starts):
@@ -58,7 +58,7 @@ class Aligned(NamedTuple):
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
     ) -> tuple[jax.Array, Cache]:
-        """See `Rows`."""
+        """See `Sequences`."""
 
         def on_shards(q, kv, layer, starts, cos, sin, *held):
             t, h, width = q.shape
@@ -81,7 +81,7 @@ class Aligned(NamedTuple):
                 o = read(stored, layer, *found)
             return o.reshape(t, h, width), *arrays(stored)
 
-        by_row, by_token = row_ladder(layout, layout.cache), _by_token(layout)
+        by_row, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
         held = [place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in arrays(cache)]
         ins = [layout.q, layout.kv, place(layout, P()), by_row, by_token, by_token, *held]
         o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *self, *arrays(cache))
@@ -101,7 +101,7 @@ class Causal(NamedTuple):
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
     ) -> tuple[jax.Array, Cache]:
-        """See `Rows`."""
+        """See `Sequences`."""
         length = self.cos.shape[0]
 
         def on_shards(q, kv, cos, sin):
@@ -148,7 +148,7 @@ def place(layout: Layout, spec: P) -> Ladder:
     return (spec,) if layout.explicit else ()
 
 
-def row_ladder(layout: Layout, like: P) -> Ladder:
+def batch_ladder(layout: Layout, like: P) -> Ladder:
     """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
     rows = entries(like)[0]
     return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)

@@ -12,7 +12,7 @@ from typing import Any
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.plan import Pass, Training, check
@@ -25,7 +25,7 @@ FREE = ("slice", "mesh", "layout", "attention", "accumulate", "remat")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class TrainingSetting:
     """A training run; fields are the command's options.
 
     Raises:
@@ -56,14 +56,14 @@ class Setting:
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
         config = self.config
-        if config.vocab < text.VOCAB:
-            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+        if config.vocab < byte_ids.VOCAB:
+            raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
         if config.n_padding_heads:
             raise ValueError(f"n_padding_heads={config.n_padding_heads} must be 0 to train: they would become real")
         check(self.layout_value, config, self.pass_, self.shape)
 
     @classmethod
-    def of(cls, options: argparse.Namespace | Mapping[str, Any]) -> "Setting":
+    def of(cls, options: argparse.Namespace | Mapping[str, Any]) -> "TrainingSetting":
         """The setting of a command's options, or of those that were kept."""
         given = vars(options) if isinstance(options, argparse.Namespace) else options
         return cls(**{f.name: given[f.name] for f in dataclasses.fields(cls)})
@@ -110,28 +110,31 @@ class Texts:
     `digest`: of the whole text; `unigram`: what byte frequencies alone lose on the held-out part, nats a byte.
     """
 
-    train: text.Ids
-    held_out: text.Ids
+    train: byte_ids.TokenIds
+    held_out: byte_ids.TokenIds
     digest: str
     unigram: float
 
     @classmethod
-    def of(cls, setting: Setting) -> "Texts":
+    def of(cls, setting: TrainingSetting) -> "Texts":
         """Reads the text.
 
         Raises:
             ValueError, OSError: a file that cannot be read, or is too short.
         """
-        whole = text.encode(text.corpus(setting.text), bos=False)
-        train, rest = text.split(whole)
-        held_out = text.in_order(rest, setting.length, setting.pass_.rows)
+        whole = byte_ids.encode(corpus.read(setting.text), bos=False)
+        train, rest = corpus.split(whole)
+        held_out = corpus.in_order(rest, setting.length, setting.pass_.rows)
         digest = hashlib.sha256(whole.astype("uint8").tobytes()).hexdigest()[:16]
         return cls(
-            train=train, held_out=held_out, digest=digest, unigram=text.unigram_loss(train, held_out[:, :, 1:].ravel())
+            train=train,
+            held_out=held_out,
+            digest=digest,
+            unigram=corpus.unigram_loss(train, held_out[:, :, 1:].ravel()),
         )
 
 
-def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> Setting:
+def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingSetting:
     """The setting of a run that goes on: as it was kept, but for what may change.
 
     Args:
@@ -146,4 +149,4 @@ def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> Setting:
             raise ValueError(f"{name}={value!r} cannot change in a run that goes on, which has {kept[name]!r}")
     if "slice" in given and "mesh" not in given:
         kept = {**kept, "mesh": None}
-    return Setting.of({**kept, **{name: value for name, value in given.items() if name in kept}})
+    return TrainingSetting.of({**kept, **{name: value for name, value in given.items() if name in kept}})

@@ -1,4 +1,4 @@
-"""What `toruslab serve-bench` measures: rungs, rates and seeds, and the engine that all of them share.
+"""What `toruslab serve-bench` measures: schemes, rates and seeds, and the engine that all of them share.
 
 Decides which sizes an engine has by default, and in which order runs are made. Touches no device.
 """
@@ -15,7 +15,7 @@ from typing import Any, cast
 from toruslab.benchmarks.runs.weights_option import chosen
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
-from toruslab.models.weights import text
+from toruslab.models.weights import byte_ids
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.plan import Pass, check
@@ -39,7 +39,7 @@ SHARES = (0.25, 0.4, 0.6, 0.85, 1.2, 1.8)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class Scheme:
     """A way to make batches, and how many of them are in flight at most."""
 
     policy: Policy
@@ -51,7 +51,7 @@ class Rung:
         return self.policy.name.startswith(("request-level", "shortest-prompt"))
 
     @classmethod
-    def parse(cls, text_: str, stages: int) -> "Rung":
+    def parse(cls, text_: str, stages: int) -> "Scheme":
         """Reads `orca` or `request-level@2`; without a number, a batch for each stage.
 
         Raises:
@@ -66,13 +66,13 @@ class Rung:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class ServingSetting:
     """One engine, and the traffic that it gets.
 
     Args:
         shape: extents of one stage's mesh.
         scale: of prompts, of outputs.
-        n_slots: of the KV cache, for every rung.
+        n_slots: of the KV cache, for every scheme.
         warm_up: share of the time of arrivals that is left out.
         limits: of a request, for goodput.
         checkpoint: a folder with the weights; None: random ones.
@@ -85,7 +85,7 @@ class Setting:
     layout: str
     attention: str
     weights: str
-    rungs: tuple[Rung, ...]
+    schemes: tuple[Scheme, ...]
     reservation: Reservation
     held: Held
     max_bs: int
@@ -109,8 +109,8 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        """Requests that may hold a row at once, whatever the rung."""
-        return self.max_bs * max(rung.n_workers for rung in self.rungs)
+        """Requests that may hold a row at once, whatever the scheme."""
+        return self.max_bs * max(scheme.n_workers for scheme in self.schemes)
 
     @property
     def least_bytes(self) -> int:
@@ -147,15 +147,15 @@ def _config(name: str, checkpoint: str | None) -> ModelConfig:
     return chosen(None, checkpoint, 0).config if checkpoint else model(name)
 
 
-def read(options: argparse.Namespace) -> Setting:
+def read(options: argparse.Namespace) -> ServingSetting:
     """The setting that was asked for.
 
     Raises:
         ValueError: field, value and rule.
     """
     config = _config(options.model, options.checkpoint)
-    if config.vocab < text.VOCAB:
-        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {text.VOCAB}")
+    if config.vocab < byte_ids.VOCAB:
+        raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
     if options.weights not in WEIGHTS:
         raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
     for field, least in (("stages", 1), ("max_bs", 1), ("requests", 2), ("seeds", 1)):
@@ -180,7 +180,7 @@ def read(options: argparse.Namespace) -> Setting:
         raise ValueError(f"slots={n_slots} must be at least {asked.longest}, what the longest request needs")
     if options.held not in ("rows", "pages"):
         raise ValueError(f"held={options.held!r} must be rows or pages")
-    return Setting(
+    return ServingSetting(
         model=config.name,
         slice=slice_,
         shape=shape,
@@ -188,7 +188,7 @@ def read(options: argparse.Namespace) -> Setting:
         layout=options.layout,
         attention=options.attention,
         weights=options.weights,
-        rungs=_rungs(options.policies, stages, options.max_bs),
+        schemes=_schemes(options.policies, stages, options.max_bs),
         reservation=reservation(options.reservation),
         held=cast(Held, options.held),
         max_bs=options.max_bs,
@@ -224,14 +224,14 @@ def rates_around(capacity: float) -> tuple[float, ...]:
     return tuple(float(f"{share * capacity:.3g}") for share in SHARES)
 
 
-def runs(setting: Setting, of_rates: Sequence[float]) -> Iterator[tuple[Rung, float, int]]:
-    """Rung, rate and seed of every run: all rungs one after another, each time in another order."""
+def runs(setting: ServingSetting, of_rates: Sequence[float]) -> Iterator[tuple[Scheme, float, int]]:
+    """Scheme, rate and seed of every run: all schemes one after another, each time in another order."""
     for seed in range(setting.seeds):
         for i, rate in enumerate(of_rates):
-            rungs = list(setting.rungs)
-            random.Random(seed * len(of_rates) + i).shuffle(rungs)
-            for rung in rungs:
-                yield rung, rate, seed
+            schemes = list(setting.schemes)
+            random.Random(seed * len(of_rates) + i).shuffle(schemes)
+            for scheme in schemes:
+                yield scheme, rate, seed
 
 
 def sizes_of_passes(max_bs: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -264,11 +264,11 @@ def _stage_shape(slice_: Slice, mesh: str | None, stages: int) -> Shape:
     return (dims[0], dims[1], dims[2])
 
 
-def _rungs(text_: str | None, stages: int, max_bs: int) -> tuple[Rung, ...]:
+def _schemes(text_: str | None, stages: int, max_bs: int) -> tuple[Scheme, ...]:
     default = f"shortest-prompt,request-level,request-level-early,request-level-early@{stages + 1},orca"
     names = f"{default},chunked-{2 * max_bs}" if text_ is None else text_
-    found = tuple(Rung.parse(name, stages) for name in names.split(","))
-    if len({(rung.policy.name, rung.n_workers) for rung in found}) < len(found):
+    found = tuple(Scheme.parse(name, stages) for name in names.split(","))
+    if len({(scheme.policy.name, scheme.n_workers) for scheme in found}) < len(found):
         raise ValueError(f"policies={text_!r} must be different ones; without @N there are stages={stages} in flight")
     return found
 

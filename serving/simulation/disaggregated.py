@@ -13,22 +13,13 @@ from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.scheduler import Scheduler
-from toruslab.serving.simulation.simulator import Simulation, StageTimes, simulate
+from toruslab.serving.simulation.simulator import Server, Simulation, simulate
 
 
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """One of the two slices: an empty scheduler, and what its stages take."""
-
-    scheduler: Scheduler
-    times: StageTimes
-    host_s: float = 0.0
-
-
-def simulate_apart(
+def simulate_disaggregated(
     requests: Iterable[Request],
-    prefill: Side,
-    decode: Side,
+    prefill: Server,
+    decode: Server,
     transfer_s: Callable[[int], float],
     observers: Sequence[Observer] = (),
 ) -> tuple[Simulation, Simulation]:
@@ -46,17 +37,18 @@ def simulate_apart(
         The runs of the first and of the second slice.
     """
     here: dict[int, Request] = {}
+    decode_scheduler = decode.scheduler()
     first = _First(observers, here)
     before = simulate(
-        _prompts(requests, decode.scheduler, observers, here),
-        prefill.scheduler,
+        _prompts(requests, decode_scheduler, observers, here),
+        prefill.scheduler(),
         prefill.times,
         host_s=prefill.host_s,
         observers=[first],
     )
     second = _Second(observers, here, first.n_stages, first.ended)
     clones = _clones(first.ready, here, transfer_s)
-    after = simulate(clones, decode.scheduler, decode.times, host_s=decode.host_s, observers=[second])
+    after = simulate(clones, decode_scheduler, decode.times, host_s=decode.host_s, observers=[second])
     second.flush(max(before.end_s, after.end_s))
     return before, after
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from toruslab.benchmarks.measure.looped import Block
 from toruslab.models.decoder.attention import attend, rope
 from toruslab.models.decoder.cache import write
-from toruslab.models.decoder.decoder import Block as Layer
+from toruslab.models.decoder.decoder import ResidualBlock as Layer
 from toruslab.models.decoder.decoder import matmul
 from toruslab.models.presets import model
 from toruslab.partitioning.torus.calibrated import Sample

@@ -1,0 +1,129 @@
+"""One layer's ladder in the paper's notation: every tensor of a pass, every step, and what each step moves.
+
+`BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E; `(partialsum-x)` says that the chips along
+x hold terms of a sum. Touches no device.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import PartitionSpec as P
+
+from toruslab.partitioning.cost.estimate import estimate
+from toruslab.partitioning.layouts.layout import axes_of, entries
+from toruslab.partitioning.layouts.moves import Move, moves
+from toruslab.partitioning.plan.plan import TRANSPOSED, Stage, bytes_of, letters, tensors
+from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.torus.chip import PLATFORMS
+from toruslab.partitioning.torus.mesh import AXES
+
+LETTERS = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
+WHAT = {
+    "embed": "look up",
+    "x": "into the matmuls",
+    "norm": "sum of squares",
+    "w_in": "weights in",
+    "h": "out of the input projection",
+    "kv": "K and V",
+    "w_kv": "weights of K, V",
+    "q": "Q to attention",
+    "o": "attention's output back",
+    "g": "into the output projection",
+    "w_out": "weights out",
+    "out": "to the residual stream",
+    "rows": "into the unembedding",
+    "logits": "logits",
+    "sample": "best token of every part",
+    "loss": "largest logit, then sums",
+    "clip": "the loss",
+}
+RIDERS = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V", (): "with it: the gradient's square"}
+
+
+def notation(dims: Sequence[str], spec: P) -> str:
+    """A tensor's dimensions and spec as the paper writes them; axes in the order x, y, z, whatever their order here.
+
+    Example:
+        >>> notation(("T", "C"), P(None, ("z", "y"), unreduced=frozenset("x")))
+        'BLC_yz(partialsum-x)'
+    """
+    parts = []
+    for dim, entry in zip(dims, entries(spec), strict=True):
+        axes = "".join(a for a in AXES if a in axes_of(entry))
+        letters_ = LETTERS.get(dim, dim)
+        parts.append(letters_[:1] + (f"_{axes}" if axes else "") + letters_[1:])
+    partial = "".join(a for a in AXES if a in spec.unreduced)
+    return "".join(parts) + (f"(partialsum-{partial})" if partial else "")
+
+
+def steps(point: Point) -> list[dict]:
+    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count; `rides`
+    says that it shares the collective of another tensor of its scope, `in_layer` that it is in every layer.
+
+    A step that is looped with its matmul also has its number of `sends`.
+
+    Seconds are analytic, and None for chips without a data sheet.
+
+    A tensor that does not move is one row without a kind.
+    """
+    sizes = dict(zip(AXES, point.mesh_shape, strict=True))
+    config, layout = point.config, point.layout_value
+    size = letters(config, point.pass_, layout, point.mesh_shape)
+    priced = iter(() if point.chip in PLATFORMS else estimate(point).collectives)
+    found = []
+    for stage in tensors(layout, config, point.pass_, point.mesh_shape):
+        common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
+        common |= {"rides": stage.rides, "in_layer": stage.in_layer}
+        common |= {"part": stage.part} if point.phase == "train" else {}
+        back = stage.part == "backward"
+        if len(stage.ladder) == 1:
+            at = notation(stage.dims, dual(stage.ladder[0], sizes) if back else stage.ladder[0])
+            nothing = {"kind": None, "axes": [], "to": at, "bytes": 0, "seconds": None, "count": stage.count}
+            found.append({**common, "from": at, **nothing})
+        runs = list(stage.collectives(sizes, size))
+        steps_ = list(moves(stage.ladder))
+        for move in reversed(steps_) if back else steps_:
+            parts = [kind for kind, _, _, of in runs if of == move]
+            seconds = [c.seconds for _, c in zip(parts, priced, strict=False)]
+            src, dst = (dual(move.dst, sizes), dual(move.src, sizes)) if back else (move.src, move.dst)
+            found.append(
+                {
+                    **common,
+                    "from": notation(stage.dims, src),
+                    "kind": _kind(move, back),
+                    "axes": [a for a in AXES if a in move.axes],
+                    "to": notation(stage.dims, dst),
+                    "bytes": bytes_of(move, stage, size, point.pass_, sizes),
+                    "seconds": sum(seconds) if seconds else None,
+                    "count": stage.count,
+                }
+                | ({"sends": len(parts)} if "collective-permute" in parts else {})
+            )
+    return found
+
+
+def dual(spec: P, sizes: Mapping[str, int]) -> P:
+    """Where the gradient of a tensor lies: split alike; of what chips had alike each has a part of the sum, and of a
+    partial sum all have the whole.
+
+    Example:
+        >>> dual(P("y", None, unreduced=frozenset("x")), {"x": 2, "y": 2, "z": 2}) == P("y", None, unreduced={"z"})
+        True
+    """
+    split = {a for entry in entries(spec) for a in axes_of(entry)} | spec.unreduced
+    return P(*entries(spec), unreduced=frozenset(a for a in AXES if sizes[a] > 1 and a not in split))
+
+
+def _kind(move: Move, back: bool) -> str:
+    """The name of a move, or of its transpose; a slice moves nothing, nor does what lies around it as zeros."""
+    if not back:
+        return move.kind
+    return "pad" if move.kind == "slice" else TRANSPOSED[move.kind]
+
+
+def _what(stage: Stage) -> str:
+    if stage.rides and stage.scope != "loss":
+        return RIDERS[stage.dims]
+    first, last = stage.scope.split("/")[0], stage.scope.rsplit("/", 1)[-1]
+    if first in ("gradients", "update"):
+        return {"gradients": "its sum, to its owner", "update": "new values, to all copies"}[first]
+    return "its gradient" if stage.part == "backward" else WHAT[last]
