@@ -30,8 +30,8 @@ from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
 from toruslab.benchmarks.runs.rows import Row, RowFile
 from toruslab.models.weights import byte_ids, corpus
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.plan.point import CACHES, Point
 from toruslab.partitioning.torus.mesh import AXES, Slice, attach
 
@@ -196,7 +196,7 @@ def _report(run: BenchRun) -> int:
     assert run.rows
     rows = run.rows.rows
     if not run.options.json:
-        from toruslab.benchmarks.report import show, write
+        from toruslab.benchmarks.reports.bench_report import show, write
 
         show(rows, Console(width=None if sys.stdout.isatty() else 120))
         for written in write(rows, run.options.out):

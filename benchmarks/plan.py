@@ -25,18 +25,8 @@ from rich.table import Table
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.partitioning.cost.estimate import estimate
-from toruslab.partitioning.cost.planner import (
-    BATCHES,
-    GOALS,
-    PHASES,
-    PLANNED,
-    Job,
-    Plan,
-    Space,
-    pareto,
-    read_slices,
-    search,
-)
+from toruslab.partitioning.cost.planner import GOALS, Plan, pareto, search
+from toruslab.partitioning.cost.space import BATCHES, PHASES, PLANNED, Job, Space, read_slices
 from toruslab.partitioning.plan.point import CACHES
 
 WITHIN = {"latency": "lowest latency", "cost": "lowest cost", "batch": "largest batch"}

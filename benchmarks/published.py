@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from toruslab.benchmarks.reports.published_figures import write
+from toruslab.benchmarks.reports import figures as drawn
+from toruslab.benchmarks.reports.style import sheets
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
@@ -219,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if constants:
             _show_constants(constants, console)
     if folder:
-        for path in write(rows, folder, constants):
+        for path in run_folder.save(folder, "rows", rows, sheets(*drawn.published(rows, constants))):
             print(path, file=sys.stderr)
     for line, reason in refused.items():
         print(f"error: {_name(options.points)}, line {line}: {reason}", file=sys.stderr)

@@ -226,7 +226,7 @@ class Ladder:
 
     def report(self) -> None:
         """Prints the table, unless rows were asked for; writes it and the pictures."""
-        from toruslab.benchmarks.reports.serve_figures import show, write
+        from toruslab.benchmarks.reports.serving_report import show, write
 
         traces = {r.name: _read(self._drawn(r)) for r in self.setting.schemes if self._drawn(r).exists()}
         if not self._json:

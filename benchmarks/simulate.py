@@ -69,9 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in _front(rows):
         row["pareto"] = True
     if options.out is not None:
-        from toruslab.benchmarks.reports.simulate_figures import draw_front
+        from toruslab.benchmarks.reports.figures import front
+        from toruslab.benchmarks.reports.style import sheets
 
-        drawn = {} if options.capacity else {"pareto": draw_front(rows)}
+        drawn = {} if options.capacity else sheets(front(rows))
         for path in run_folder.save(options.out, "rows", rows, drawn):
             print(path, file=sys.stderr)
     if options.json:
@@ -253,9 +254,9 @@ def _figure(options: Any, console: Console) -> int:
         rows += orca.ladder(n, seed, tick)
         rows += orca.predict([m for m in orca.PANELS if m != "orca-175b"], n, seed, tick)
         if options.out is not None:
-            from toruslab.benchmarks.reports.simulate_figures import draw_ladder, draw_orca
+            from toruslab.benchmarks.reports.style import sheets
 
-            drawn = {"orca_10b": draw_orca(n, seed), "ladder": draw_ladder(rows)}
+            drawn = sheets(orca.figure_10b(n, seed), orca.ladder_picture(rows))
             for path in run_folder.save(options.out, "rows", rows, drawn):
                 print(path, file=sys.stderr)
     if options.json:

@@ -28,8 +28,8 @@ from toruslab.benchmarks.runs.folder import claim, put_aside
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
 from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.torus.mesh import Slice
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class _Command:
 
     def _conclude(self, final: Row) -> None:
         from toruslab.benchmarks.measure.training_run import rows
-        from toruslab.benchmarks.reports import train_figure
+        from toruslab.benchmarks.reports import figures, style
 
         out = Console(width=None if sys.stdout.isatty() else 120)
         rate = final["tokens_per_s"]
@@ -243,7 +243,7 @@ class _Command:
             out.print(f"\n[dim]{escape(written['prompt'])}[/dim]{escape(written['text'])}", highlight=False)
         print()
         try:
-            for drawn in train_figure.write(rows(self.options.out), self.options.out):
+            for drawn in style.save(figures.loss(rows(self.options.out)), self.options.out):
                 print(drawn)
         except OSError as error:
             self.console.print(f"warning: the picture cannot be written: {error}", markup=False, highlight=False)

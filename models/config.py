@@ -1,7 +1,6 @@
-"""What a decoder is: its sizes and its variants, as one frozen record.
+"""The record of a decoder: its sizes, its variants, and the rules that every model must keep.
 
-Decides the names of the sizes, the legality of a model by itself, and its counts (parameters, KV bytes).
-Leaves to others how it is split over chips (`partitioning.layouts.layout`) and what it computes (`models.decoder.decoder`).
+How a model is split over chips is in `partitioning.layouts.layout`, what it computes in `models.decoder.decoder`.
 Imports no JAX.
 """
 
@@ -25,17 +24,18 @@ class ModelConfig:
         name: the preset's name; it appears in rows and messages.
         n_layers: number of layers.
         d_model, d_ff, n_heads, d_head, n_kv_heads, vocab: the sizes above.
-        block: `parallel` runs attention and MLP from one norm, `serial` one after the other with a norm each.
-        mlp: `swiglu` and `geglu` have three matrices (gate, up, down) and SiLU or GELU of the gate, `gelu` two (up,
-            down).
+        block: `parallel` runs attention and MLP from one norm; `serial` runs them in turn, with a norm each.
+        mlp: `swiglu` and `geglu` have three matrices (gate, up, down) and apply SiLU or GELU to the gate. `gelu` has
+            two (up, down).
         tied: the unembedding is the embedding table.
-        scaled_embed: embeddings are multiplied by sqrt(E) where they are looked up, as Gemma's.
-        n_padding_heads: how many of `n_heads` are padding; they hold zeros and contribute nothing.
+        scaled_embed: embeddings are multiplied by sqrt(E) when they are looked up, as in Gemma.
+        n_padding_heads: number of heads among `n_heads` that are padding. They hold zeros and contribute nothing.
         rope_theta: base of the rotary frequencies.
         norm_eps: added to the mean square before the root.
 
     Raises:
-        ValueError: a size that is not a positive integer, or heads that the KV heads do not divide.
+        ValueError: a size that is not a positive integer, or sizes that do not fit each other. The message names the
+            field, its value and the rule.
     """
 
     name: str = "custom"
@@ -82,36 +82,37 @@ class ModelConfig:
 
     @property
     def vocab_rows(self) -> int:
-        """Rows of the embedding table: `vocab`, padded so that it can be split over many chips.
+        """Rows of the embedding table: `vocab`, padded so that the table can be split over many chips.
 
-        Large tables by whole tiles of 128 on 64 chips: parts of other sizes cost TPUs a padded reduce-scatter of the
-        logits and a shift between neighbours.
+        A large table is padded to a multiple of 8192, which is one tile of 128 rows on each of 64 chips. With parts of
+        other sizes, TPUs pad the reduce-scatter of the logits and shift data between neighbours.
         """
         multiple = 128 if self.vocab < 16384 else 1024 if self.vocab < 65536 else 8192
         return -(-self.vocab // multiple) * multiple
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP has a gate: three matrices, not two."""
+        """Whether the MLP has a gate, and so three matrices instead of two."""
         return self.mlp != "gelu"
 
     @property
     def embed_scale(self) -> float:
-        """What an embedding is multiplied by where it is looked up; the unembedding is not."""
+        """The factor of an embedding when it is looked up. The unembedding has no factor."""
         return math.sqrt(self.d_model) if self.scaled_embed else 1.0
 
     @property
     def mlp_groups(self) -> int:
-        """In how many groups the MLP's columns are stored, each group holding its part of gate and up.
+        """Number of groups in which the MLP's columns are stored. Each group holds its part of gate and up.
 
-        A chip's share of a fused matrix must hold matching columns of Q, gate and up whatever the mesh, so the
-        columns are interleaved by group: by head where F divides, else by the largest power of two up to 256.
+        A chip's share of a fused matrix must hold matching columns of Q, gate and up on every mesh. The columns are
+        therefore interleaved by group: one group per head if the heads divide F, else the largest power of two up to
+        256 that divides F.
         """
         return self.n_heads if self.d_ff % self.n_heads == 0 else math.gcd(self.d_ff, 256)
 
     @property
     def n_params(self) -> int:
-        """Number of weights, padding heads and norms left out, as the literature counts them."""
+        """Number of weights without padding heads and norms, as the literature counts them."""
         heads = self.n_heads - self.n_padding_heads
         kv_heads = self.n_kv_heads if self.n_kv_heads != self.n_heads else heads
         mlp = (3 if self.gated else 2) * self.d_model * self.d_ff
@@ -120,23 +121,24 @@ class ModelConfig:
         return self.n_layers * (mlp + attention) + embeddings
 
     def serial(self) -> "ModelConfig":
-        """The same sizes with attention and MLP one after the other, a norm each: as many parameters.
+        """The same sizes with attention and MLP in turn, a norm each. The number of parameters is the same.
 
         Raises:
-            ValueError: it is serial already.
+            ValueError: the model is serial already.
         """
         if self.block == "serial":
             raise ValueError(f"block='serial' already in {self.name}")
         return dataclasses.replace(self, block="serial")
 
     def multihead(self) -> "ModelConfig":
-        """Multihead for multiquery: K = H heads of half the width, as in Pope et al. 2022, Table 1.
+        """The multihead counterpart of a multiquery model: K = H heads of half the width (Pope et al. 2022, Table 1).
 
-        K and V for every head are as large as Q and O; with the width halved, all four together are what Q and O
-        were: 4 E H Q/2 = 2 E H Q, that is 1/(H + 1) less than multiquery, whose one K and V adds 2 E Q.
+        In multihead attention K and V are as large as Q and O. With the width halved, all four together have
+        4 E H Q/2 = 2 E H Q weights, as Q and O had before. That is 1/(H + 1) less than multiquery attention, whose
+        single K and V add 2 E Q.
 
         Raises:
-            ValueError: not multiquery, or a width whose half is odd.
+            ValueError: the model is not multiquery, or half the width is odd.
         """
         if self.n_kv_heads != 1 or self.n_heads == 1:
             raise ValueError(f"n_kv_heads={self.n_kv_heads} of {self.name} must be 1 (multiquery) to become multihead")
@@ -145,10 +147,10 @@ class ModelConfig:
         return dataclasses.replace(self, n_kv_heads=self.n_heads, d_head=self.d_head // 2)
 
     def padded(self, n_heads: int) -> "ModelConfig":
-        """The same model with its heads padded to `n_heads` (K and V heads too where attention is multihead).
+        """The same model with its heads padded to `n_heads`; in multihead attention the KV heads are padded too.
 
         Raises:
-            ValueError: fewer heads than there are, or attention that cannot be padded.
+            ValueError: `n_heads` is less than the real heads, or the attention is grouped-query.
         """
         real = self.n_heads - self.n_padding_heads
         if n_heads < real:

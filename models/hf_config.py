@@ -11,8 +11,8 @@ from typing import Any
 
 from toruslab.models.config import ModelConfig
 
-# what each model type's own configuration class takes for a field that the file leaves out
 _TANH_GELU = "gelu_pytorch_tanh"
+# defaults of each model type's own configuration class, for fields that the file leaves out
 _TYPES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "mistral": {"tie_word_embeddings": False},
@@ -32,19 +32,19 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_interme
 
 
 def from_hugging_face(path: Path, *, exact: bool = False) -> ModelConfig:
-    """The decoder with the sizes of a Hugging Face `config.json`.
+    """The decoder that has the sizes of a Hugging Face `config.json`.
 
     Args:
         path: the file, or a folder with a `config.json`.
-        exact: the decoder must compute what the original does; else it must cost about the same.
+        exact: require that the decoder computes what the original does. Otherwise it only has to cost about the same.
 
     Returns:
-        A serial, gated decoder, named by the path. What the original has besides (biases, norms on Q and K, windows,
-        rescaled rotary frequencies) is left out with a warning: it changes numbers, hardly costs.
+        A serial, gated decoder, named by the path. Features that the decoder lacks (biases, norms on Q and K, windows,
+        rescaled rotary frequencies) are left out with a warning. They change the logits but hardly the cost.
 
     Raises:
-        ValueError: no such file, not JSON, a missing or wrong field, or a model that this decoder cannot stand for;
-            if `exact`, one of which something would be left out.
+        ValueError: no such file, not JSON, a missing or wrong field, or a model that this decoder cannot represent;
+            with `exact`, also a model with a feature that would be left out.
     """
     data = read_fields(path)
     try:
@@ -62,7 +62,7 @@ def from_hugging_face(path: Path, *, exact: bool = False) -> ModelConfig:
 
 
 def read_fields(path: Path) -> dict[str, Any]:
-    """What a `config.json` holds; `path` is the file, or a folder with one.
+    """The JSON object of a `config.json`; `path` is the file, or a folder with one.
 
     Raises:
         ValueError: no such file, or not one JSON object.
@@ -80,7 +80,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 
 def _from_fields(name: str, data: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
-    """The decoder, and what of the original it leaves out."""
+    """The decoder, and the features of the original that it leaves out."""
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"model_type={kind!r} is not a decoder that this one can stand for: {', '.join(_TYPES)}")

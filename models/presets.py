@@ -1,7 +1,6 @@
-"""The decoders that have a name, and how a name or a Hugging Face `config.json` becomes a `ModelConfig`.
+"""Decoders by name: the presets, the suffixes that change them, and `model`, which takes a name or a path.
 
-Decides the sizes of known models, the suffixes of a name, and which foreign configurations this decoder can stand
-for. Leaves what a size means to `models.config`. Sizes only: no weights are fetched or read. Imports no JAX.
+A `config.json` is read by `models.hf_config`. Presets hold sizes only; no weights are fetched or read. Imports no JAX.
 """
 
 import dataclasses
@@ -9,121 +8,59 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from toruslab.models.config import Mlp, ModelConfig
+from toruslab.models.config import ModelConfig
 from toruslab.models.hf_config import from_hugging_face
+
+_SIZES = ("n_layers", "d_model", "d_ff", "n_heads", "d_head", "n_kv_heads", "vocab")
+
+
+def _sized(name: str, *sizes: int, **variants: Any) -> ModelConfig:
+    """A model with the sizes in the order of `_SIZES`."""
+    fields: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+    return ModelConfig(name=name, **fields, **variants)
 
 
 def _palm(name: str, n_layers: int, d_model: int, n_heads: int) -> ModelConfig:
     """Pope et al. 2022, section 4, and Chowdhery et al. 2022, Table 1: F = 4E, multiquery, parallel, tied."""
-    return ModelConfig(
-        name=name,
-        n_layers=n_layers,
-        d_model=d_model,
-        d_ff=4 * d_model,
-        n_heads=n_heads,
-        d_head=256,
-        vocab=256128,
-    )
+    return _sized(name, n_layers, d_model, 4 * d_model, n_heads, 256, 1, 256128)
 
 
 def _gpt(name: str, n_layers: int, d_model: int, n_heads: int, vocab: int) -> ModelConfig:
     """GPT style: serial, GELU, F = 4E, multihead with H Q = E, tied. Learned positions and biases are left out."""
-    return ModelConfig(
-        name=name,
-        n_layers=n_layers,
-        d_model=d_model,
-        d_ff=4 * d_model,
-        n_heads=n_heads,
-        d_head=d_model // n_heads,
-        n_kv_heads=n_heads,
-        vocab=vocab,
-        block="serial",
-        mlp="gelu",
-    )
+    heads = (n_heads, d_model // n_heads, n_heads)
+    return _sized(name, n_layers, d_model, 4 * d_model, *heads, vocab, block="serial", mlp="gelu")
 
 
-def _gated(
-    name: str,
-    n_layers: int,
-    d_model: int,
-    d_ff: int,
-    n_heads: int,
-    n_kv_heads: int,
-    vocab: int,
-    *,
-    d_head: int = 128,
-    tied: bool = False,
-    rope_theta: float = 10000.0,
-    norm_eps: float = 1e-5,
-    mlp: Mlp = "swiglu",
-    scaled_embed: bool = False,
-) -> ModelConfig:
-    """Llama style: serial, gated MLP. Sizes from each model's published `config.json`."""
-    return ModelConfig(
-        name=name,
-        n_layers=n_layers,
-        d_model=d_model,
-        d_ff=d_ff,
-        n_heads=n_heads,
-        d_head=d_head,
-        n_kv_heads=n_kv_heads,
-        vocab=vocab,
-        block="serial",
-        mlp=mlp,
-        tied=tied,
-        scaled_embed=scaled_embed,
-        rope_theta=rope_theta,
-        norm_eps=norm_eps,
-    )
+def _gated(name: str, *sizes: int, d_head: int = 128, **variants: Any) -> ModelConfig:
+    """Llama style: serial, gated MLP, untied. `sizes` are those of the model's published `config.json`: `_SIZES`
+    without `d_head`."""
+    *before, n_kv_heads, vocab = sizes
+    variants = {"block": "serial", "tied": False, "norm_eps": 1e-5} | variants
+    return _sized(name, *before, d_head, n_kv_heads, vocab, **variants)
 
 
 def _gemma(name: str, *sizes: int, d_head: int = 256) -> ModelConfig:
-    """GeGLU and scaled embeddings. Gemma 2 differs in what costs little: it also norms after each block, caps logits,
-    and lets every second layer attend to 4096 tokens only (here all layers attend to everything)."""
-    n_layers, d_model, d_ff, n_heads, n_kv_heads = sizes
-    return _gated(
-        name,
-        n_layers,
-        d_model,
-        d_ff,
-        n_heads,
-        n_kv_heads,
-        256000,
-        d_head=d_head,
-        tied=True,
-        norm_eps=1e-6,
-        mlp="geglu",
-        scaled_embed=True,
-    )
+    """GeGLU and scaled embeddings. Gemma 2 also has three features that cost little and are left out: norms after each
+    block, capped logits, and a window of 4096 tokens in every second layer (here all layers attend to everything)."""
+    variants = {"tied": True, "norm_eps": 1e-6, "mlp": "geglu", "scaled_embed": True}
+    return _gated(name, *sizes, 256000, d_head=d_head, **variants)
 
 
 def _qwen(name: str, *sizes: int, d_head: int = 128, tied: bool = False) -> ModelConfig:
     """Qwen 2.5 also has biases on Q, K and V, which this decoder leaves out."""
-    n_layers, d_model, d_ff, n_heads, n_kv_heads, vocab = sizes
-    return _gated(
-        name,
-        n_layers,
-        d_model,
-        d_ff,
-        n_heads,
-        n_kv_heads,
-        vocab,
-        d_head=d_head,
-        tied=tied,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-    )
+    return _gated(name, *sizes, d_head=d_head, tied=tied, rope_theta=1e6, norm_eps=1e-6)
 
 
 _ALL = (
-    # the bench's own decoder: small enough to run anywhere, large enough to split over 8 chips
+    # the decoder of `toruslab bench`: small enough to run anywhere, large enough to split over 8 chips
     ModelConfig(name="toy", n_layers=4, d_model=512, d_ff=2048, n_heads=16, d_head=64, vocab=258),
-    # its second size, an eighth of it
+    # the second size of `toruslab bench`, an eighth of the first
     ModelConfig(name="toy-s", n_layers=2, d_model=256, d_ff=1024, n_heads=8, d_head=64, vocab=258),
-    # what `toruslab train` trains: as many parameters as toy-s in twice as many layers, which learn more from a text
+    # the model of `toruslab train`: as many parameters as toy-s, in twice as many layers, which learn more from a text
     ModelConfig(name="toy-text", n_layers=4, d_model=192, d_ff=768, n_heads=8, d_head=32, vocab=258),
-    # Pope et al. 2022; `palm-540b-h64` is the one that the paper ran
+    # Pope et al. 2022; the paper ran `palm-540b-h64`
     _palm("palm-8b", 32, 4096, 16),
     _palm("palm-62b", 64, 8192, 32),
     _palm("palm-540b", 118, 18432, 48),
@@ -140,7 +77,7 @@ _ALL = (
     _gated("llama-2-7b", 32, 4096, 11008, 32, 32, 32000),
     _gated("llama-2-13b", 40, 5120, 13824, 40, 40, 32000),
     _gated("llama-2-70b", 80, 8192, 28672, 64, 8, 32000),
-    # Grattafiori et al. 2024; from 3.1 on (so all of 405b) the rotary frequencies are rescaled, which is left out
+    # Grattafiori et al. 2024; releases from 3.1 on (405b is one) rescale the rotary frequencies, which is left out
     _gated("llama-3-8b", 32, 4096, 14336, 32, 8, 128256, rope_theta=5e5),
     _gated("llama-3-70b", 80, 8192, 28672, 64, 8, 128256, rope_theta=5e5),
     _gated("llama-3-405b", 126, 16384, 53248, 128, 8, 128256, rope_theta=5e5),
@@ -167,23 +104,23 @@ SUFFIXES = {
     "-mha": "multihead for multiquery: as many KV heads as heads, of half the width",
     "-vN": "a vocabulary of N tokens",
 }
-"""What may follow a preset's name, each once and in any order."""
+"""The suffixes that a preset's name may have, each at most once and in any order."""
 _KINDS = {"-hN": re.compile(r"h(\d+)"), "-Nl": re.compile(r"(\d+)l"), "-vN": re.compile(r"v(\d+)")}
 _KINDS |= {"-serial": re.compile("(serial)"), "-mha": re.compile("(mha)")}
 
 
 def model(name_or_path: str | Path) -> ModelConfig:
-    """The decoder of this name, or the one that a Hugging Face `config.json` describes.
+    """The decoder with this name, or the decoder that a Hugging Face `config.json` describes.
 
     Args:
-        name_or_path: a key of `PRESETS` and any of `SUFFIXES`; or a path to a `config.json` or to a folder with one.
+        name_or_path: a key of `PRESETS` with any of `SUFFIXES`; or a path to a `config.json` or to a folder with one.
 
     Returns:
-        The configuration, named as it was asked for.
+        The configuration; its name is `name_or_path`.
 
     Raises:
-        ValueError: an unknown name (with the nearest known one), suffixes that do not apply, or a `config.json` of
-            a model that this decoder cannot stand for.
+        ValueError: an unknown name (the message has the nearest known one), suffixes that do not apply, or a
+            `config.json` of a model that this decoder cannot represent.
 
     Example:
         >>> small = model("palm-540b-h64-8l")
@@ -208,10 +145,10 @@ def model(name_or_path: str | Path) -> ModelConfig:
 
 
 def suffixed(name: str, *suffixes: str) -> str:
-    """The name of a preset with these suffixes too, each instead of what it has of the same kind.
+    """The preset's name with these suffixes added. Each replaces a suffix of the same kind.
 
     Raises:
-        ValueError: no preset's name: a path has no suffixes.
+        ValueError: `name` is not a preset's; a path has no suffixes.
 
     Example:
         >>> suffixed("palm-540b-h64-118l", "-8l", "-mha")
@@ -226,13 +163,13 @@ def suffixed(name: str, *suffixes: str) -> str:
 
 
 def _parts(text: str) -> tuple[str | None, list[str]]:
-    """The preset that a name begins with, the longest, and the suffixes after it."""
+    """The longest preset that the name begins with, and the suffixes after it."""
     base = max((name for name in PRESETS if f"{text}-".startswith(f"{name}-")), key=len, default=None)
     return base, text[len(base) :].split("-")[1:] if base else []
 
 
 def _changed(config: ModelConfig, suffixes: Sequence[str]) -> ModelConfig:
-    """The decoder with the changes that the suffixes ask for."""
+    """The decoder, changed by the suffixes."""
     asked: dict[str, str] = {}
     for suffix in suffixes:
         kind = next((name for name, pattern in _KINDS.items() if pattern.fullmatch(suffix)), None)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from tests.canonical import unpack
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache, cache_shape, cache_spec, empty_cache
 from toruslab.models.decoder.decoder import Tokens
@@ -23,12 +24,16 @@ from toruslab.models.decoder.reference import init
 from toruslab.models.decoder.reference import logits as reference_logits
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.program import GREEDY, Compiled, Program
-from toruslab.models.weights.packing import pack, unpack
-from toruslab.partitioning.hlo.collectives import copies, parse, read
+from toruslab.models.weights.packing import pack
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
-from toruslab.partitioning.layouts.layout import LAYOUTS, NoAxisLeft
+from toruslab.partitioning.hlo.cycles import copies
+from toruslab.partitioning.hlo.text import parse
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 TOLERANCE = {"float32": 1e-5}

@@ -1,4 +1,4 @@
-"""Runs that save checkpoints, in processes of their own: to be killed, to find the disk full, to be two.
+"""Runs that save checkpoints in processes of their own, which tests kill, give a full disk, or start twice.
 
 `python -m tests.checkpoint_runs WHAT FOLDER ...`; `benchmarks.runs.processes` starts several and connects them.
 """
@@ -28,11 +28,11 @@ from toruslab.partitioning.torus.mesh import Shape, attach
 
 CONFIG = battery.model("serial", 16)
 LARGE = dataclasses.replace(CONFIG, d_model=256, d_ff=512, n_layers=2)
-"""Large enough that a save takes a while, and a small disk is full in the middle of one: 15 MB with its moments."""
+"""Large enough that a save takes a while and fills a small disk halfway: 15 MB with its moments."""
 
 
 def wanted(config: ModelConfig, name: str, shape: Shape) -> dict[str, Any]:
-    """A state of training as shapes in their places: bfloat16 parameters, float32 masters and moments, counters."""
+    """A state of training as shapes with shardings: bfloat16 parameters, float32 masters and moments, counters."""
     made = layout(name, "batch", shape, config.n_kv_heads)
     mesh = attach(shape, chip="cpu", explicit=made.explicit)
     whole = NamedSharding(mesh, P())
@@ -54,7 +54,7 @@ def wanted(config: ModelConfig, name: str, shape: Shape) -> dict[str, Any]:
 
 
 def state(config: ModelConfig, name: str, shape: Shape, step: int) -> dict[str, Any]:
-    """Such a state at a step: the same values under every layout and mesh."""
+    """Such a state at a step, with the same values under every layout and mesh."""
     rng = np.random.default_rng(step)
 
     def make(leaf) -> jax.Array:
@@ -67,13 +67,13 @@ def state(config: ModelConfig, name: str, shape: Shape, step: int) -> dict[str, 
 
 
 def sums(tree: Any) -> dict[str, list[str]]:
-    """Of every array, dtype and a sum of all its bits."""
+    """The dtype and a hash of every array."""
     leaves = named(tree).items()
     return {n: [str(a.dtype), hashlib.sha256(np.asarray(a).tobytes()).hexdigest()] for n, a in leaves}
 
 
 def save_for_ever(folder: Path) -> None:
-    """One step after the other from where the folder ends, until killed; what was saved is found exact first."""
+    """Checks the last checkpoint of the folder, then saves step after step until killed."""
     checkpoints = Checkpoints(folder, LARGE, keep=2)
     last = checkpoints.latest()
     if last is not None:
@@ -92,8 +92,8 @@ def save_for_ever(folder: Path) -> None:
 
 
 def fill(folder: Path, how: str) -> None:
-    """Three saves, and no room in the second: `limit`: files may not grow past half a mebibyte; `disk`: the disk fills
-    up after it was seen to have room; `before`: it is full when the save begins."""
+    """Three saves; the second has no room. `limit`: files may not grow past half a mebibyte. `disk`: the disk fills up
+    after it was seen to have room. `before`: the disk is full when the save begins."""
     warnings: list[str] = []
     checkpoints = Checkpoints(folder, LARGE, keep=5, warn=warnings.append)
     states = [state(LARGE, "ws2d", (2, 2, 2), step) for step in range(3)]
@@ -132,7 +132,7 @@ def _fill(ballast: Path, leave: int) -> None:
 
 
 def write(folder: Path, name: str) -> None:
-    """Two steps, by all processes."""
+    """Saves two steps, by all processes."""
     checkpoints = Checkpoints(folder, CONFIG)
     for step in (7, 8):
         checkpoints.save(step, state(CONFIG, name, (2, 2, 2), step), {})
@@ -140,7 +140,7 @@ def write(folder: Path, name: str) -> None:
 
 
 def check(folder: Path, name: str) -> None:
-    """Both steps, read by all processes under a layout; each looks at its own devices."""
+    """Reads both steps by all processes under a layout. Each process checks its own devices."""
     checkpoints = Checkpoints(folder, CONFIG)
     for step in (7, 8):
         found = checkpoints.restore(wanted(CONFIG, name, (2, 2, 2)), step)

@@ -1,4 +1,4 @@
-"""Drives a scheduler through a random run; every batch is checked against a book that is not the scheduler's own."""
+"""Drives a scheduler through a random run, and checks every batch against an independent book."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ from toruslab.serving.scheduling.scheduler import Scheduler
 
 @dataclass
 class Book:
-    """What the scheduler should know, from the batches alone."""
+    """The state that the scheduler should have, from the batches alone."""
 
     scheduler: Scheduler
     requests: dict[int, Request] = field(default_factory=dict)  # submitted and not refused
-    rows: dict[int, int] = field(default_factory=dict)  # request -> slots that its row reserves
+    rows: dict[int, int] = field(default_factory=dict)  # request -> slots that it reserves
     fed: dict[int, int] = field(default_factory=dict)  # tokens in its cache
     iterations: dict[int, int] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Book:
             assert batch.computed <= scheduler.policy.token_budget
         self.flying.append(batch)
         assert len(self.flying) == scheduler.n_in_flight <= scheduler.n_workers
-        assert len(self.rows) == scheduler.n_rows <= scheduler.max_bs * scheduler.n_workers
+        assert len(self.rows) == scheduler.n_started <= scheduler.max_bs * scheduler.n_workers
         assert batch.reserved == scheduler.reserved == sum(self.rows.values()) <= scheduler.n_slots
         assert batch.used == scheduler.used == sum(self.fed[id] for id in self.rows) <= batch.reserved
         order = [self.requests[id].order for id in self.started]
@@ -71,7 +71,7 @@ def run(
     stop: float = 0.0,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Book:
-    """Runs all requests to their end; a step of the clock lets some arrive, makes batches, and returns some.
+    """Runs all requests to their end. In each step of the clock some arrive, batches are made, and some return.
 
     Args:
         scheduler: an empty one.
@@ -87,7 +87,7 @@ def run(
     returned: list[int] = []
     stopped: set[int] = set()
     most = 10 * (len(requests) + sum(request.prompt + request.target for request in requests))
-    while waiting or scheduler.n_waiting or scheduler.n_rows:
+    while waiting or scheduler.n_waiting or scheduler.n_started:
         now_s += 1.0
         for _ in range(min(len(waiting), chance.choice((0, 1, 1, 2, 5)))):
             request = waiting.pop(0)
@@ -116,7 +116,7 @@ def run(
             stopped |= stops
             returned += [request.id for request in back]
     assert not book.flying or all(work.dead for batch in book.flying for work in batch.work)
-    assert scheduler.reserved == scheduler.used == scheduler.n_rows == scheduler.n_in_flight == 0
+    assert scheduler.reserved == scheduler.used == scheduler.n_started == scheduler.n_in_flight == 0
     kept = [request for request in book.requests.values() if request.state != "cancelled"]
     assert sorted(returned) == sorted(request.id for request in kept), "a request was lost, or came back twice"
     for request in kept:

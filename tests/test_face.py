@@ -40,6 +40,6 @@ def test_unknown_names_say_the_nearest(name, hint):
 
 
 def test_a_name_of_the_face_is_its_rooms():
-    from toruslab.partitioning.layouts.layout import LAYOUTS
+    from toruslab.partitioning.layouts.catalogue import LAYOUTS
 
     assert toruslab.LAYOUTS is LAYOUTS

@@ -26,22 +26,24 @@ if TYPE_CHECKING:
     from toruslab.models.presets import model as load_model
     from toruslab.models.programs.compiled import evidence as compile
     from toruslab.partitioning.cost.estimate import estimate
-    from toruslab.partitioning.cost.planner import search as plan
-    from toruslab.partitioning.layouts.layout import LAYOUTS
+    from toruslab.partitioning.cost.explain import steps as explain
+    from toruslab.partitioning.cost.planner import plan
+    from toruslab.partitioning.layouts.catalogue import LAYOUTS
     from toruslab.partitioning.layouts.variants import layout
     from toruslab.partitioning.plan.point import Point
 
 __version__ = "0.2.0"
-__all__ = ["LAYOUTS", "Point", "__version__", "compile", "estimate", "layout", "load_model", "plan"]
+__all__ = ["LAYOUTS", "Point", "__version__", "compile", "estimate", "explain", "layout", "load_model", "plan"]
 
 _ROOMS = {
-    "LAYOUTS": "partitioning.layouts.layout:LAYOUTS",
+    "LAYOUTS": "partitioning.layouts.catalogue:LAYOUTS",
     "Point": "partitioning.plan.point:Point",
     "compile": "models.programs.compiled:evidence",
     "estimate": "partitioning.cost.estimate:estimate",
+    "explain": "partitioning.cost.explain:steps",
     "layout": "partitioning.layouts.variants:layout",
     "load_model": "models.presets:model",
-    "plan": "partitioning.cost.planner:search",
+    "plan": "partitioning.cost.planner:plan",
 }
 """Where each public name is defined."""
 

@@ -5,6 +5,10 @@ python -m benchmarks.docs.generate --check ...  exits with 1, says which is stal
 """
 
 import argparse
+import contextlib
+import importlib
+import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +19,7 @@ from toruslab.benchmarks.docs import compiled_page, loops_page, training_page
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.models.presets import SUFFIXES
 from toruslab.partitioning.cost.explain import steps
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point
 
@@ -23,6 +27,28 @@ from toruslab.partitioning.plan.point import Point
 def commands() -> str:
     """The commands and what they do."""
     return "\n".join(["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, w in COMMANDS.items())])
+
+
+WIDTH = 100
+"""Columns of the help texts, whatever terminal they are made in."""
+
+
+def command_help() -> str:
+    """The `--help` of every command, each under a heading of its own."""
+    return "\n\n".join(f"### toruslab {name}\n\n```text\n{_help(name)}\n```" for name in COMMANDS)
+
+
+def _help(command: str) -> str:
+    """What `toruslab COMMAND --help` prints, at a fixed width."""
+    main = importlib.import_module(f"toruslab.benchmarks.{command.replace('-', '_')}").main
+    printed, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(WIDTH)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main(["--help"])
+    finally:
+        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
 def layouts() -> str:
@@ -66,6 +92,9 @@ def suffixes() -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"commands": commands, "layouts": layouts, "suffixes": suffixes},
+    "commands.md": {"commands": commands, "help": command_help},
+    "layouts.md": {"layouts": layouts},
+    "models.md": {"suffixes": suffixes},
     "tpu_compiler.md": compiled_page.PARTS,
     "loops.md": loops_page.PARTS,
     "training.md": training_page.PARTS,

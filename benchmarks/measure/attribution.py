@@ -1,8 +1,8 @@
-"""Time shared out among operations that overlap: every moment of a device belongs to one of them.
+"""Attributes the time of operations that overlap: every moment of a device belongs to one operation.
 
-Decides to which. Operations nest (a loop around its body), and run beside each other (streams, threads): a moment
-belongs to the innermost, and to a collective only where nothing else runs, so that a collective behind a matmul costs
-what is seen of it. Also decides how fake devices share the cores. Knows no trace and no program.
+Operations nest (a loop around its body) and run side by side (streams, threads). A moment belongs to the innermost
+operation, and to a collective only if nothing else runs, so that an overlapped collective costs its exposed part. Fake
+devices also share the cores of the host. Nothing here reads traces or programs.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A stretch of one device's time that belongs to one operation; `waiting` for other devices."""
+    """A stretch of one device's time that belongs to one operation. `waiting`: it waits for other devices."""
 
     start: float
     end: float
@@ -24,15 +24,15 @@ class Piece:
 
 
 def exclusive(events: Iterable[Event], ranks: Mapping[str, int]) -> list[Piece]:
-    """The time of one device, cut into pieces that do not overlap, in order.
+    """Cuts the time of one device into pieces that do not overlap, in order.
 
     Args:
         events: of one device.
-        ranks: name -> who comes first where operations run at once: 0 for what contains others or is unknown, 1 for
-            collectives, 2 for the rest; missing names are 0. Among equals it is the one that began last.
+        ranks: name -> priority among operations that run at once. 0: contains others, unknown or missing; 1:
+            collectives; 2: the rest. The highest rank wins, among equals the one that began last.
     """
     here = list(events)
-    points: list[tuple[float, int, int]] = []  # time, whether something begins, which
+    points: list[tuple[float, int, int]] = []  # time; 1 begins, 0 ends, 2 waiting changes; event
     for n, e in enumerate(here):
         if e.end > e.start:
             points += [(e.start, 1, n), (e.end, 0, n)]
@@ -55,10 +55,10 @@ def exclusive(events: Iterable[Event], ranks: Mapping[str, int]) -> list[Piece]:
 
 
 def core_seconds(pieces: Iterable[Piece], ranks: Mapping[str, int], cores: int) -> dict[str, float]:
-    """Name -> what the cores spend on it: nanoseconds of all cores together, over their number.
+    """The time that the cores spend on each operation: name -> nanoseconds of all cores over their number.
 
-    Fake devices are threads. At every moment those that compute share the cores equally, one core each at most; what
-    they leave, those that move data share; those that wait take nothing.
+    Fake devices are threads. At every moment the threads that compute share the cores equally, at most one core each.
+    The threads that move data share the cores that are left. Threads that wait use no core.
 
     Args:
         pieces: of all devices.
@@ -93,6 +93,6 @@ def length(pieces: Iterable[Piece]) -> float:
 
 
 def window(events: Iterable[Event]) -> Span:
-    """From the first operation's start to the last one's end."""
+    """The span from the first operation's start to the last one's end."""
     here = list(events)
     return min(e.start for e in here), max(e.end for e in here)

@@ -1,7 +1,7 @@
-"""The decoder's building blocks as micro-benchmarks: which of them, on which sizes.
+"""The decoder's building blocks as micro-benchmarks: the blocks and sizes that a machine is measured on.
 
-Decides what a machine is measured on. Each block runs the decoder's own functions on a device's own arrays; its sizes
-are names that `partitioning.cost.measured` gives numbers to. How they are timed is `benchmarks.measure.looped`'s.
+Each block runs the decoder's own functions on a device's own arrays. `partitioning.cost.measured` looks the samples up
+by the names of their sizes. `benchmarks.measure.looped` times the blocks.
 """
 
 import dataclasses
@@ -17,40 +17,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from toruslab.benchmarks.measure.looped import Block
+from toruslab.benchmarks.measure.looped import Block, as_tuple
 from toruslab.models.decoder.attention import attend, rope
 from toruslab.models.decoder.cache import write
 from toruslab.models.decoder.decoder import ResidualBlock as Layer
-from toruslab.models.decoder.decoder import matmul
+from toruslab.models.decoder.matmuls import matmul
 from toruslab.models.presets import model
 from toruslab.partitioning.torus.calibrated import Sample
 from toruslab.partitioning.torus.mesh import AXES
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 WEIGHTS = ((64, 128), (128, 512), (256, 1280), (512, 2560), (1024, 5120))
-"""Inner and outer dimension of matmuls."""
+"""Inner and outer dimensions of matmuls."""
 LARGE_ROWS, LARGE_WEIGHTS = (4096, 16384), ((2048, 8192), (4096, 16384), (8192, 32768))
-"""And on accelerators."""
+"""More of them, on accelerators."""
 MOST_MACS = {"cpu": 4e8, "gpu": 4e12, "tpu": 4e12}
-"""The largest matmul of one device: larger ones go at the rate of the largest."""
+"""Multiply-adds of the largest matmul of one device. Larger ones are priced at its rate."""
 KINDS = ("all-gather", "reduce-scatter", "all-to-all", "all-reduce", "collective-permute")
 ALIKE = ("all-reduce", "collective-permute")
-"""Those to which rows and columns are the same: every device gets as much as it has."""
+"""Collectives whose output has the shape of the input, so that rows and columns make no difference."""
 MESSAGES = (256, 16384, 131072, 1048576, 8388608)
-"""Bytes of what one device holds before a collective (after it, of an all-gather)."""
+"""Bytes that one device holds before a collective, or after an all-gather."""
 STACK, LAYERS = (256, 640), (2, 8, 24, 96)
-"""Weights of a layer that are copied out of a stack of so many."""
+"""Weights of a layer that are copied out of a stack, and the numbers of layers in the stack."""
 LARGE_STACK, FEW_LAYERS = (4096, 16384), (2, 8)
-"""And on accelerators."""
+"""The same on accelerators."""
 WORK = (64, 128, 256)
-"""The matmul that stands between two collectives, as in a step, and is taken off again: devices that share cores have
-gone to sleep by then."""
+"""The matmul between two collectives, as in a step; its time is subtracted. Devices that share cores fall asleep
+meanwhile."""
 NARROW, WIDE = 512, 4096
-"""Columns of what a collective moves: activations and small weights, or the weights of an input projection."""
+"""Columns of a collective's tensor: activations and small weights, or the weights of an input projection."""
 
 
 def blocks(mesh: Mesh, dtypes: Sequence[str], platform: str, *, quick: bool = False) -> Iterator[Block]:
-    """All of them, for one mesh; when `quick`, fewer sizes, and one group of axes for each number of devices."""
+    """Yields all blocks for one mesh. `quick`: fewer sizes, and one group of axes for each number of devices."""
     long = tuple(a for a in AXES if mesh.shape[a] > 1)
     shares_cores = platform == "cpu" and jax.process_count() == 1
     barrier = _barrier(long) if long and shares_cores else None
@@ -64,7 +64,7 @@ def blocks(mesh: Mesh, dtypes: Sequence[str], platform: str, *, quick: bool = Fa
 
 
 def element(dtype: str):
-    """The activations' dtype beside weights of `dtype`."""
+    """The dtype of activations beside weights of `dtype`."""
     return jnp.float32 if dtype == "f32" else jnp.bfloat16
 
 
@@ -78,15 +78,15 @@ def _shape(dtype, *shape: int) -> jax.ShapeDtypeStruct:
 
 
 def _keep(carry: jax.Array, result: jax.Array) -> jax.Array:
-    """`carry` with a number in it that depends on `result`: next to nothing to do, and nothing can be left out."""
+    """`carry` with one element that depends on `result`: almost free, and the compiler cannot drop the result."""
     at = (0,) * carry.ndim
     last = tuple(s - 1 for s in result.shape)
     return carry.at[at].set(result[last].astype(carry.dtype) * 1e-3)
 
 
 def matmuls(dtype: str, most_macs: float, quick: bool) -> Iterator[Block]:
-    """[rows, inner] x [inner, outer], as the decoder multiplies, with weights at hand: it has just copied or gathered
-    them."""
+    """The decoder's matmuls [rows, inner] x [inner, outer], with the weights in the processor's cache: the decoder has
+    just copied or gathered them."""
     act, weight = element(dtype), jnp.int8 if dtype == "int8" else element(dtype)
     large = most_macs > MOST_MACS["cpu"]
     all_rows, shapes = (ROWS + LARGE_ROWS, WEIGHTS + LARGE_WEIGHTS) if large else (ROWS, WEIGHTS)
@@ -107,7 +107,7 @@ def matmuls(dtype: str, most_macs: float, quick: bool) -> Iterator[Block]:
 
 
 def copies(dtype: str, platform: str) -> Iterator[Block]:
-    """A layer's weights out of the stacked array, with the smallest matmul that reads them all."""
+    """Copies of a layer's weights out of the stacked array, with the smallest matmul that reads all of them."""
     act, weight = element(dtype), jnp.int8 if dtype == "int8" else element(dtype)
     (inner, outer), layers = (STACK, LAYERS) if platform == "cpu" else (LARGE_STACK, FEW_LAYERS)
     size = jnp.dtype(weight).itemsize
@@ -132,8 +132,10 @@ def copies(dtype: str, platform: str) -> Iterator[Block]:
 
 
 def vectors(dtype: str) -> Iterator[Block]:
-    """What the decoder does element by element: norm with the residual's sum, the MLP's activation with the splitting
-    and joining around it, RoPE. `elements` are those of what goes in."""
+    """Elementwise work: the norm with the residual's sum, the MLP's activation with its splits and joins, and RoPE.
+
+    The size `elements` counts the elements of the input.
+    """
     act, config = element(dtype), model("toy")
     width = config.d_head + 2 * config.d_ff // config.mlp_groups
     layer: Any = SimpleNamespace(config=config, has_attention=True, has_mlp=True)
@@ -175,10 +177,13 @@ def vectors(dtype: str) -> Iterator[Block]:
 
 
 def attentions(dtype: str, platform: str, barrier: Block | None, quick: bool) -> Iterator[Block]:
-    """Writing the cache of four layers in turn (or two, if large) and attending to it.
+    """Writing to the cache and attending to it, with the caches of four layers in turn (two, if they are large).
 
-    `cache`: elements of K and V that are read; `scores`: of all heads; `macs`: multiply-adds, two for each score and
-    each number of a head's width.
+    Sizes: `cache` counts the elements of K and V that are read, `scores` those of all heads, `macs` the multiply-adds:
+    two for each score and element of a head.
+
+    A barrier before each turn makes devices that share a core's cache take turns, as in a step. Without it one device
+    would run many turns with its arrays in the cache.
     """
     act = element(dtype)
     # rows, heads, KV heads, new tokens, positions, width
@@ -202,22 +207,20 @@ def attentions(dtype: str, platform: str, barrier: Block | None, quick: bool) ->
         cache = _shape(act, n_layers, b, k, span, width)
         scores = b * h * length * span
         numbers = {"cache": 2 * b * k * span * width, "scores": scores, "macs": 2 * scores * width}
-        yield _after_barrier(
-            barrier,
-            Block(
-                sample=_sample("attention", dtype, rows=b, length=length, **numbers),
-                turn=turn,
-                carry=[_shape(act, b, length, h, width), cache, cache],
-            ),
+        block = Block(
+            sample=_sample("attention", dtype, rows=b, length=length, **numbers),
+            turn=turn,
+            carry=[_shape(act, b, length, h, width), cache, cache],
         )
+        yield _after(barrier, block, linked=True)
 
 
 def collectives(mesh: Mesh, platform: str, quick: bool) -> Iterator[Block]:
-    """Every kind over every group of axes that is longer than one, on rows and on columns; `bytes`: received. Sends go
-    to the next device along one axis, as those of looped collectives do.
+    """Every collective over every group of axes, on rows and on columns. The size `bytes` counts received bytes.
 
-    Fake devices have no links, so that groups of as many devices differ by nothing but noise: all sizes of messages for
-    the first of them, a small and a large one for the others.
+    A collective-permute sends to the next device along one axis, as in a looped collective. Fake devices have no links:
+    groups with the same number of devices differ by noise only. The first of them gets all message sizes, the others
+    two.
     """
     long = [a for a in AXES if mesh.shape[a] > 1]
     seen = set()
@@ -242,7 +245,7 @@ def collectives(mesh: Mesh, platform: str, quick: bool) -> Iterator[Block]:
 
 
 def _collective(kind: str, axes: tuple[str, ...], at: int, k: int, rows: int, columns: int) -> Block | None:
-    """`rows` x `columns` is the larger of what goes in and what comes out."""
+    """A collective over `k` devices. [rows, columns] is the larger one of its input and output."""
     other = 1 - at
     shape = [rows, columns]
     if (kind not in ALIKE and shape[at] % k) or (kind == "all-to-all" and shape[other] % k):
@@ -277,14 +280,16 @@ def _collective(kind: str, axes: tuple[str, ...], at: int, k: int, rows: int, co
     )
     if kind == "all-gather" and columns == WIDE:
         return _multiplied(sample, move, (shape[0], shape[1]), (result[0], result[1]))
-    return _after_work(
-        Block(sample=sample, turn=turn, carry=[_shape(jnp.float32, *shape), _shape(jnp.float32, *result)])
-    )
+    block = Block(sample=sample, turn=turn, carry=[_shape(jnp.float32, *shape), _shape(jnp.float32, *result)])
+    return _after(_product(*WORK), block)
 
 
 def _multiplied(sample: Sample, move, shape: tuple[int, int], result: tuple[int, int]) -> Block:
-    """Weights are gathered and multiplied, less the same product of weights that are there: XLA:CPU gathers columns
-    as rows of a matrix laid out anew, and turns it around for the matmul, which the collective alone would not show."""
+    """Gathers weights and multiplies by them; the time of the product alone is subtracted.
+
+    XLA:CPU gathers columns as the rows of a transposed matrix, and transposes it again for the matmul. The collective
+    alone would not show that.
+    """
     a, f32 = _shape(jnp.float32, 8, result[0]), jnp.float32
 
     def turn(a, x, i):
@@ -295,34 +300,23 @@ def _multiplied(sample: Sample, move, shape: tuple[int, int], result: tuple[int,
         sample=sample,
         turn=turn,
         carry=[a, _shape(f32, *shape)],
-        without=_product(result),
+        without=_product(8, *result),
     )
 
 
 @functools.cache
-def _product(shape: tuple[int, int]) -> Block:
+def _product(rows: int, inner: int, outer: int) -> Block:
+    """A matmul, to be subtracted from a block that contains it."""
     return Block(
         sample=_sample("work", "f32"),
         turn=lambda a, w, i: _keep(a, a @ w),
-        carry=[_shape(jnp.float32, 8, shape[0])],
-        constants=[_shape(jnp.float32, *shape)],
+        carry=[_shape(jnp.float32, rows, inner)],
+        constants=[_shape(jnp.float32, inner, outer)],
     )
 
 
-def _work(a: jax.Array, w: jax.Array) -> jax.Array:
-    return _keep(a, a @ w)
-
-
-_WORK = Block(
-    sample=_sample("work", "f32"),
-    turn=lambda a, w, i: _work(a, w),
-    carry=[_shape(jnp.float32, *WORK[:2])],
-    constants=[_shape(jnp.float32, *WORK[1:])],
-)
-
-
 def _barrier(axes: tuple[str, ...]) -> Block:
-    """All devices wait for each other."""
+    """A block in which all devices wait for each other."""
     return Block(
         sample=_sample("barrier", "f32"),
         turn=lambda token, i: lax.psum(token, axes) * 0.1,
@@ -330,35 +324,29 @@ def _barrier(axes: tuple[str, ...]) -> Block:
     )
 
 
-def _after_barrier(barrier: Block | None, block: Block) -> Block:
-    """The block, with a barrier before each turn of it that is taken off again: devices that share a core's cache then
-    take turns, as in a step. Alone, one would run through many turns with its arrays at hand."""
-    if barrier is None:
+def _after(before: Block | None, block: Block, *, linked: bool = False) -> Block:
+    """The block with `before` ahead of each of its turns. The time of `before` alone is subtracted.
+
+    Args:
+        before: a barrier or some work; None: nothing.
+        block: the block to time.
+        linked: whether the block's first array depends on the result of `before`, so that it cannot start earlier.
+    """
+    if before is None:
         return block
+    n_carry, n_constants = len(block.carry), len(before.constants)
 
     def turn(token, *rest, i):
-        token = barrier.turn(token, i=i)
-        first, *others = rest
-        result = block.turn(_keep(first, token), *others, i=i)
-        return token, *(result if isinstance(result, tuple) else (result,))
-
-    return dataclasses.replace(block, turn=turn, carry=[*barrier.carry, *block.carry], without=barrier)
-
-
-def _after_work(block: Block) -> Block:
-    """The block, each turn of it after some work that is taken off again."""
-    n = len(block.carry)
-
-    def turn(a, *rest, i):
-        carry, (w, *constants) = rest[:n], rest[n:]
-        a = _work(a, w)
-        result = block.turn(*carry, *constants, i=i)
-        return a, *(result if isinstance(result, tuple) else (result,))
+        carry, constants = rest[:n_carry], rest[n_carry:]
+        token = before.turn(token, *constants[:n_constants], i=i)
+        if linked:
+            carry = (_keep(carry[0], token), *carry[1:])
+        return token, *as_tuple(block.turn(*carry, *constants[n_constants:], i=i))
 
     return dataclasses.replace(
         block,
         turn=turn,
-        carry=[*_WORK.carry, *block.carry],
-        constants=[*_WORK.constants, *block.constants],
-        without=_WORK,
+        carry=[*before.carry, *block.carry],
+        constants=[*before.constants, *block.constants],
+        without=before,
     )

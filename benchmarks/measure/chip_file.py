@@ -1,7 +1,6 @@
-"""A calibrated machine as a chip file, and as tables: what was measured, its spread, and how far the fits are off.
+"""The chip file of a calibrated machine: writing it, and the data sheet of the devices that it describes.
 
-Decides what a measured chip's data sheet says. What was measured is in `partitioning.torus.calibrated`; who reads the file is
-`partitioning.torus.chip`.
+The samples are `partitioning.torus.calibrated`'s records. `partitioning.torus.chip` reads the file.
 """
 
 import dataclasses
@@ -19,14 +18,14 @@ from toruslab.partitioning.torus.chip import Chip, chip, names
 
 
 def write(path: Path, name: str, machine: Machine, memory_bytes: int, measured: Row) -> Chip:
-    """Writes a machine as a chip file, whole or not at all, and reads it back.
+    """Writes a machine as a chip file, whole or not at all. Returns the chip that it reads back.
 
     Args:
         path: the `.toml` file.
         name: of the chip.
-        machine: what was measured.
+        machine: with all samples.
         memory_bytes: of one device.
-        measured: where it was (`rows.environment`).
+        measured: the environment of the measurement (`rows.environment`).
 
     Raises:
         InputError: the path cannot be written, or does not end in .toml.
@@ -42,10 +41,10 @@ def write(path: Path, name: str, machine: Machine, memory_bytes: int, measured: 
 
 
 def check(path: Path) -> None:
-    """Refuses a path that a chip file cannot be written to, before anything is measured for it.
+    """Refuses a path that cannot be written to, before a measurement is made for it.
 
     Raises:
-        InputError: why.
+        InputError: the path cannot be written, or does not end in .toml.
     """
     if path.suffix != ".toml":
         raise InputError(f"out={str(path)!r} must end in .toml, as chip files do")
@@ -101,13 +100,15 @@ def _inline(value: Any) -> str:
 
 
 def entry(sample: Sample) -> dict[str, Any]:
-    """A sample's fields, without those that are empty."""
+    """A sample's fields without the empty ones."""
     return {k: v for k, v in dataclasses.asdict(sample).items() if v != ""}
 
 
 def memory_rate(machine: Machine) -> tuple[float, str]:
-    """Bytes per second at which one device reads weights, and how that was found: fake devices copy them out of the
-    stack, accelerators read them in the matmul itself."""
+    """Bytes per second at which one device reads weights, and a sentence that says how it was found.
+
+    Fake devices copy weights out of the stack before a matmul. Accelerators read them in the matmul.
+    """
     copies = [s.sizes["bytes"] / s.cost_s for s in machine.samples if s.what == "copy"]
     if machine.shared:
         return min(copies), "copies out of the largest stack of weights"
@@ -122,7 +123,7 @@ def _macs(s: Sample) -> int:
 
 
 def data_sheet(device_kind: str) -> Chip | None:
-    """The catalogued chip of a kind of device, as JAX names it; None for fake devices and unknown ones.
+    """The catalogued chip of a kind of device, as JAX names it. None for fake and unknown devices.
 
     Example:
         >>> data_sheet("NVIDIA H200").name, data_sheet("TPU v5 lite").name, data_sheet("cpu")
@@ -134,7 +135,7 @@ def data_sheet(device_kind: str) -> Chip | None:
 
 
 def memory_of(device: Any, n_devices: int) -> int:
-    """Bytes of memory of a device; of fake ones a share of the host's."""
+    """Bytes of memory of a device. A fake device has a share of the host's memory."""
     stats = device.memory_stats() or {}
     if stats.get("bytes_limit"):
         return int(stats["bytes_limit"])

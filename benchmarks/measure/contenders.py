@@ -1,4 +1,4 @@
-"""The three kinds of evidence for one point, as rows hold them: planned, compiled, and the step that is measured."""
+"""The evidence for one point: its analytic row, its compiled row, and the step to time."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A point that is compiled and ready to be timed; `text` is its optimised program."""
+    """A point that is compiled and ready to be timed. `text` is its optimised program."""
 
     point: Point
     compiled_row: Row
@@ -38,8 +38,12 @@ class Contender:
 
 
 def analytic(point: Point, chip: Chip | None = None) -> Row:
-    """What the layout alone says: its collectives, the bytes that one chip receives in a pass, and what the pass takes,
-    by a calibrated `chip` or by the data sheet of the point's own."""
+    """The analytic row of a point: its planned collectives, the bytes that one chip receives in a pass, and its price.
+
+    Args:
+        point: to price.
+        chip: a calibrated chip to price it on; None: the data sheet of the point's own chip.
+    """
     found = planned(point)
     explicit = point.layout_value.explicit
     priced = estimate(point).to_json() if explicit and point.chip not in PLATFORMS else {}
@@ -50,12 +54,12 @@ def analytic(point: Point, chip: Chip | None = None) -> Row:
     return numbers | {
         "collectives": collectives,
         "collective_bytes": sum(p.bytes * p.count for p in found),
-        "n_collectives": sum(p.count for p in found if not p.rides),
+        "n_collectives": sum(p.count for p in found if not p.fused),
     }
 
 
 def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
-    """A pass priced from a calibrated chip; each collective gets its seconds."""
+    """The price of a pass on a calibrated chip. Writes the seconds of each collective into `collectives`."""
     found = _terms(point, chip)
     taken = [(c.scope, c.kind, c.axes, float(np.ravel(c.seconds)[0])) for c in found.collectives]
     for c in collectives:
@@ -72,7 +76,7 @@ def _predicted(point: Point, chip: Chip, collectives: list[Row]) -> Row:
 
 
 def _roofline(point: Point, chip: Chip) -> Row:
-    """Of all chips together: their data sheet where the devices have one, else the best that was measured."""
+    """The peak rates of all chips together, by the devices' data sheet, or else the best that was measured."""
     import jax
 
     sheet = data_sheet(jax.devices()[0].device_kind)
@@ -86,11 +90,11 @@ def _roofline(point: Point, chip: Chip) -> Row:
 
 
 def shares(row: Row, latency_s: float) -> Row:
-    """What a measured pass reaches of the roofline: of the rate of multiply-adds, and of the memory bandwidth.
+    """The shares of peak FLOP/s and of memory bandwidth that a measured pass reaches.
 
     Args:
-        row: of `analytic`; without a calibrated chip it has no roofline, and there are no shares.
-        latency_s: as it was measured.
+        row: of `analytic`. Without a calibrated chip it has no roofline, and there are no shares.
+        latency_s: measured.
     """
     if "roofline" not in row:
         return {}
@@ -109,9 +113,15 @@ def _terms(point: Point, chip: Chip) -> Terms:
 
 
 def prepare(point: Point, seed: int, text: str, chip: Chip | None = None) -> Contender:
-    """Compiles a point for the devices that are here, holds it against the plan, and places weights and text.
+    """Compiles a point for the devices here, compares it with its plan, and places its weights and tokens.
 
-    `auto`, which has no plan, is priced here, by the collectives of its program, where there is a calibrated `chip`.
+    The layout `auto` has no plan. With a calibrated chip it is priced here, by the collectives of its program.
+
+    Args:
+        point: to compile.
+        seed: of weights and tokens.
+        text: English text to take the tokens from.
+        chip: a calibrated chip.
     """
     layout = point.layout_value
     made = program(point, point.config, _mesh(point.mesh_shape, point.chip, layout.explicit))
@@ -145,7 +155,7 @@ _placed: dict[tuple, nnx.State] = {}
 
 
 def _params(point: Point, program: Program, seed: int) -> nnx.State:
-    """Weights at rest, kept for the next layout that wants them in the same places."""
+    """The weights at rest, kept for the next layout with the same shardings."""
     layout = point.layout_value
     rest = (layout.table, layout.w_in[0], layout.w_kv[0], layout.w_out[0], layout.explicit)
     key = (point.model, point.weights, seed, rest, point.mesh_shape)
@@ -156,7 +166,7 @@ def _params(point: Point, program: Program, seed: int) -> nnx.State:
 
 
 def clear() -> None:
-    """Lets go of the weights that were kept."""
+    """Drops the kept weights."""
     _placed.clear()
 
 

@@ -1,13 +1,12 @@
-"""Micro-benchmarks: one building block of the decoder, on every device at once, over and over inside one program.
+"""Times one building block of the decoder, on all devices at once, in a loop inside one program.
 
-Decides how a block is timed: a program runs it `n` times, `n` an argument, so that the time of a turn is free of the
-dispatch of the program; what comes out of a turn goes into the next, so that none can be left out. Which blocks there
-are is `benchmarks.calibrate`'s.
+The program runs the block n times, with n an argument, so that the time of one turn excludes dispatch. The output of a
+turn is an input of the next, so that the compiler cannot drop a turn. `benchmarks.measure.building_blocks` lists the
+blocks.
 """
 
 import dataclasses
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,18 +20,18 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from toruslab.benchmarks.measure.timing import idle, interleaved, stepper
+from toruslab.benchmarks.measure.timing import Timing, idle, interleaved, stepper
 from toruslab.models.decoder.parameters import everywhere, initial
 from toruslab.models.presets import model
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.calibrated import Sample
 from toruslab.partitioning.torus.mesh import AXES
 
 Turn = Callable[..., Any]
 SHORTEST_S = 0.006
-"""A repetition takes about this, or one turn."""
+"""Seconds that a repetition takes, unless one turn takes longer."""
 Arrays = dict[tuple[tuple[int, ...], str], jax.Array]
 
 
@@ -41,11 +40,11 @@ class Block:
     """A building block.
 
     Args:
-        sample: what is measured, with no seconds yet: `what`, `dtype`, `sizes`, `axes`, `at`.
-        turn: `turn(carry, *constants) -> carry`, on a device's own arrays; collectives name mesh axes.
-        carry: shapes and dtypes of what goes from turn to turn (one or several arrays).
-        constants: of what every turn reads.
-        without: the same without what is measured, to be taken off again; for what does not run alone.
+        sample: describes the block (`what`, `dtype`, `sizes`, `axes`, `at`), without seconds.
+        turn: `turn(*carry, *constants, i=i) -> carry`, on a device's own arrays. Collectives name mesh axes.
+        carry: shapes and dtypes of the arrays that go from turn to turn.
+        constants: shapes and dtypes of the arrays that every turn reads.
+        without: the block without what is measured, if that cannot run alone. Its time is subtracted.
     """
 
     sample: Sample
@@ -56,11 +55,12 @@ class Block:
 
 
 class Timed:
-    """A block that is compiled and warm, and the times that were taken of it.
+    """A compiled and warm block, and its times so far.
 
     Args:
-        block, mesh: what runs where.
-        constants: arrays that other blocks read as well, by shape and dtype; grows.
+        block: to time.
+        mesh: all of its devices run the block.
+        constants: arrays by shape and dtype, shared with other blocks. New ones are added.
     """
 
     def __init__(self, block: Block, mesh: Mesh, constants: Arrays | None = None):
@@ -73,7 +73,7 @@ class Timed:
 
         def program(n, carry, constants):
             mine = jax.tree.map(lambda a: a[0], (carry, constants))
-            carry = lax.fori_loop(0, n, lambda i, c: _tuple(block.turn(*c, *mine[1], i=i)), tuple(mine[0]))
+            carry = lax.fori_loop(0, n, lambda i, c: as_tuple(block.turn(*c, *mine[1], i=i)), tuple(mine[0]))
             return jax.tree.map(lambda a: a[None], carry)
 
         run = jax.shard_map(program, mesh=mesh, in_specs=(P(), every, every), out_specs=every, check_vma=False)
@@ -93,7 +93,7 @@ class Timed:
             n = max(2 * n, int(n * enough / max(taken, enough / 64) / 2))
 
     def _agreed(self, value: float) -> float:
-        """All processes must run the same number of turns."""
+        """The first process's value: all processes must run the same number of turns."""
         return float(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
 
     def _count(self, n: int):
@@ -108,12 +108,12 @@ class Timed:
         return time.perf_counter() - started
 
     def repeat(self) -> None:
-        """Takes one more time, of one turn."""
+        """Times one turn once more."""
         empty = self._seconds(0)
         self.times_s.append(max(self._seconds(self.n) - empty, 0.0) / self.n)
 
     def sample(self, without: "Timed | None" = None) -> Sample:
-        """What was measured, less the same without it, quartile by quartile."""
+        """The measured sample. The quartiles of the block `without` are subtracted, each from its own."""
         low, middle, high = _quartiles(self.times_s)
         less = _quartiles(without.times_s) if without else (0.0, 0.0, 0.0)
         figures = {
@@ -125,23 +125,22 @@ class Timed:
 
 
 def _quartiles(times_s: Sequence[float]) -> tuple[float, float, float]:
-    if len(times_s) == 1:
-        return times_s[0], times_s[0], times_s[0]
-    low, middle, high = statistics.quantiles(times_s, n=4, method="inclusive")
-    return low, middle, high
+    timing = Timing(times_s=tuple(times_s))
+    low, high = timing.quartiles_s
+    return low, timing.median_s, high
 
 
 def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, each: Callable[[str], None]):
-    """Times blocks in rounds, all of them in each, so that a slow minute of the machine falls on all.
+    """Times all blocks in every round, so that a slow minute of the machine affects all of them.
 
     Args:
-        blocks: what to time; each is compiled first.
-        mesh: devices.
-        repeats: rounds; each is timed once in every one.
-        each: told what was done, `repeats + 1` times a block.
+        blocks: to time. All are compiled before the first round.
+        mesh: the devices.
+        repeats: rounds.
+        each: called with the block's kind after each compilation and each timing.
 
     Returns:
-        Samples, in the order of the blocks.
+        Samples in the order of the blocks.
     """
     timed, baselines, constants = [], {}, {}
     for block in blocks:
@@ -164,8 +163,10 @@ def measure(blocks: Sequence[Block], mesh: Mesh, *, repeats: int, each: Callable
 
 
 def dispatch(mesh: Mesh, repeats: int) -> Sample:
-    """What it takes to call a program with a decoder step's arguments, and to wait for what comes out, when the program
-    does nothing: no part of any block's time."""
+    """Times dispatch: calling an idle program with a decoder step's arguments and waiting for its results.
+
+    No block's time includes it.
+    """
     config = model("toy-s-1l")
     x, y, z = (mesh.shape[a] for a in AXES)
     whole = layout("replicated", "batch", (x, y, z), config.n_kv_heads)
@@ -178,12 +179,13 @@ def dispatch(mesh: Mesh, repeats: int) -> Sample:
     return Sample(what="dispatch", dtype="f32", sizes=sizes, **numbers)
 
 
-def _tuple(value: Any) -> tuple:
+def as_tuple(value: Any) -> tuple:
+    """A turn's result as a tuple of arrays."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def _fill(mesh: Mesh, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[jax.Array, ...]:
-    """Arrays of small numbers, one of each shape on every device."""
+    """Arrays of small numbers: one of each shape on every device."""
     sharding = NamedSharding(mesh, P(AXES))
 
     def make(shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -1,16 +1,15 @@
-"""A trace of JAX's profiler -> the operations that ran, each with its device, its step and its times.
+"""Reads a trace of JAX's profiler: the operations that ran, with their device, step and times.
 
-Decides how events are found and told apart. What an operation is for is `partitioning.hlo.operations`' to say, how the
-time is shared out among operations that overlap `benchmarks.measure.attribution`'s. Reads with JAX's own `ProfileData`; needs
-neither TensorBoard nor TensorFlow.
+`partitioning.hlo.purposes` says what operations are for, `benchmarks.measure.attribution` shares the time out among
+those that overlap. Uses JAX's own `ProfileData`, neither TensorBoard nor TensorFlow.
 
-XLA:CPU: all fake devices are in the plane `/host:CPU`. Every operation carries `device_ordinal`; the line is only the
-thread on which it ran, and a device's program moves from thread to thread: whenever an operation is not done when its
-thread is, another thread goes on. So the event of a loop may end long before the loop does. Where a device waits in a
-collective for others is said by events within the collective's own.
+XLA:CPU: all fake devices are in the plane `/host:CPU`. Every operation has its `device_ordinal`. A line of the trace is
+a thread. A device's program moves between threads: when an operation is not done at the end of its
+thread's task, another thread continues. So the event of a loop may end long before the loop does. Events inside a
+collective's event say when a device waits for others.
 
-GPU, TPU: each device has its plane, `/device:GPU:0` with a line for each stream, `/device:TPU:0` with a line `XLA Ops`.
-This follows their published form and has not been run there.
+GPU, TPU: each device has a plane, `/device:GPU:0` with a line for each stream, `/device:TPU:0` with a line `XLA Ops`.
+This follows the published format and has not been run there.
 """
 
 import bisect
@@ -30,14 +29,14 @@ _WAITS = ("Wait:", "Wait for rendezvous")
 
 
 class TraceError(ValueError):
-    """A trace that does not hold what it should."""
+    """A trace that lacks steps or devices."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """One operation as it ran, in nanoseconds of the trace's clock.
+    """One run of an operation, in nanoseconds of the trace's clock.
 
-    `name` is the instruction's, "" where the trace has none or it belongs to another program. `waits`: spans in which
+    `name` is the instruction's name, "" if the trace has none or another program ran it. `waits` are the spans in which
     it waited for other devices.
     """
 
@@ -54,14 +53,13 @@ def events(folder: Path, module: str) -> list[Event]:
 
     Args:
         folder: of one trace, as given to `jax.profiler.start_trace`.
-        module: name of the program; what other programs do keeps no name.
+        module: name of the program. Operations of other programs get no name.
 
     Raises:
-        TraceError: no trace, no steps, or a device that did nothing in one of them: the trace is cut short.
+        TraceError: there is no trace or no step, or the trace is cut short: a device did nothing in a step.
     """
     with warnings.catch_warnings():
-        # JAX 0.12 makes the types of a trace when it first meets them, and is warned of one; were that an error, the
-        # process would be aborted
+        # JAX 0.12 raises this warning while it creates the types of a trace; as an error it would abort the process
         warnings.filterwarnings("ignore", r"builtin type \w+ has no __module__", DeprecationWarning)
         return _events(folder, module)
 
@@ -93,13 +91,13 @@ def _events(folder: Path, module: str) -> list[Event]:
 
 
 def _lines(plane: Any) -> list[Any]:
-    """A TPU's operations have a line of their own beside those of modules and steps; a GPU has its streams."""
+    """The lines with operations: a TPU has one beside those of modules and steps, a GPU one for each stream."""
     lines = list(plane.lines)
     return [line for line in lines if line.name == "XLA Ops"] or [x for x in lines if x.name.startswith("Stream")]
 
 
 def _read(events: Iterable[Any], starts: list[float], module: str, device: int | None, *, every: bool) -> list[Event]:
-    """The operations on one line; `every` event is one, or only those that name an operation."""
+    """The operations on one line. `every`: each event is an operation, not only those that name one."""
     spans = sorted(((e.start_ns, e.start_ns + e.duration_ns, e) for e in events), key=lambda s: (s[0], -s[1]))
     running: list[tuple[Event, list[tuple[float, float]]]] = []
     done: list[tuple[Event, list[tuple[float, float]]]] = []

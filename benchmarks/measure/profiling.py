@@ -1,9 +1,9 @@
-"""Where the time of a step goes: a trace of a few steps, attributed by scope to what the operations are for.
+"""Where the time of a step goes: a few traced steps, their time attributed to scopes and purposes.
 
-Decides what a profile says. `benchmarks.measure.profiler_events` reads the trace, `benchmarks.measure.attribution` shares out the time,
-`partitioning.hlo.operations` says what each operation is for. The terms are means over all traced steps, none dropped, and
-add up: operations, the time between them, and dispatch are the step. A traced step is slower than one that is not: the
-latency is `benchmarks.measure.timing`'s to say.
+`benchmarks.measure.profiler_events` reads the trace, `partitioning.hlo.purposes` says what each operation is for, and
+`benchmarks.measure.attribution` shares out the time. The terms are means over all traced steps, and they add up:
+operations, the time between them, and dispatch make the step. The profiler slows steps down, so that
+`benchmarks.measure.timing` measures the latency without it.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ import jax
 
 from toruslab.benchmarks.measure.attribution import core_seconds, exclusive, length, window
 from toruslab.benchmarks.measure.profiler_events import STEP, Event, events
-from toruslab.partitioning.hlo.operations import UNKNOWN, Operation, Work, operations
+from toruslab.partitioning.hlo.purposes import UNKNOWN, Operation, Purpose, operations
 from toruslab.partitioning.hlo.text import parse
 
-KINDS: tuple[Work, ...] = get_args(Work)
+KINDS: tuple[Purpose, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class Spent:
     """Seconds of one step.
 
     Args:
-        device_s: of a device, mean over devices: every moment counts once, for the innermost operation, and for a
-            collective only where nothing else runs.
-        work_s: on fake CPU devices what the cores spend, over their number (`attribution.core_seconds`): what it
-            would take alone if it kept all cores busy. On accelerators `device_s`.
-        wait_s: the part of `device_s` in which a collective waits for other devices; None where traces do not tell.
+        device_s: of a device, mean over devices. Every moment counts once, for the innermost operation, and for a
+            collective only if nothing else runs.
+        work_s: on fake CPU devices the time of all cores over their number (`attribution.core_seconds`): the time
+            that the work would take alone on all cores. On accelerators `device_s`.
+        wait_s: the part of `device_s` in which a collective waits for other devices. None if traces do not tell.
     """
 
     device_s: float
@@ -47,17 +47,17 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class ScopeTime(Spent):
-    """What the operations of one scope and kind take.
+    """Seconds of the operations of one scope and purpose.
 
     Args:
-        scope: the decoder's own names; "" for what has none.
-        kind: what the operations are for.
+        scope: of the decoder; "" if there is none.
+        kind: purpose of the operations.
         collective, axes: of a collective.
-        count: operations of a device and step; an asynchronous one counts once.
+        count: operations per device and step. An asynchronous one counts once.
     """
 
     scope: str
-    kind: Work
+    kind: Purpose
     collective: str | None = None
     axes: tuple[str, ...] = ()
     count: float
@@ -65,18 +65,19 @@ class ScopeTime(Spent):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Where the time of one step goes; `rows`, `between_s` and `dispatch_s` add up to `mean_s`.
+    """Where the time of one step goes. `rows`, `between_s` and `dispatch_s` add up to `mean_s`.
 
-    Of a program that takes several steps in one call, all of it is a step's part of the call.
+    If a call takes several steps, all seconds are a step's share of the call.
 
     Args:
-        n_steps, n_devices: that were traced; devices of this process.
+        n_steps: traced steps.
+        n_devices: traced devices, all of them of this process.
         cores: that fake devices share; None for accelerators.
-        step_s, mean_s: median and mean of the traced steps' wall time, by the host's clock.
-        rows: by scope and kind, in the order in which they first run.
-        between_s: of a device, between its first operation and its last, in none.
-        dispatch_s: before a device's first operation, and from its last until the host has the result.
-        unknown: names of operations that the program's text does not have; their time is in `other`.
+        step_s, mean_s: median and mean wall time of the traced steps, by the host's clock.
+        rows: times by scope and kind, in the order in which they first run.
+        between_s: time of a device between its first and last operation in which none ran.
+        dispatch_s: time before a device's first operation, and from its last until the host has the result.
+        unknown: names of operations that are not in the program's text. Their time is in `other`.
     """
 
     n_steps: int
@@ -90,8 +91,8 @@ class Profile:
     unknown: tuple[str, ...]
 
     @property
-    def by_kind(self) -> dict[Work, Spent]:
-        """The totals, of every kind."""
+    def by_kind(self) -> dict[Purpose, Spent]:
+        """The total of every kind."""
         found = {}
         for kind in KINDS:
             rows = [r for r in self.rows if r.kind == kind]
@@ -104,7 +105,7 @@ class Profile:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, and the totals by kind."""
+        """All fields and `by_kind`."""
         return dataclasses.asdict(self) | {"by_kind": {k: dataclasses.asdict(s) for k, s in self.by_kind.items()}}
 
 
@@ -117,24 +118,24 @@ def profile(
     steps: int = 1,
     keep: Path | None = None,
 ) -> Profile:
-    """Runs a step a few times under JAX's profiler and says where its time goes.
+    """Runs a step a few times under JAX's profiler and attributes its time.
 
     Args:
-        step: runs the program once and waits for it, as `timing.stepper` makes it; it must have run before.
-        text: the optimised program, as `Compiled.text`.
+        step: runs the program once and waits for it (`timing.stepper`). It must have run before.
+        text: the optimised program (`Compiled.text`).
         mesh: axis name -> size, in mesh order.
-        n_calls: that are traced.
-        steps: in one call.
-        keep: a folder to leave the raw trace in, for Perfetto or XProf.
+        n_calls: calls to trace.
+        steps: steps in one call.
+        keep: a folder for the raw trace, for Perfetto or XProf.
 
     Raises:
-        HloError: a text that cannot be read.
-        TraceError: a trace without the steps, or one that is cut short: trace fewer.
+        HloError: the text cannot be read.
+        TraceError: the trace lacks steps, or is cut short; trace fewer calls.
     """
     known = operations(text, mesh)
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # Python's own calls would be most of the trace
-    options.host_tracer_level = 1  # has all that is read here; the default, 2, slows many small operations down
+    options.python_tracer_level = 0  # Python's own calls would fill most of the trace
+    options.host_tracer_level = 1  # enough for what is read here; the default, 2, slows small operations down
     with tempfile.TemporaryDirectory() as temporary:
         folder, times = Path(temporary), []
         jax.profiler.start_trace(folder, profiler_options=options)
@@ -161,21 +162,21 @@ def attribute(
     cores: int | None,
     steps: int = 1,
 ) -> Profile:
-    """Shares the time of the steps out among the operations.
+    """Attributes the time of the steps to the operations.
 
     Args:
         found: the operations that ran, of all devices and steps.
-        known: what they are for; what is missing is `other`.
-        times_s: of every call, by the host's clock.
-        cores: that the devices share; None for devices with cores of their own.
-        steps: in one call.
+        known: name -> operation of the program's text. Others count as `other`.
+        times_s: seconds of every call, by the host's clock.
+        cores: that the devices share; None for accelerators.
+        steps: steps in one call.
     """
-    ranks = {name: 0 if o.contains else 1 if o.work == "collective" else 2 for name, o in known.items()}
+    ranks = {name: 0 if o.contains else 1 if o.purpose == "collective" else 2 for name, o in known.items()}
     runs: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for e in found:
         runs[e.step, e.device].append(e)
     pieces = {run: exclusive(its, ranks) for run, its in runs.items()}
-    ran: dict[str, list[float]] = {}  # name -> nanoseconds, of these waiting, times
+    ran: dict[str, list[float]] = {}  # name -> nanoseconds, nanoseconds of waiting, number of runs
     for e in sorted(found, key=lambda e: e.start):
         ran.setdefault(e.name, [0.0, 0.0, 0.0])[2] += 1
     for p in (p for its in pieces.values() for p in its):
@@ -193,7 +194,7 @@ def attribute(
     for name, (ns, waiting, n) in ran.items():
         o = known.get(name, UNKNOWN)
         work = ns * each if cores is None else spent[name] * 1e-9 / n_steps
-        row = sums.setdefault((o.scope, o.work, o.collective, o.axes), [0.0, 0.0, 0.0, 0.0])
+        row = sums.setdefault((o.scope, o.purpose, o.collective, o.axes), [0.0, 0.0, 0.0, 0.0])
         for i, more in enumerate((ns * each, work, waiting * each, 0.0 if o.ends else n / len(runs) / steps)):
             row[i] += more
     rows = [

@@ -1,6 +1,6 @@
 """One run of `toruslab serve-bench`: traffic on the engine, and the numbers of its row.
 
-Decides what a run must have shown to count: nothing compiled, no request lost.
+A run counts only if nothing was compiled and no request was lost.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from toruslab.serving.traffic.workload import Workload, prompt_ids
 
 
 class Invalid(RuntimeError):
-    """A run whose numbers do not count."""
+    """A run whose numbers do not count. `numbers` has them."""
 
     def __init__(self, why: str, numbers: dict[str, Any]):
         super().__init__(why)
@@ -46,10 +46,10 @@ class Invalid(RuntimeError):
 
 
 def engine(setting: ServingSetting, compiled: Callable[[int, int], None]) -> Engine:
-    """The one engine of all schemes, its programs compiled; its weights random, or a checkpoint's.
+    """The engine for all schemes of a setting, with compiled programs. `compiled`: see `Engine`.
 
     Raises:
-        ValueError: stages that cannot be made of the devices that are here.
+        ValueError: the devices here do not suffice for the stages.
     """
     config, made, n = setting.config, setting.made, setting.stages
     is_int8, itemsize = setting.weights == "int8", 4 if setting.weights == "f32" else 2
@@ -83,7 +83,7 @@ def engine(setting: ServingSetting, compiled: Callable[[int, int], None]) -> Eng
 
 
 def engine_weights(setting: ServingSetting) -> dict[str, Any]:
-    """The weights on the host, as `models.weights.packing.pack` has them; a checkpoint's come over one device."""
+    """The weights on the host, nested as `models.weights.packing.pack` does. A checkpoint is loaded by one device."""
     config = setting.config
     if setting.checkpoint is None:
         return pack(config, init(config, 0))
@@ -98,10 +98,10 @@ def _size(setting: ServingSetting) -> int:
 
 
 def measure(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float, seed: int) -> dict[str, Any]:
-    """Serves one trace and says all that there is to say of it.
+    """Serves one trace at a rate (requests per second) and returns the numbers of its row.
 
     Raises:
-        Invalid: something was compiled meanwhile, or a request was lost.
+        Invalid: a program was compiled meanwhile, or a request was lost.
     """
     workload = traffic(setting, setting.arrivals.at(rate), setting.requests, seed)
     metrics = Metrics(max_bs=setting.max_bs, window_s=workload.window_s(setting.warm_up), limits=setting.limits)
@@ -133,20 +133,20 @@ def measure(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float, 
 
 
 def warm(setting: ServingSetting, made: Engine) -> None:
-    """A short trace for every scheme, so that nothing is met for the first time in measured traffic."""
+    """Serves a short trace with every scheme, so that measured traffic meets nothing for the first time."""
     for scheme in setting.schemes:
         run_once(setting, made, scheme, _burst(setting, 8), [])
 
 
 def capacity(setting: ServingSetting, made: Engine) -> float:
-    """Requests per second of a closed burst of four full batches: Orca's, or that of the last scheme."""
+    """Requests per second in a burst of four full batches, by Orca's scheme or else the last one."""
     scheme = next((r for r in setting.schemes if r.policy.name == "orca"), setting.schemes[-1])
     n = 4 * setting.max_bs
     return n / statistics.median(run_once(setting, made, scheme, _burst(setting, n), []).end_s for _ in range(2))
 
 
 def timeline(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float) -> dict[str, Any]:
-    """The first requests of a run, as a trace that Perfetto opens."""
+    """The timeline of a run's first requests, which Perfetto opens."""
     drawn = Timeline()
     n = min(setting.requests, 3 * setting.max_bs)
     run_once(setting, made, scheme, traffic(setting, setting.arrivals.at(rate), n, 0), [drawn])
@@ -154,7 +154,7 @@ def timeline(setting: ServingSetting, made: Engine, scheme: Scheme, rate: float)
 
 
 def resident_bytes() -> int | None:
-    """Memory that this process holds now; None where the system does not say."""
+    """Resident memory of this process, bytes. None if the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -173,13 +173,13 @@ def traffic(setting: ServingSetting, when: Arrivals, n: int, seed: int) -> Workl
 def run_once(
     setting: ServingSetting, made: Engine, scheme: Scheme, workload: Workload, observers: Iterable[Observer]
 ) -> Served:
-    """Serves a trace to its end."""
+    """Serves a workload to its end."""
     prompt = functools.partial(prompt_ids, seed=workload.seed)
     return serve(workload.requests(), scheduler(setting, scheme), made, prompt, observers=list(observers))
 
 
 def scheduler(setting: ServingSetting, scheme: Scheme) -> Scheduler:
-    """An empty one, of a scheme."""
+    """An empty scheduler for a scheme."""
     return Scheduler(
         max_bs=setting.max_bs,
         n_slots=setting.n_slots,
@@ -191,7 +191,7 @@ def scheduler(setting: ServingSetting, scheme: Scheme) -> Scheduler:
 
 
 class Seen(Observer):
-    """What `Metrics` does not look at."""
+    """An observer for the numbers that `Metrics` lacks."""
 
     def __init__(self, made: Engine):
         self._engine = made
@@ -206,7 +206,7 @@ class Seen(Observer):
         return max(self._busy_s, default=0.0)
 
     def sustained_per_s(self, start_s: float) -> float | None:
-        """Completions per second from `start_s` until the last request got into a batch: while all could be full."""
+        """Returned requests per second from `start_s` until the last request started, while batches could be full."""
         returned_s = np.array(self._returned_s)
         length_s = self._last_scheduled_s - start_s
         inside = ((returned_s >= start_s) & (returned_s <= self._last_scheduled_s)).sum()

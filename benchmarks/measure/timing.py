@@ -1,7 +1,7 @@
-"""Timing of passes: compiled before the clock starts, warmed up, interleaved, nothing dropped.
+"""Timing of passes. This file defines what "measured" means.
 
-Decides what "measured" means. All contenders run in turn, round after round, so that a slow moment of the machine
-falls on all of them.
+Programs are compiled and warmed up before the clock starts. All contenders run in turn, round after round, so that a
+slow moment of the machine affects all of them. No repetition is dropped.
 """
 
 import gc
@@ -26,11 +26,12 @@ from toruslab.models.programs.program import Program
 from toruslab.models.programs.training import Trainer, TrainState
 
 RunOnce = Callable[[], None]
+"""Calls a program once and waits for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of every repetition, in the order in which they were taken."""
+    """Seconds of every repetition, in their order."""
 
     times_s: tuple[float, ...]
 
@@ -40,21 +41,21 @@ class Timing:
 
     @property
     def quartiles_s(self) -> tuple[float, float]:
-        """First and third quartile: half of all repetitions lie between them."""
+        """First and third quartile."""
         if len(self.times_s) < 2:
             return (self.median_s, self.median_s)
         low, _, high = statistics.quantiles(self.times_s, n=4, method="inclusive")
         return (low, high)
 
     def per(self, n: int) -> "Timing":
-        """Of one of `n` steps of a call."""
+        """The timing of one step, if a call takes `n` steps."""
         return Timing(times_s=tuple(t / n for t in self.times_s))
 
     def numbers(self) -> dict:
-        """As a row holds them.
+        """The fields of a row.
 
-        Median, quartiles, the spread that holds 90% of the repetitions, extremes, all times, how many of them are far
-        out (more than three interquartile ranges above the third quartile; they stay in), and the machine's load now.
+        Median, quartiles, the spread that holds 90% of the repetitions, extremes, all times, and the machine's load
+        now. `outliers` counts times more than three interquartile ranges above the third quartile; they stay in.
         """
         low, high = self.quartiles_s
         return {
@@ -73,13 +74,14 @@ class Timing:
 def stepper(
     program: Program, executable: jax.stages.Compiled, params: nnx.State, ids: np.ndarray, start: int
 ) -> RunOnce:
-    """A function that calls the program once and waits for it, its cache handed on from call to call.
+    """A function that calls a program once and waits for it. Each call gets the cache of the previous call.
 
     Args:
-        program, executable: what runs: the program as compiled, or `idle`.
+        program: describes the pass.
+        executable: the compiled program, or `idle`.
         params: placed as the layout wants them.
         ids: [B, L] tokens.
-        start: position of the first of them, for every row.
+        start: position of the first token of every sequence.
     """
     batch, length = ids.shape
     mesh = program.mesh
@@ -101,11 +103,12 @@ def stepper(
 
 
 def training_stepper(trainer: Trainer, executable: jax.stages.Compiled, state: TrainState, ids: np.ndarray) -> RunOnce:
-    """A function that takes one training step and waits for it, its state handed on from call to call.
+    """A function that takes one training step and waits for it. Each call gets the state of the previous call.
 
     Args:
-        trainer, executable: what runs, as compiled.
-        state: of `trainer.initial`, or as training left it; the first call takes it away.
+        trainer: describes the step.
+        executable: the compiled step.
+        state: of `trainer.initial`, or of training. It is donated to the first call.
         ids: [B, L + 1] tokens.
     """
     mesh, held, placed = trainer.mesh, [state], everywhere(trainer.mesh, ids.astype(np.int32))
@@ -119,7 +122,7 @@ def training_stepper(trainer: Trainer, executable: jax.stages.Compiled, state: T
 
 
 def idle(program: Program) -> jax.stages.Compiled:
-    """A program of the same arguments and results that does nothing: what it takes to call one and to wait for it."""
+    """A program with the same arguments and results that does nothing. Its time is that of dispatch."""
     steps, layout, mesh = program.pass_.steps, program.layout, program.mesh
 
     def nothing(params, tokens, cache, requests):
@@ -136,10 +139,10 @@ def interleaved(steps: Sequence[RunOnce], *, repeats: int, budget_s: float, leas
     """Times all steps in turn, round after round.
 
     Args:
-        steps: the contenders; each is run once before the clock starts, and once more to see how long it takes, which
-            counts as its first repetition.
-        repeats: rounds for each that can do them within its budget.
-        budget_s: about how long one contender may take altogether; a slow one is timed less often, but `least` times.
+        steps: the contenders. Each runs once before the clock starts; its next run is its first repetition.
+        repeats: repetitions of each contender within its budget.
+        budget_s: about how many seconds one contender may take. A slow one gets fewer repetitions.
+        least: fewest repetitions.
     """
     if not steps:
         return []

@@ -1,7 +1,7 @@
-"""One training run in a folder: steps, evaluations, checkpoints, and rows of all that happens.
+"""One training run in a folder: its steps, evaluations, checkpoints and rows.
 
-Decides when a run evaluates, saves and stops, and how it goes on from a checkpoint. What a step computes is
-`models.programs.training`'s, what is written of it `models.programs.checkpoints`'s.
+Decides when a run evaluates, saves and stops, and how it resumes from a checkpoint. `models.programs.training` defines
+a step, `models.programs.checkpoints` the format of a checkpoint.
 """
 
 import json
@@ -39,13 +39,13 @@ SAMPLER = Sampler(temperature=0.7, seed=0)
 
 @dataclass
 class Signals:
-    """Which signal has asked the run to stop; a second one ends it at once."""
+    """The signal that asked the run to stop, or 0. A second signal ends the run at once."""
 
     seen: int = 0
 
     @contextmanager
     def heard(self) -> Iterator["Signals"]:
-        """While this is open, SIGINT and SIGTERM are noted instead of acted on."""
+        """Notes SIGINT and SIGTERM in `seen` while the context is open."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _: object) -> None:
@@ -63,17 +63,18 @@ class Signals:
 
 @dataclass(kw_only=True)
 class TrainingRun:
-    """A run from its beginning, or from its latest checkpoint, to its last step or a signal.
+    """A run from its start, or from its latest checkpoint, to its last step or a signal.
 
     Args:
-        setting, texts: what is trained, on what.
-        folder: of rows and checkpoints; can be written to.
-        evaluate_every, checkpoint_every: steps between; 0: at the end only.
-        said: called with every row, as it is made.
-        warn: called with a sentence about what went wrong without ending the run.
+        setting: the model, layout, batch and recipe.
+        texts: to train and to evaluate on.
+        folder: for rows and checkpoints. It must be writable.
+        evaluate_every, checkpoint_every: steps between two of them; 0: only at the end.
+        said: called with every new row.
+        warn: called with a sentence when something fails and the run goes on.
 
     Raises:
-        ValueError: checkpoints of another model.
+        ValueError: the folder's checkpoints are of another model.
     """
 
     setting: TrainingSetting
@@ -95,7 +96,7 @@ class TrainingRun:
         )
         self.saved = Checkpoints(self.folder / CHECKPOINTS, s.config, keep=KEPT, warn=self.warn)
         self.first = self.saved.latest() or 0
-        """The step that it goes on from."""
+        """The step that it resumes from."""
         self.speaks = jax.process_index() == 0
         self._can_write = True
         if self.speaks:
@@ -103,23 +104,23 @@ class TrainingRun:
 
     @property
     def tokens_per_s(self) -> float:
-        """Trained on, from the median step; what is compiled, evaluated or saved is left out."""
+        """Trained tokens per second, by the median step. Excludes compilation, evaluation and saving."""
         return self.setting.batch * self.setting.length / statistics.median(self.seconds or [math.nan])
 
     def begin(self) -> None:
-        """The state to go on from.
+        """Makes the initial state, or restores the one to resume from.
 
         Raises:
-            ValueError: a checkpoint that is damaged, or of another form.
+            ValueError: the checkpoint is damaged, or of another form.
         """
         s = self.setting
         self.state = self.saved.restore(self.trainer.abstract()) if self.first else self.trainer.initial(s.seed)
 
     def train(self, signals: Signals) -> None:
-        """Steps until the end or a signal; the state is saved when this returns, if it can be.
+        """Trains until the last step or a signal, and saves the state if it can.
 
         Raises:
-            FloatingPointError: a loss or gradient that is not finite; the checkpoints before stay as they are.
+            FloatingPointError: a loss or gradient is not finite. Earlier checkpoints stay.
         """
         s, step = self.setting, self.first
         self._say(self._head())
@@ -130,7 +131,7 @@ class TrainingRun:
                 self.state, report = self.trainer.step(self.state, everywhere(self.mesh, ids))
                 loss, norm = float(report.loss), float(report.norm)
             took, step = time.perf_counter() - begun, step + 1
-            if step > self.first + 1:  # the first is compiled
+            if step > self.first + 1:  # the first step includes compilation
                 self.seconds.append(took)
             if not math.isfinite(loss + norm):
                 self.saved.wait()
@@ -148,7 +149,7 @@ class TrainingRun:
         self.step = step
 
     def evaluate(self, most: int | None = None) -> float:
-        """Mean loss on the held-out text, or on `most` of its groups, in nats a byte."""
+        """Mean loss on the held-out text, or on `most` of its groups, in nats per byte."""
         groups = self.texts.held_out
         if most is not None and most < len(groups):
             groups = groups[np.linspace(0, len(groups) - 1, most).astype(int)]
@@ -157,7 +158,7 @@ class TrainingRun:
             return float(np.mean([float(self.trainer.evaluate(params, everywhere(self.mesh, g))) for g in groups]))
 
     def conclude(self) -> Row:
-        """The row of a finished run: its loss on the whole held-out text, and what the model writes."""
+        """Adds the row of a finished run: its loss on the whole held-out text, and samples of the model's text."""
         row = {
             "step": self.step,
             "held_out_nats_per_byte": self.evaluate(),
@@ -171,7 +172,7 @@ class TrainingRun:
         return row
 
     def write(self) -> list[dict[str, str]]:
-        """What the model writes after beginnings from the held-out text, of parts of it with the most letters."""
+        """The model's continuations of held-out prompts: the windows of text with the most letters."""
         s, made, shape = self.setting, self.setting.layout_value, self.setting.shape
         multiple = batch_multiple(made, shape=shape)
         batch = -(-PROMPTS // multiple) * multiple
@@ -202,7 +203,7 @@ class TrainingRun:
             self.saved.save(step, self.state, {"training": self.setting.to_json(), "text": self.texts.digest})
 
     def _head(self) -> Row:
-        """The row that a run, or its continuation, begins with."""
+        """The first row of a run or of a resumed run."""
         return {
             "training": self.setting.to_json(),
             "source": "measured",
@@ -221,12 +222,12 @@ class TrainingRun:
             with open(self.folder / ROWS, "a") as file:
                 file.write(line(row) + "\n")
         except OSError as error:
-            self._can_write = False  # a torn line must stay the last one
+            self._can_write = False  # a torn line must stay the last line
             self.warn(f"{ROWS} cannot be written any more: {error.strerror}; training goes on")
 
 
 def rows(folder: Path) -> list[Row]:
-    """The rows of a run, without what an interrupted write left at their end."""
+    """The rows of a run. A line that an interrupted write left at the end is dropped."""
     found = []
     for written in (folder / ROWS).read_text().splitlines():
         try:
@@ -237,7 +238,7 @@ def rows(folder: Path) -> list[Row]:
 
 
 def _keep(path: Path, step: int) -> None:
-    """Leaves only the rows up to a step: what came after it is done again."""
+    """Drops the rows after a step, since these steps are trained again."""
     if not path.exists():
         return
     kept = [row for row in rows(path.parent) if _step(row) <= step and not row.get("final")]

@@ -10,9 +10,11 @@ Pure Python; touches neither JAX nor the disk.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-Row = dict[str, Any]
+if TYPE_CHECKING:  # rows are only annotated here: at run time their module would import JAX
+    from toruslab.benchmarks.runs.rows import Row
+
 COMPARATORS = ("replicated", "auto")
 TERMS: tuple[str, ...] = ("matmul_s", "attention_s", "weights_s", "other_s", "collective_s", "dispatch_s")
 
@@ -31,11 +33,11 @@ def seconds(value: object) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class Result:
     """One point with everything that is known of it."""
 
-    point: Row
-    rows: dict[str, Row]
+    point: "Row"
+    rows: "dict[str, Row]"
 
     @property
     def label(self) -> str:
@@ -54,7 +56,7 @@ class Line:
     def is_auto(self) -> bool:
         return self.point.get("layout") == "auto"
 
-    def row(self, source: str) -> Row:
+    def row(self, source: str) -> "Row":
         """The row of a source; empty where there is none or the point failed."""
         found = self.rows.get(source, {})
         return {} if "error" in found else found
@@ -69,7 +71,7 @@ class Line:
         return next((f"{s}: {r['error']}" for s, r in self.rows.items() if "error" in r), None)
 
     @property
-    def _priced(self) -> Row:
+    def _priced(self) -> "Row":
         """The row that holds the prediction: of `auto`, which has no plan, the compiled one."""
         return self.row("compiled" if self.is_auto else "analytic")
 
@@ -113,7 +115,7 @@ class Line:
         return self.predicted_s / self.measured_s - 1 if self.predicted_s and self.measured_s else None
 
     @property
-    def collectives(self) -> list[Row]:
+    def collectives(self) -> "list[Row]":
         """The plan's collectives; of `auto`, which has no plan, the compiled program's own."""
         found = self._priced.get("collectives")
         rows = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
@@ -130,31 +132,31 @@ class Line:
         return name.startswith("wg") if name[:2] in ("ws", "wg") else None
 
 
-def groups(rows: Iterable[Row]) -> dict[str, list[Line]]:
+def groups(rows: "Iterable[Row]") -> dict[str, list[Result]]:
     """Lines by cell, in the order of the rows. Of several rows of one source the last counts that did not fail."""
-    found: dict[str, dict[str, Line]] = {}
+    found: dict[str, dict[str, Result]] = {}
     for row in rows:
         point = row["point"]
-        line = Line(point=point, rows={})
+        line = Result(point=point, rows={})
         known = found.setdefault(title(point), {}).setdefault(line.label, line).rows
         if "error" not in row or "error" in known.get(row["source"], {"error": None}):
             known[row["source"]] = row
     return {name: list(lines.values()) for name, lines in found.items()}
 
 
-def title(point: Row) -> str:
+def title(point: "Row") -> str:
     """What the lines of a cell share."""
     length = point.get("length", 1)
     sizes = f"batch {point.get('batch', '?')}" + (f" x {length} tokens" if length > 1 else "")
     return f"{point.get('phase', '?')}, {sizes}{_rest(point)}"
 
 
-def family(point: Row) -> str:
+def family(point: "Row") -> str:
     """What cells share that differ in batch and length only."""
     return f"{point.get('phase', '?')}{_rest(point)}"
 
 
-def _rest(point: Row) -> str:
+def _rest(point: "Row") -> str:
     context = f", context {point['context']}" if point.get("context") else ""
     context += f", {point['steps_per_call']} steps a call" if point.get("steps_per_call", 1) != 1 else ""
     context += f", {point['accumulate']} parts" if point.get("accumulate", 1) != 1 else ""
@@ -164,16 +166,16 @@ def _rest(point: Row) -> str:
     return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')}{cached} on {where}"
 
 
-def families(cells: dict[str, list[Line]]) -> dict[str, list[Line]]:
+def families(cells: dict[str, list[Result]]) -> dict[str, list[Result]]:
     """All lines by family, those of few tokens first."""
-    found: dict[str, list[Line]] = {}
+    found: dict[str, list[Result]] = {}
     for lines in cells.values():
         for line in lines:
             found.setdefault(line.family, []).append(line)
     return {name: sorted(lines, key=lambda x: x.tokens) for name, lines in found.items()}
 
 
-def labels(lines: Iterable[Line]) -> list[str]:
+def labels(lines: Iterable[Result]) -> list[str]:
     """Layout/attention of the lines, each once."""
     return list(dict.fromkeys(x.label for x in lines))
 
@@ -194,7 +196,7 @@ class Traced:
     work_s: float | None
 
 
-def traced(profile: Row, collectives: Iterable[Row]) -> list[Traced]:
+def traced(profile: "Row", collectives: "Iterable[Row]") -> list[Traced]:
     """A profile's rows, each collective beside its price.
 
     Args:

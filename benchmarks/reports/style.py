@@ -2,7 +2,7 @@
 
 A picture is a list of panels. Each panel stands alone on the page, so that it is readable on a phone; in the folder the
 panels of a picture are one sheet, as SVG and PNG. Decides colours, marks, sizes and the SVG's ids; what is drawn is
-decided in `report_pictures`, `report_bars` and `report_torus`.
+decided in `pictures`, `mesh_picture` and `figures`.
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart: warm ones are weight-stationary, cool ones
 weight-gathered. A solid line and a disc are attention over the batch, a dashed line and a square over heads.
@@ -136,6 +136,19 @@ def log_axis(axis: Any, form: Callable[[float], str] | None = None) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def log_axes(axes: Any, names: str) -> None:
+    """Logarithmic axes with plain numbers, and a grid.
+
+    Args:
+        axes: matplotlib's.
+        names: of "x", "y" and "xy".
+    """
+    for name in names:
+        getattr(axes, f"set_{name}scale")("log")
+        log_axis(getattr(axes, f"{name}axis"))
+    axes.grid(True)
+
+
 def legend_below(axes: Any, marked: Sequence[Any] | None = None, *, columns: int = 3, offset: float = -0.2) -> None:
     """A legend under the axes, where it hides nothing."""
     found = axes.get_legend_handles_labels()[0] if marked is None else marked
@@ -169,6 +182,14 @@ def svg(panel: Panel, prefix: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'aria-label="{name}" {box[0] if box else ""}>{body.strip()}'
     )
+
+
+def sheets(*pictures: Picture) -> dict[str, Any]:
+    """Each picture as one matplotlib figure, by its name."""
+    import matplotlib
+
+    with matplotlib.rc_context(cast(Any, STYLE)):
+        return {p.name: _figure(p.panels, p.columns, titled=True) for p in pictures}
 
 
 def save(picture: Picture, folder: Path) -> list[Path]:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from toruslab.benchmarks.reports import crossover
-from toruslab.benchmarks.reports.cells import COMPARATORS, Line, Row, number
-from toruslab.benchmarks.reports.prediction import Quality, Target
+from toruslab.benchmarks.reports.cells import COMPARATORS, Result, number
+from toruslab.benchmarks.reports.quality import Quality, Target, crossover_sentences
+from toruslab.benchmarks.runs.rows import Row
 
 READING = (
     "planned: from the layout alone.",
@@ -33,7 +33,7 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     return f"{share:+.0%}" if signed else f"{share:.1%}" if abs(share) < 0.1 else f"{share:.0%}"
 
 
-def measured(line: Line) -> str:
+def measured(line: Result) -> str:
     """Median and quartiles in ms."""
     spread = line.quartiles_s
     return milliseconds(line.measured_s) + (
@@ -41,13 +41,13 @@ def measured(line: Line) -> str:
     )
 
 
-def predicted(line: Line) -> str:
+def predicted(line: Result) -> str:
     """Prediction in ms and its error."""
     error = line.relative_error
     return milliseconds(line.predicted_s) + (f" ({percent(error, signed=True)})" if error is not None else "")
 
 
-def volume(line: Line, source: str) -> str:
+def volume(line: Result, source: str) -> str:
     """Number of collectives and kB a chip; in brackets for the plan that `auto` is held against, not its own."""
     total, n = line.number(source, "collective_bytes"), line.number(source, "n_collectives")
     if total is None:
@@ -56,7 +56,7 @@ def volume(line: Line, source: str) -> str:
     return f"({text})" if line.is_auto and source == "analytic" else text
 
 
-def verdict(line: Line) -> str:
+def verdict(line: Result) -> str:
     """Whether the program is the plan; for `auto`, its bytes as a multiple of the plan of ws2d."""
     compiled, plan = line.row("compiled"), line.number("analytic", "collective_bytes")
     if line.error:
@@ -75,17 +75,17 @@ def verdict(line: Line) -> str:
     return "yes" if exact else f"{unexplained:.0f} unexplained" if unexplained else "merged"
 
 
-def kind(line: Line) -> str:
+def kind(line: Result) -> str:
     """By the plan: whether weights move."""
     return {True: "weight-gathered", False: "weight-stationary", None: ""}[line.is_gathered]
 
 
-def fastest(lines: Iterable[Line]) -> float | None:
+def fastest(lines: Iterable[Result]) -> float | None:
     """The best measured time, seconds."""
     return min((x.measured_s for x in lines if x.measured_s), default=None)
 
 
-def cell_sentence(name: str, lines: Sequence[Line]) -> str | None:
+def cell_sentence(name: str, lines: Sequence[Result]) -> str | None:
     """Which of the paper's layouts was fastest, and how the comparators did."""
     timed = sorted((x for x in lines if x.measured_s), key=lambda x: x.measured_s or 0)
     own = [x for x in timed if x.point.get("layout") not in COMPARATORS]
@@ -100,7 +100,7 @@ def cell_sentence(name: str, lines: Sequence[Line]) -> str | None:
     )
 
 
-def cell_sentences(cells: Mapping[str, Sequence[Line]]) -> list[str]:
+def cell_sentences(cells: Mapping[str, Sequence[Result]]) -> list[str]:
     """One sentence per cell."""
     return [s for name, lines in cells.items() if (s := cell_sentence(name, lines))]
 
@@ -148,9 +148,9 @@ def met(t: Target) -> str:
     return {True: "met", False: "missed", None: "not known"}[t.met]
 
 
-def sentences(cells: Mapping[str, list[Line]], found: Quality) -> list[str]:
+def sentences(cells: Mapping[str, list[Result]], found: Quality) -> list[str]:
     """All sentences of a run: cell by cell, the crossover, the prediction."""
-    return [*cell_sentences(cells), *crossover.sentences(cells), *quality_sentences(found)]
+    return [*cell_sentences(cells), *crossover_sentences(cells), *quality_sentences(found)]
 
 
 def environments(rows: Iterable[Row]) -> list[Row]:

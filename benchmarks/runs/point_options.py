@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from toruslab.benchmarks.runs.options import InputError
-from toruslab.partitioning.layouts.layout import LAYOUTS
-from toruslab.partitioning.plan.plan import REMAT
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.plan.passes import REMAT
 from toruslab.partitioning.plan.point import CACHES, PHASES, WEIGHTS, Point
 
 FIELDS = (

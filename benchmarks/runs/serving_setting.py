@@ -18,7 +18,8 @@ from toruslab.models.presets import model
 from toruslab.models.weights import byte_ids
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.plan.point import WEIGHTS
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 from toruslab.serving.engine.pages import Held, n_pages

@@ -15,7 +15,8 @@ from toruslab.models.presets import model
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, Training, check
+from toruslab.partitioning.plan.passes import Pass, Training
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import Shape, Slice, mesh_shape
 
 DTYPES = {"f32": 4, "bf16": 2}

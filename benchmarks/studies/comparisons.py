@@ -87,9 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(rows, Console(width=None if sys.stdout.isatty() else 120))
     if folder:
-        from toruslab.benchmarks.reports.comparisons_figures import write
+        from toruslab.benchmarks.reports import figures, style
 
-        for path in write(rows, folder):
+        drawn = style.sheets(figures.blocks(rows), figures.attention(rows))
+        for path in run_folder.save(folder, "rows", rows, drawn):
             print(path, file=sys.stderr)
     failed = [r for r in rows if "error" in r]
     for row in failed:

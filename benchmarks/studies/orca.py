@@ -4,13 +4,21 @@ Decides what is compared and how. Three constants are fitted, on panel (b) alone
 `python -m benchmarks.studies.orca` fits them anew. The other panels are predictions with the same constants.
 """
 
+import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
+from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
+from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
@@ -36,7 +44,7 @@ MOST_PROMPT = ORCA_PROMPT.high
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contender:
+class ServingSystem:
     """A line of the figure.
 
     Args:
@@ -53,26 +61,29 @@ class Contender:
     baseline: bool = False
 
 
-CONTENDERS = (
-    *(Contender(name=f"orca{n}", policy=ORCA, max_bs=n) for n in (1, 8, 16, 32)),
-    *(Contender(name=f"ft{n}", policy=SHORTEST_PROMPT, max_bs=n, in_flight=1, baseline=True) for n in (1, 8)),
+SYSTEMS = (
+    *(ServingSystem(name=f"orca{n}", policy=ORCA, max_bs=n) for n in (1, 8, 16, 32)),
+    *(ServingSystem(name=f"ft{n}", policy=SHORTEST_PROMPT, max_bs=n, in_flight=1, baseline=True) for n in (1, 8)),
 )
 """A micro-batch of the baseline is as large as its batch, so that one is in the pipeline at a time."""
 
 LADDER = (
-    ("the baseline, batches of 1", Contender(name="0", policy=SHORTEST_PROMPT, max_bs=1, in_flight=1, baseline=True)),
-    ("Orca's engine", Contender(name="1", policy=SHORTEST_PROMPT, max_bs=1, in_flight=1)),
-    ("batches of 8 by the shortest prompt", Contender(name="2", policy=SHORTEST_PROMPT, max_bs=8, in_flight=1)),
-    ("whole prompts, padded", Contender(name="3", policy=REQUEST_LEVEL, max_bs=8, in_flight=1)),
-    ("batches of 32", Contender(name="4", policy=REQUEST_LEVEL, max_bs=32, in_flight=1)),
-    ("a batch in flight for each stage", Contender(name="5", policy=REQUEST_LEVEL, max_bs=32)),
-    ("early return", Contender(name="6", policy=REQUEST_LEVEL_EARLY, max_bs=32)),
-    ("refill: Orca", Contender(name="7", policy=ORCA, max_bs=32)),
+    (
+        "the baseline, batches of 1",
+        ServingSystem(name="0", policy=SHORTEST_PROMPT, max_bs=1, in_flight=1, baseline=True),
+    ),
+    ("Orca's engine", ServingSystem(name="1", policy=SHORTEST_PROMPT, max_bs=1, in_flight=1)),
+    ("batches of 8 by the shortest prompt", ServingSystem(name="2", policy=SHORTEST_PROMPT, max_bs=8, in_flight=1)),
+    ("whole prompts, padded", ServingSystem(name="3", policy=REQUEST_LEVEL, max_bs=8, in_flight=1)),
+    ("batches of 32", ServingSystem(name="4", policy=REQUEST_LEVEL, max_bs=32, in_flight=1)),
+    ("a batch in flight for each stage", ServingSystem(name="5", policy=REQUEST_LEVEL, max_bs=32)),
+    ("early return", ServingSystem(name="6", policy=REQUEST_LEVEL_EARLY, max_bs=32)),
+    ("refill: Orca", ServingSystem(name="7", policy=ORCA, max_bs=32)),
 )
 """From the baseline to Orca, one change at a time."""
 
 
-def scenario(contender: Contender, model: str = "orca-175b", fitted: dict[str, float] | None = None) -> Scenario:
+def scenario(system: ServingSystem, model: str = "orca-175b", fitted: dict[str, float] | None = None) -> Scenario:
     """The server of a line, for one of the paper's models."""
     constants = dict(FITTED if fitted is None else fitted)
     slowdown = constants.pop("baseline_slowdown")
@@ -80,13 +91,13 @@ def scenario(contender: Contender, model: str = "orca-175b", fitted: dict[str, f
     pipeline = Pipeline(model=model, slice=f"a100-40:{n_chips}", stages=stages, layout="ws1d+lean", attention="heads")
     return Scenario(
         server=Server(
-            times=Pricing(pipeline, constants | ASSUMED, slowdown=slowdown if contender.baseline else 1.0),
+            times=Pricing(pipeline, constants | ASSUMED, slowdown=slowdown if system.baseline else 1.0),
             n_stages=stages,
             n_chips=pipeline.n_chips,
-            max_bs=contender.max_bs,
-            slots=pipeline.slots(contender.max_bs * MOST_PROMPT, contender.max_bs),
-            policy=contender.policy,
-            in_flight=contender.in_flight,
+            max_bs=system.max_bs,
+            slots=pipeline.slots(system.max_bs * MOST_PROMPT, system.max_bs),
+            policy=system.policy,
+            in_flight=system.in_flight,
         )
     )
 
@@ -136,16 +147,16 @@ def compare(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> li
         )
         tick()
 
-    for contender in CONTENDERS:
-        case, points = scenario(contender), paper[contender.name]
+    for system in SYSTEMS:
+        case, points = scenario(system), paper[system.name]
         peak = max(rate for rate, _ in points)
-        add(contender.name, "peak, requests/s", peak_per_s(case, n, seed), peak)
+        add(system.name, "peak, requests/s", peak_per_s(case, n, seed), peak)
         for rate, ms in points:
             if rate <= 0.9 * peak:  # beyond, a latency says how long the trace was
-                add(contender.name, "latency, ms/token", latency_s(case, rate, n, seed) * 1e3, ms, rate)
-        if contender.name in HEADLINE:
+                add(system.name, "latency, ms/token", latency_s(case, rate, n, seed) * 1e3, ms, rate)
+        if system.name in HEADLINE:
             found = rate_at_limit(case, n, seed)
-            add(contender.name, "requests/s at 190 ms/token", found or 0.0, HEADLINE[contender.name])
+            add(system.name, "requests/s at 190 ms/token", found or 0.0, HEADLINE[system.name])
     return rows
 
 
@@ -153,13 +164,13 @@ def predict(models: Iterable[str], n: int, seed: int = 0, tick: Callable[[], Any
     """Other panels with the same constants: peaks, and latencies at a low load."""
     rows = []
     for model in models:
-        for contender in CONTENDERS:
-            case = scenario(contender, model)
+        for system in SYSTEMS:
+            case = scenario(system, model)
             peak = peak_per_s(case, n, seed)
-            low_s = latency_s(case, 0.02 * peak if contender.max_bs > 1 else 0.1 * peak, n, seed)
+            low_s = latency_s(case, 0.02 * peak if system.max_bs > 1 else 0.1 * peak, n, seed)
             rows += [
-                {"figure": model, "line": contender.name, "what": "peak, requests/s", "at": None, "simulated": peak},
-                {"figure": model, "line": contender.name, "what": "latency at a low load, ms/token", "at": None}
+                {"figure": model, "line": system.name, "what": "peak, requests/s", "at": None, "simulated": peak},
+                {"figure": model, "line": system.name, "what": "latency at a low load, ms/token", "at": None}
                 | {"simulated": low_s * 1e3},
             ]
             tick()
@@ -169,8 +180,8 @@ def predict(models: Iterable[str], n: int, seed: int = 0, tick: Callable[[], Any
 def ladder(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
     """Where the factor comes from: rates at `LIMIT_S`, one change after another."""
     rows, first = [], None
-    for what, contender in LADDER:
-        rate = rate_at_limit(scenario(contender), n, seed) or 0.0
+    for what, system in LADDER:
+        rate = rate_at_limit(scenario(system), n, seed) or 0.0
         first = first or rate
         rows.append({"figure": "ladder", "step": what, "rate": rate, "factor": rate / first if first else None})
         tick()
@@ -181,7 +192,7 @@ def fit(n: int, seed: int = 0, rounds: int = 6) -> dict[str, float]:
     """The three constants, on what `FITTED` says: the first two by least squares of the logarithms, peaks and curve
     weighing the same, by grids that shrink."""
     paper = data("orca_fig10_175b")
-    orca = [c for c in CONTENDERS if not c.baseline]
+    orca = [c for c in SYSTEMS if not c.baseline]
     peaks = {name: max(rate for rate, _ in paper[name]) for name in paper if name != "source"}
 
     def error(matmul: float, hbm: float) -> float:
@@ -207,12 +218,136 @@ def fit(n: int, seed: int = 0, rounds: int = 6) -> dict[str, float]:
         print(f"{best[0]:.4f} {best[1]:.4f} {known[best]:.6f}", file=sys.stderr)
     fitted = {"matmul_efficiency": best[0], "hbm_efficiency": best[1], "baseline_slowdown": 1.3}
     for _ in range(3):
-        cases = {c.name: scenario(c, fitted=fitted) for c in CONTENDERS if c.baseline}
+        cases = {c.name: scenario(c, fitted=fitted) for c in SYSTEMS if c.baseline}
         ratios = [peak_per_s(case, n, seed) / peaks[name] for name, case in cases.items()]
         ratios.append((rate_at_limit(cases["ft1"], n, seed) or 0.01) / HEADLINE["ft1"])
         fitted["baseline_slowdown"] *= float(np.sqrt(max(ratios) * min(ratios)))
     return fitted
 
 
+def figure_10b(n: int, seed: int) -> Picture:
+    """Figure 10(b): simulated lines and the paper's points."""
+    return Picture(
+        name="orca_10b",
+        heading="Orca, Figure 10(b)",
+        says="Line: simulated; mark: paper.",
+        panels=[
+            Panel(
+                title="Orca, Figure 10(b): GPT-3 175B, 2 x 8 A100 40 GB",
+                draw=lambda axes: _curves(axes, n, seed),
+                height_in=4.8,
+            )
+        ],
+    )
+
+
+def _curves(axes: Any, n: int, seed: int) -> None:
+    paper = data("orca_fig10_175b")
+    for i, system in enumerate(SYSTEMS):
+        case = scenario(system)
+        peak = peak_per_s(case, n, seed)
+        served, latency = [], []
+        for share in (0.02, 0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97, 1.05, 1.3):
+            summary, _ = case.run(trace(share * peak, n, seed))
+            if summary.normalised_s and summary.throughput_per_s:
+                served.append(min(summary.throughput_per_s, peak))
+                latency.append(summary.normalised_s.median * 1e3)
+        axes.plot(served, latency, color=f"C{i}", linestyle="--" if system.baseline else "-")
+        x, y = zip(*paper[system.name], strict=True)
+        label = f"{'baseline' if system.baseline else 'Orca'}, max_bs {system.max_bs}"
+        axes.plot(x, y, "os^Dvx"[i], color=f"C{i}", markersize=5, label=label)
+    axes.axhline(LIMIT_S * 1e3, color="black", linewidth=0.6, linestyle=":")
+    axes.set(
+        xlabel="requests per second that are served", ylabel="median normalised latency, ms a token", ylim=(40, 2500)
+    )
+    log_axes(axes, "xy")
+    axes.legend(title="line: simulated\nmark: paper", fontsize="small")
+
+
+def ladder_picture(rows: Sequence[Row]) -> Picture:
+    """From the baseline to Orca, one change at a time."""
+    steps = [r for r in rows if r["figure"] == "ladder"][::-1]
+    heading = "From the baseline to Orca, one change at a time"
+    panel = Panel(title=heading, draw=lambda axes: _ladder(axes, steps), height_in=4.0)
+    return Picture(name="ladder", heading=heading, says="", panels=[panel])
+
+
+def _ladder(axes: Any, steps: Sequence[Row]) -> None:
+    rates = [r["rate"] for r in steps]
+    axes.barh([r["step"] for r in steps], rates, color="C0")
+    for i, row in enumerate(steps):
+        axes.annotate(f" {row['factor']:.3g} x", (row["rate"], i), va="center", fontsize=8)
+    axes.set(xlabel="requests per second at 190 ms a token")
+    axes.set_xlim(min(rates) / 2, max(rates) * 2)  # room for the text beside the longest bar
+    log_axes(axes, "x")
+
+
+def parser() -> Parser:
+    """The options."""
+    p = Parser(
+        prog="python -m benchmarks.studies.orca", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    p.add_argument("--requests", type=int, default=1000, help="of each run (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of the traces (default: %(default)s)")
+    p.add_argument("--fit", action="store_true", help="fit the three constants anew and print them")
+    p.add_argument("--out", type=Path, help="folder of the rows and pictures")
+    p.add_argument("--json", action="store_true", help="one JSON row a line on standard output instead of tables")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study."""
+    options = parser().parse_args(argv)
+    n, seed = options.requests, options.seed
+    for field, least in (("requests", 1), ("seed", 0)):
+        if getattr(options, field) < least:
+            raise InputError(f"{field}={getattr(options, field)} must be at least {least}")
+    if options.fit:
+        print(fit(n, seed))
+        return 0
+    if options.out is not None:
+        run_folder.writable(options.out)
+    rows = [*compare(n, seed), *ladder(n, seed), *predict([m for m in PANELS if m != "orca-175b"], n, seed)]
+    if options.out is not None:
+        figures = sheets(figure_10b(n, seed), ladder_picture(rows))
+        for path in run_folder.save(options.out, "rows", rows, figures):
+            print(path, file=sys.stderr)
+    if options.json:
+        print("\n".join(map(line, rows)))
+    else:
+        show(rows, Console(width=None if sys.stdout.isatty() else 170))
+    return 0
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Prints the figure, the ladder and the other panels as tables."""
+    constants = ", ".join(f"{k} {v}" for k, v in FITTED.items())
+    console.print(f"GPT-3 175B, 2 stages of 8 A100 40 GB; fitted on this figure: {constants}")
+    _table(
+        console, [r for r in rows if r["figure"] == "10b"], ("line", "what", "at", "simulated", "published", "error")
+    )
+    console.print("Requests/s at 190 ms a token, one change after another")
+    _table(console, [r for r in rows if r["figure"] == "ladder"], ("step", "rate", "factor"))
+    console.print("Predicted with the same constants, nothing fitted")
+    _table(console, [r for r in rows if r["figure"].startswith("orca-")], ("figure", "line", "what", "simulated"))
+
+
+def _table(console: Console, rows: Sequence[Row], fields: Sequence[str]) -> None:
+    table = Table()
+    for field in fields:
+        table.add_column(field, justify="left" if field in ("line", "what", "figure", "step") else "right")
+    for row in rows:
+        table.add_row(*(_cell(field, row[field]) for field in fields))
+    console.print(table)
+
+
+def _cell(field: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:+.1%}" if field == "error" else f"{value:.3g}"
+    return str(value)
+
+
 if __name__ == "__main__":
-    print(fit(1000))
+    sys.exit(guarded(main))

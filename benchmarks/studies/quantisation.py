@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.table import Table
 
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.models.weights import byte_ids, corpus
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     import jax
     from flax import nnx
 
-Row = dict[str, Any]
 VARIANTS = {"float": (False, False), "int8 weights": (True, False), "int8 cache": (False, True), "both": (True, True)}
 """What is int8: weights, cache."""
 
@@ -119,7 +119,8 @@ def layers(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform: 
     import jax.numpy as jnp
     from flax import nnx
 
-    from toruslab.models.decoder.quantise import MATRICES, dequantise, quantise
+    from toruslab.models.decoder.quantise import dequantise, quantise
+    from toruslab.partitioning.layouts.layout import WEIGHTS
 
     def wide(nested: dict) -> dict:
         return jax.tree.map(lambda a: a if a.dtype == jnp.int8 else a.astype(jnp.float32), nested)
@@ -145,7 +146,7 @@ def layers(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform: 
             return relative_rms(np.asarray(found, float), np.asarray(y, float), np.asarray(x, float))
 
         for block in blocks:
-            for name in (n for n in MATRICES if n in nested[block]):
+            for name in (n for n in WEIGHTS if n in nested[block]):
                 exact, seen = (np.asarray(source[block][name][i], float) for source in (nested, back))
                 yield {
                     "kind": "matrix",
@@ -221,7 +222,7 @@ def variants(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform
     from toruslab.models.decoder.decoder import Tokens
     from toruslab.models.decoder.parameters import as_int8, everywhere
     from toruslab.models.programs.program import Program
-    from toruslab.partitioning.plan.plan import Pass
+    from toruslab.partitioning.plan.passes import Pass
 
     layout, mesh = _alone(config, platform)
     dtype = jax.tree.leaves(params)[0].dtype

@@ -4,8 +4,8 @@
     python -m benchmarks.studies.simulator_check --traces orca,fixed:34:16 --policies orca --json
 
 First the engine serves other seeds of the traces, at the same rates; what its one stage took for each batch becomes the
-simulator's table (`serving.simulation.measured_times`), the median gap between two batches its host's time. Then trace by trace,
-engine and simulation: throughput (completions while all batches could be full), and median normalised latency.
+simulator's table (`benchmarks.studies.engine_times`), the median gap between two batches its host's time. Then trace by
+trace, engine and simulation: throughput (completions while all batches could be full), and median normalised latency.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from toruslab.benchmarks import serve_bench
 from toruslab.benchmarks.runs import processes, serving_setting
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
+from toruslab.benchmarks.studies.engine_times import EngineTimes, Padding
 from toruslab.serving.results.metrics import Metrics
 from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
-from toruslab.serving.simulation.measured_times import MeasuredTimes, Padding
 from toruslab.serving.simulation.simulator import simulate
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], ma
                     run_once(setting, made, scheme, workload, [seen])
         sizes = made.sizes
         padding = Padding(singles=sizes.singles, pieces=sizes.pieces, length=sizes.length)
-        times = MeasuredTimes(padding, seen.samples)
+        times = EngineTimes(padding, seen.samples)
         host_s = seen.gap_s
         for setting in settings:
             for seed in range(setting.seeds):
@@ -114,7 +114,7 @@ def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], ma
         show(rows, times, host_s)
 
 
-def show(rows: Sequence[dict[str, Any]], times: MeasuredTimes, host_s: float) -> None:
+def show(rows: Sequence[dict[str, Any]], times: EngineTimes, host_s: float) -> None:
     """Prints rows and the worst errors."""
     table = Table("trace", "policy", "of capacity", "requests/s", "simulated", "", "ms/token", "simulated", "")
     for r in rows:

@@ -1,8 +1,8 @@
 """Attention of one layer on one chip's shards: RoPE, the causal mask by position, and the softmax.
 
-Works on whatever rows and heads a chip holds; never communicates. Above `BLOCK` cached positions the softmax runs
-over blocks of positions with a running maximum and sum, so that the scores of a long prefill never stand in memory
-whole.
+The functions work on the sequences and heads that a chip holds, and never communicate. Over many positions the softmax
+runs block by block (`models.attention_blocks`) with a running maximum and sum, so that the scores of a long prefill are
+never in memory at once.
 """
 
 import functools
@@ -17,23 +17,24 @@ from toruslab.partitioning.layouts.precision import exact
 
 
 def rope_tables(positions: jax.Array, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of RoPE for positions [...]: each [..., Q/2], float32."""
+    """Positions [...] -> the cosines and the sines of RoPE, [..., Q/2] float32 each."""
     frequencies = theta ** (-jnp.arange(d_head // 2, dtype=jnp.float32) * 2 / d_head)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns [..., heads, Q] by the angles [..., Q/2]: dimension i with dimension i + Q/2, as Llama does."""
+    """`x` [..., heads, Q] rotated by RoPE's angles [..., Q/2]: dimension i with dimension i + Q/2, as in Llama."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention within sequences, with no cache: what training differentiates.
+    """Causal softmax attention within whole sequences, without a cache, for training.
 
-    Above two `BLOCK`s, queries go block by block over all positions, each block's scores made anew for its gradient.
+    Sequences longer than two `BLOCK`s are computed block of queries by block of queries. Gradients recompute a block's
+    scores.
 
     Args:
         q: [b, L, h, Q]; equal runs of its heads share a KV head.
@@ -47,23 +48,23 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     q = q.reshape(b, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)  # [b, k, g, L, Q]
     product = functools.partial(jnp.einsum, precision=exact(q.dtype))
 
-    def rows(q: jax.Array, first: jax.Array | int) -> jax.Array:
-        """Of queries [b, k, g, n, Q] at the positions from `first` on."""
+    def of_queries(q: jax.Array, first: jax.Array | int) -> jax.Array:
+        """[b, k, g, n, Q], for queries of this shape at the positions from `first` on."""
         s = product("bkgnq,bkmq->bkgnm", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(width))
         seen = jnp.arange(length) <= first + jnp.arange(q.shape[3])[:, None]
         p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
         return product("bkgnm,bkmq->bkgnq", p.astype(q.dtype), v)
 
     if length <= 2 * BLOCK:
-        o = rows(q, 0)
+        o = of_queries(q, 0)
     else:
         n, left = divmod(length, BLOCK)
         blocks = q[:, :, :, left:].reshape(*q.shape[:3], n, BLOCK, width)
         firsts = left + BLOCK * jnp.arange(n)
-        found = lax.map(jax.checkpoint(lambda turn: rows(*turn)), (jnp.moveaxis(blocks, 3, 0), firsts))
+        found = lax.map(jax.checkpoint(lambda turn: of_queries(*turn)), (jnp.moveaxis(blocks, 3, 0), firsts))
         o = jnp.moveaxis(found, 0, 3).reshape(*q.shape[:3], n * BLOCK, width)
         if left:
-            o = jnp.concatenate([rows(q[:, :, :, :left], 0), o], axis=3)
+            o = jnp.concatenate([of_queries(q[:, :, :, :left], 0), o], axis=3)
     return o.transpose(0, 3, 1, 2, 4).reshape(b, length, h, width)
 
 
@@ -79,16 +80,16 @@ def attend(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention of new tokens over the cached positions up to each one's own.
+    """Softmax attention of new tokens over the cached positions up to their own.
 
     Args:
-        q: [b, L, h, Q], turned by RoPE; equal runs of its heads share a KV head.
-        k, v: [n_layers, b, k, S, Q], the new positions already written; a Q wider than q's is zeros from there on.
+        q: [b, L, h, Q], rotated by RoPE; equal runs of its heads share a KV head.
+        k, v: [n_layers, b, k, S, Q], the new positions already written. If Q is wider than in `q`, the rest is zeros.
         layer: index of the layer, a scalar.
-        starts: [b], position of each row's first new token.
-        kv_first, kv_heads: which of the KV heads these q heads read: so many, from this one on; all by default.
-        k_scale, v_scale: [n_layers, b, k, S] where k and v are int8. The first scales scores, the second what the
-            softmax makes of them, so that K and V are never scaled themselves.
+        starts: [b], position of each sequence's first new token.
+        kv_first, kv_heads: the first and the number of the KV heads that these query heads read; all by default.
+        k_scale, v_scale: [n_layers, b, k, S], with int8 K and V. `k_scale` multiplies scores and `v_scale`
+            probabilities, which is cheaper than scaling K and V.
 
     Returns:
         [b, L, h, Q].
@@ -101,30 +102,30 @@ def attend(
         .transpose(0, 2, 3, 1, 4)
         .reshape(b, kv_heads, group * length, width)
     )
-    reach = jnp.tile(starts[:, None] + jnp.arange(length), (1, group))  # [b, gL], the last position that each sees
+    reach = jnp.tile(starts[:, None] + jnp.arange(length), (1, group))  # [b, gL], last position that a query sees
 
     def dot(x, y, contract, **kwargs):
-        """Batched over b and k, in the order that needs no transposed copy of the cache."""
+        """A product batched over b and k, in an order that needs no transposed copy of the cache."""
         return lax.dot_general(x, y, (((3,), (contract,)), ((0, 1), (0, 1))), precision=exact(q.dtype), **kwargs)
 
     def read(cache, first, size):
-        """[b, k, size, Q] of the layer, in q's dtype."""
+        """[b, k, size, Q]: `size` positions of the layer from `first` on, in q's dtype."""
         found = lax.dynamic_slice(cache, (layer, 0, kv_first, first, 0), (1, b, kv_heads, size, width))[0]
         return found.astype(q.dtype)
 
     def scaled(x, scales, first, size):
-        """[b, k, gL, size], float32, times the scales of the layer's positions, if any."""
+        """`x` [b, k, gL, size] float32, times the scales of these positions if there are any."""
         if scales is None:
             return x
         found = lax.dynamic_slice(scales, (layer, 0, kv_first, first), (1, b, kv_heads, size))
         return x * found[0][:, :, None].astype(jnp.float32)
 
     def values(p, first, size, **kwargs):
-        """[b, k, gL, Q] of what the softmax makes of the scores, [b, k, gL, size]."""
+        """[b, k, gL, Q]: the values of these positions, weighted with `p` [b, k, gL, size]."""
         return dot(scaled(p, v_scale, first, size).astype(q.dtype), read(v, first, size), 2, **kwargs)
 
     def scores(first, size):
-        """[b, k, gL, size], float32, -inf where a token may not look."""
+        """[b, k, gL, size] float32, -inf where the mask hides a position."""
         s = dot(q, read(k, first, size), 3, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(d_head))
         s = scaled(s, k_scale, first, size)
         positions = first + jnp.arange(size)
@@ -145,10 +146,10 @@ def attend(
         return out(values(jax.nn.softmax(scores(0, span), axis=-1), 0, span))
 
     def block(i):
-        """Exponentials of block i, by their own maximum: (maximum, sum, weighted values)."""
-        return weighed(i * size, size)
+        return weighted(i * size, size)
 
-    def weighed(first, size):
+    def weighted(first, size):
+        """(largest score, sum of exponentials, weighted values) of `size` positions from `first` on."""
         s = scores(first, size)
         top = jnp.max(s, axis=-1)
         p = jnp.exp(s - jnp.maximum(top, -1e30)[..., None])
@@ -161,9 +162,9 @@ def attend(
         old, new = jnp.exp(top - new_top), jnp.exp(block_top - new_top)
         return new_top, total * old + block_total * new, acc * old[..., None] + block_acc * new[..., None]
 
-    # what is left over goes first, so that every block begins at a multiple of its size, which XLA:TPU has to know
+    # the remainder is computed first, so that every block begins at a multiple of its size, as XLA:TPU needs
     n_whole, left = divmod(span, size)
     n_blocks = jnp.minimum(jnp.max(reach) // size + 1, n_whole)
-    begin = weighed(n_whole * size, left) if left else block(0)  # block 0 holds position 0, which every token sees
+    begin = weighted(n_whole * size, left) if left else block(0)  # block 0 holds position 0, which every token sees
     _, total, acc = lax.fori_loop(0 if left else 1, n_blocks, add, begin)
     return out(acc / total[..., None])

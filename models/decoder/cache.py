@@ -1,7 +1,7 @@
-"""The KV cache: one array each for K and V, all layers, carried through the pass and updated in place.
+"""The KV cache: one array for K and one for V with all layers, updated in place.
 
-As floats, or as int8 with one scale for each layer, sequence, KV head and position, chosen when the position is
-written (`models.decoder.quantise.quantise_rows`); what is written is never changed again.
+The cache has floats, or int8 with one scale for each layer, sequence, KV head and position. A scale is computed when
+the position is written (`models.decoder.quantise.quantise_rows`). Written positions never change.
 """
 
 from typing import Any, NamedTuple
@@ -19,10 +19,10 @@ from toruslab.partitioning.layouts.moves import INT8_SUBLANES, LANES, SUBLANES, 
 
 
 class Cache(NamedTuple):
-    """`k` and `v`, arrays (or shapes, or shardings) of [n_layers, B, K, S, Q], S = capacity in positions.
+    """`k` and `v`: arrays (or shapes, or shardings) of [n_layers, B, K, S, Q], S = capacity in positions.
 
-    The last two dimensions are what TPUs tile. Where these are int8, `k_scale` and `v_scale` are [n_layers, B, K, S]
-    of the activations' dtype: an integer stands for itself times its position's scale.
+    TPUs tile the last two dimensions. With int8, `k_scale` and `v_scale` are [n_layers, B, K, S] of the activations'
+    dtype: an integer times its position's scale is the value.
     """
 
     k: Any
@@ -36,9 +36,9 @@ def cache_shape(
 ) -> tuple[int, ...]:
     """[n_layers, B, K, S, Q].
 
-    `tiled`, for TPUs: S and Q rounded up to whole tiles of 8 x 128, of 32 x 128 where `int8`. A TPU would store a head
-    of 160 as 256 anyway, or turn the cache around to save that, and then copy it whole on every step; and so with 2049
-    positions.
+    With `tiled`, for TPUs, S and Q are rounded up to whole tiles of 8 x 128, or of 32 x 128 with `int8`. A TPU would
+    otherwise store a head of 160 as 256, or transpose the cache to avoid that and then copy all of it in every step.
+    The same holds for 2049 positions.
 
     Example:
         >>> from toruslab.models.presets import model
@@ -59,12 +59,12 @@ def is_tiled(mesh: Mesh) -> bool:
 
 
 def cache_spec(layout: Layout) -> P:
-    """The spec of `Cache.k` and `Cache.v` under a layout: the layers in front are never split."""
+    """The spec of `Cache.k` and `Cache.v` under a layout. Layers, the first dimension, are never split."""
     return P(None, *entries(layout.cache))
 
 
 def cache_shardings(layout: Layout, mesh: Mesh, int8: bool = False) -> Cache:
-    """Where each array of a cache lies."""
+    """The sharding of each array of a cache."""
     stored = NamedSharding(mesh, cache_spec(layout))
     scales = NamedSharding(mesh, P(*entries(cache_spec(layout))[:-1])) if int8 else None
     return Cache(stored, stored, scales, scales)
@@ -73,7 +73,7 @@ def cache_shardings(layout: Layout, mesh: Mesh, int8: bool = False) -> Cache:
 def abstract_cache(
     config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh: Mesh, dtype=jnp.float32, int8: bool = False
 ) -> Cache:
-    """The cache as shapes with their shardings; `dtype` is the activations', and that of the scales where `int8`."""
+    """The cache as shapes with their shardings; `dtype` is that of the activations and of int8's scales."""
     shape = cache_shape(config, batch, capacity, tiled=is_tiled(mesh), int8=int8)
     at = cache_shardings(layout, mesh, int8)
     stored = jax.ShapeDtypeStruct(shape, jnp.int8 if int8 else dtype, sharding=at.k)
@@ -84,7 +84,7 @@ def abstract_cache(
 def empty_cache(
     config: ModelConfig, batch: int, capacity: int, layout: Layout, mesh, dtype=jnp.float32, int8: bool = False
 ) -> Cache:
-    """Zeros on their devices. Callers remember how many positions of each row are in use."""
+    """A cache of zeros on its devices. The caller keeps count of the positions that each sequence uses."""
 
     def make(like: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
@@ -93,7 +93,7 @@ def empty_cache(
 
 
 def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array, starts: jax.Array) -> Cache:
-    """Puts the new positions of one layer in place, as integers and scales where the cache is int8.
+    """Writes the new positions of one layer, as integers and scales if the cache is int8.
 
     Args:
         cache: a chip's own shards.
@@ -112,14 +112,14 @@ def store(cache: Cache, k: jax.Array, v: jax.Array, layer: jax.Array, starts: ja
 
 
 def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
-    """Puts the new positions of one layer in place; a chip's own shards.
+    """Writes the new positions of one layer into one array, on a chip's own shards.
 
     Args:
         cache: [n_layers, b, k, S, Q].
-        new: [b, L, k, Q]; narrower than the cache, it is filled up with zeros.
+        new: [b, L, k, Q]; if Q is narrower than in the cache, it is filled up with zeros.
         layer: index of the layer, a scalar.
-        starts: [b], the first position of each row's new tokens; `starts + L` must not exceed S, which the caller
-            has checked: a traced program cannot, and would slide the update over older positions or drop it.
+        starts: [b], the first position of each sequence's new tokens. `starts + L` must not exceed S. A traced program
+            cannot check this and would overwrite older positions or drop the update, so the caller checks it.
     """
     new = pad_width(jnp.swapaxes(new, 1, 2).astype(cache.dtype), cache.shape[-1])  # bkLQ
     mesh = jax.sharding.get_abstract_mesh()
@@ -135,22 +135,24 @@ def write(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array)
 
 
 def write_scales(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
-    """`write` for the scales: `new` [b, L, k] into [n_layers, b, k, S]."""
+    """`write` for scales: `new` [b, L, k] into [n_layers, b, k, S]."""
     if tpu() and jax.sharding.get_abstract_mesh().are_all_axes_manual:
         return _write_one_by_one(cache, jnp.swapaxes(new, 1, 2), layer, starts)
     return write(cache[..., None], new[..., None], layer, starts)[..., 0]
 
 
 def pad_width(x: jax.Array, width: int) -> jax.Array:
-    """[..., Q] filled up with zeros to [..., width]."""
+    """`x` [..., Q] filled up with zeros to [..., width]."""
     more = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x
 
 
 def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
-    """The same on the cache as a matrix of rows [n_layers * b * k * S, Q], of which XLA:TPU updates many at once: 64
-    sequences take it 1.9 us, and 193 us in a scatter of windows, which it makes a loop of 64 turns. (To be told that
-    the rows are in order as well, it takes 5 s longer to compile, for 0.7 us.)"""
+    """`write` on the cache as a matrix of rows [n_layers * b * k * S, Q], of which XLA:TPU updates many at once.
+
+    With 64 sequences this takes 1.9 us. A scatter of windows becomes a loop of 64 turns and takes 193 us. Declaring the
+    rows sorted would save 0.7 us, but takes 5 s longer to compile.
+    """
     _, b, k, span, width = cache.shape
     at = (layer * b + jnp.arange(b))[:, None] * k + jnp.arange(k)  # bk
     at = (at * span + starts[:, None])[..., None] + jnp.arange(new.shape[2])  # bkL
@@ -160,8 +162,11 @@ def _write_rows(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.
 
 
 def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts: jax.Array) -> jax.Array:
-    """The same, one update for each sequence and KV head: of int8, where four positions share a word, XLA:TPU has no
-    other form that leaves the cache in place. Of many updates groups, in a loop. Also for scales, which have no Q."""
+    """`write` with one update for each sequence and KV head, for int8 caches and for scales, which have no Q.
+
+    Four int8 positions share a word, and XLA:TPU has no other form that updates them in place. Many updates run in
+    groups, in a loop.
+    """
     shape, k = cache.shape, cache.shape[2]
     cache, new = cache.reshape(shape[0], -1, 1, *shape[3:]), new.reshape(-1, 1, *new.shape[2:])
     starts = jnp.repeat(starts, k)
@@ -180,15 +185,15 @@ def _write_one_by_one(cache: jax.Array, new: jax.Array, layer: jax.Array, starts
 
 
 def _put(cache: jax.Array, new: jax.Array, layer: jax.Array, at: jax.Array | int, start: jax.Array) -> jax.Array:
-    """`new` [1, 1, 1, L, ...] into [n_layers, rows, 1, S, ...], from position `start` of row `at` on."""
+    """Writes `new` [1, 1, 1, L, ...] into [n_layers, rows, 1, S, ...], from position `start` of row `at` on."""
     return lax.dynamic_update_slice(cache, new, (layer, at, 0, start, *[0] * (cache.ndim - 4)))
 
 
 def _put_in_tiles(cache: jax.Array, new: jax.Array, layer, at, start: jax.Array) -> jax.Array:
-    """The same by whole tiles, S a multiple of them: those with the new positions are read, changed and written."""
+    """`_put` by whole tiles: tiles with new positions are read, changed and written. S is a multiple of `TILE`."""
     span, length = cache.shape[3], new.shape[3]
     size = min(span, (-(-(length - 1) // TILE) + 1) * TILE)
-    first = jnp.minimum(start // TILE, (span - size) // TILE) * TILE  # seen to be a multiple
+    first = jnp.minimum(start // TILE, (span - size) // TILE) * TILE  # XLA sees a multiple of TILE
     where = (layer, at, 0, first, 0)
     tiles = lax.dynamic_slice(cache, where, (1, 1, 1, size, cache.shape[4]))
     into = start - first
@@ -196,22 +201,23 @@ def _put_in_tiles(cache: jax.Array, new: jax.Array, layer, at, start: jax.Array)
     padded = jnp.pad(new, [(0, 0)] * 3 + [(size, size), (0, 0)])
     moved = lax.dynamic_slice(padded, (zero, zero, zero, size - into, zero), tiles.shape)
     positions = jnp.arange(size)[:, None]
-    tiles = jnp.where((positions >= into) & (positions < into + length), moved, tiles)  # a select: XLA folds an update
+    is_new = (positions >= into) & (positions < into + length)
+    tiles = jnp.where(is_new, moved, tiles)  # a select, because XLA would fold an update
     return lax.dynamic_update_slice(cache, tiles, where)
 
 
 TILE = 32
 """Positions in a tile of int8."""
 WHOLE_TILES = jax.__version_info__ >= (0, 11)
-"""Which updates of an int8 cache XLA:TPU does in place: libtpu 0.0.50, of JAX 0.12, those of whole tiles, and for
-others lays the cache out anew (96 copies of it in a decode step of three layers); libtpu 0.0.42, of JAX 0.10, the
+"""Whether XLA:TPU updates an int8 cache in place by whole tiles. libtpu 0.0.50 (JAX 0.12) does; for other updates it
+copies the cache to another memory layout (96 copies in a decode step of three layers). libtpu 0.0.42 (JAX 0.10) is the
 reverse."""
 UNROLLED = 64
-"""Updates of an int8 cache that stand one after the other in a TPU program; more are done in a loop over groups."""
+"""Most updates of an int8 cache that a TPU program has one after the other. More run in a loop over groups."""
 FEW_ROWS = 8
-"""Not on TPUs. Up to here one update per row: faster (13 against 17 ms per decode step with 2 rows on 8 fake CPU
-devices), but every row adds to the time to compile. Beyond, one scatter, in the one form that neither copies the cache
-nor, where XLA partitions it by itself, gathers it."""
+"""Most sequences that get one update each on CPU and GPU. This is faster than a scatter (13 against 17 ms per decode
+step with 2 sequences on 8 fake CPU devices), but every update adds to the time to compile. More sequences get one
+scatter, in the only form that neither copies the cache nor gathers it when XLA partitions the program itself."""
 
 _PER_ROW = lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2, 3),  # kLQ

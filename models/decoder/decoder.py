@@ -1,41 +1,37 @@
 """The decoder in Flax NNX: one forward body for every layout.
 
-The body walks each tensor down the ladder that the layout gives for it (`follow`), multiplies, and does everything
-else on each chip's own shards (`local`). It never asks which layout it runs; `partitioning.plan.plan` lists the same
-ladders under the same scopes. The trunk is flat, [T, features] with T = B*L, batch-major. State goes in and comes
-out: the cache is an argument and a result.
+Each tensor follows the ladder that the layout lists for it (`follow`). Matmuls and norms are in
+`models.decoder.matmuls`; everything else runs on each chip's own shards (`local`). The body never asks which layout it
+runs. `partitioning.plan.plan` lists the same ladders under the same scopes. Activations are flat, [T, features] with
+T = B*L, batch-major. The cache is an argument and a result.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache
+from toruslab.models.decoder.matmuls import matmul, normalise, product, rms_norm, scope, sums
 from toruslab.models.decoder.sequences import Aligned, Sequences, batch_ladder, index, place, split_axes
-from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, entries
-from toruslab.partitioning.layouts.moves import follow, follow_together, local, on_a_chip
-from toruslab.partitioning.layouts.precision import exact
-from toruslab.partitioning.layouts.rings import after, before, loops, multiply
-from toruslab.partitioning.plan.plan import norm_ladder
+from toruslab.partitioning.layouts.layout import WEIGHTS, Axes, Layout
+from toruslab.partitioning.layouts.moves import follow, local
+from toruslab.partitioning.layouts.rings import after, before
 
-Initializer = Callable[..., jax.Array]
-scope = jax.named_scope
 GATES = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
-"""Of a gated MLP; GELU in its tanh form."""
+"""The activation functions of gated MLPs. GELU is in its tanh form."""
 
 
 class Tokens(NamedTuple):
-    """What a pass is about, as integer arrays (or their shapes), whole on every chip.
+    """The tokens of a pass: integer arrays (or their shapes), whole on every chip.
 
-    `ids` [B, L], `starts` [B] (cached positions of each row), `lengths` [B] (new tokens of each row; the rest of
-    `ids` is padding).
+    `ids` [B, L]; `starts` [B], the cached positions of each sequence; `lengths` [B], the new tokens of each sequence.
+    The rest of `ids` is padding.
     """
 
     ids: Any
@@ -44,10 +40,10 @@ class Tokens(NamedTuple):
 
 
 class ResidualBlock(nnx.Module):
-    """Norm, input projection, attention and/or MLP, output projection; parameters of all layers stacked.
+    """Norm, input projection, attention or MLP or both, output projection, added to the residual stream.
 
-    `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E]; where these are int8, also their scales
-    (`models.decoder.quantise`), `w_in_scale` [n, C] and so on.
+    The parameters of all n layers are stacked: `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D], `w_out` [n, G, E].
+    An int8 matrix has scales (`models.decoder.quantise`): `w_in_scale` [n, C] and so on.
     """
 
     def __init__(self, config: ModelConfig, *, attention: bool, mlp: bool, dtype, int8: bool, rngs: nnx.Rngs):
@@ -61,7 +57,7 @@ class ResidualBlock(nnx.Module):
         self.norm = nnx.Param(jnp.ones((n, e), dtype))
 
         def matrix(*shape: int) -> tuple[nnx.Param, nnx.Param | None]:
-            """A matrix and, if int8, its scales: places for what `quantise` makes."""
+            """A matrix and, with `int8`, its scales: placeholders for the results of `quantise`."""
             if not int8:
                 return nnx.Param(weight(rngs.params(), shape, dtype)), None
             return nnx.Param(jnp.zeros(shape, jnp.int8)), nnx.Param(jnp.ones((n, shape[-1]), dtype))
@@ -72,8 +68,8 @@ class ResidualBlock(nnx.Module):
         self.w_out, self.w_out_scale = matrix(n, g, e)
 
     def gathered(self, layout: Layout) -> dict[str, jax.Array]:
-        """The layer's weights, as the matmuls take them."""
-        names = [name for name in ("w_in", "w_kv", "w_out") if hasattr(self, name)]
+        """The layer's weights, gathered for the matmuls."""
+        names = [name for name in WEIGHTS if hasattr(self, name)]
         return {name: self._gather(getattr(self, name)[...], name, layout) for name in names}
 
     def _gather(self, weight: jax.Array, name: str, layout: Layout) -> jax.Array:
@@ -81,7 +77,7 @@ class ResidualBlock(nnx.Module):
             return follow(weight, before(layout, name))
 
     def _scale(self, name: str) -> jax.Array | None:
-        """Of a matrix of int8."""
+        """The scales of an int8 matrix; None for a float matrix."""
         found = getattr(self, name + "_scale")
         return None if found is None else found[...]
 
@@ -90,14 +86,20 @@ class ResidualBlock(nnx.Module):
         x: jax.Array,
         cache: Cache,
         layer: jax.Array,
-        rows: Sequences,
+        sequences: Sequences,
         layout: Layout,
         held: Mapping[str, jax.Array] | None = None,
         regather: bool = False,
     ) -> tuple[jax.Array, Cache]:
-        """One layer of the block on the residual stream `x` = TE, as `layout.x` begins.
+        """One layer of the block.
 
-        `held`: its weights, where they were `gathered` before; `regather`: they are gathered again for gradients.
+        Args:
+            x: the residual stream [T, E], at the first step of `layout.x`.
+            held: the layer's weights, if `gathered` has gathered them already.
+            regather: gather the weights again for gradients, instead of keeping them.
+
+        Returns:
+            The residual stream, placed as before, and the cache.
         """
         config = self.config
 
@@ -106,7 +108,7 @@ class ResidualBlock(nnx.Module):
                 ready = held[name] if held else self._gather(weight, name, layout)
                 return product(y, ready, self._scale(name), layout, names)
 
-            # of a matmul run again from its inputs, gradients need the gathered weight only
+            # gradients need the gathered weight, not the product, so only the gather is recomputed
             return (jax.checkpoint(run, prevent_cse=False) if regather else run)(y, getattr(self, name)[...])
 
         with scope("x"):
@@ -125,7 +127,7 @@ class ResidualBlock(nnx.Module):
             with scope("q"):
                 q = follow(parts[0], layout.q)
             with scope("attend"):
-                o, cache = rows.attend(q, kv, cache, layer, config, layout)
+                o, cache = sequences.attend(q, kv, cache, layer, config, layout)
             with scope("o"):
                 parts = (follow(o, layout.o), *parts[1:])
         ins = [layout.o] * self.has_attention + [layout.h[-1:]] * self.has_mlp
@@ -138,7 +140,7 @@ class ResidualBlock(nnx.Module):
             return x + follow(out, after(layout, "out")), cache
 
     def _split(self, h: jax.Array) -> tuple[jax.Array, ...]:
-        """[t, groups * width] -> Q [t, heads, Q] and the MLP's hidden units [t, groups, F/groups], as there are."""
+        """[t, groups * width] -> Q [t, heads, Q], if it attends, and the hidden units [t, F], if it has an MLP."""
         config = self.config
         q = config.d_head if self.has_attention else 0
         f = config.d_ff // config.mlp_groups if self.has_mlp else 0
@@ -151,7 +153,7 @@ class ResidualBlock(nnx.Module):
         return parts
 
     def _join(self, *parts: jax.Array) -> tuple[jax.Array]:
-        """The inverse of `_split`: attention's output and the hidden units, group by group -> [t, groups * width]."""
+        """Attention's output and the hidden units -> [t, groups * width], interleaved by group as in `_split`."""
         t = parts[0].shape[0]
         groups = parts[0].shape[1] if self.has_attention else 1
         return (jnp.concatenate([p.reshape(t, groups, -1) for p in parts], axis=-1).reshape(t, -1),)
@@ -163,8 +165,10 @@ class Decoder(nnx.Module):
     Args:
         config: the sizes.
         dtype: of parameters and activations.
-        int8: keep the matrices of the blocks as int8 with scales (placeholders: `models.decoder.parameters` fills them).
-        first, last: whether it has the model's beginning, and its end; a stage of a pipeline may not.
+        int8: make the matrices of the blocks int8, with scales. They are placeholders until `models.decoder.parameters`
+            fills them.
+        first, last: whether it has the model's embedding, and its final norm and unembedding; a stage of a pipeline may
+            lack them.
         rngs: for the initial weights; `nnx.eval_shape` around the constructor allocates nothing.
     """
 
@@ -198,30 +202,31 @@ class Decoder(nnx.Module):
         """One pass over new tokens: prefill, a chunk of one, or a decode step.
 
         Args:
-            tokens: what to run; rows may differ in start and length. `starts + L`, padding included, must not
-                exceed the cache's capacity: who makes the tokens checks it (`models.programs.generate` does), a traced program
-                cannot.
+            tokens: what to run; sequences may differ in start and length. `starts + L`, padding included, must not
+                exceed the cache's capacity. A traced program cannot check this, so the caller does
+                (`models.programs.generate`).
             cache: in the layout's cache spec; donate it.
-            layout: already made for the ambient mesh (`Layout.on`).
-            all_logits: logits of every token, padding included, instead of each row's last.
+            layout: made for the ambient mesh (`Layout.on`).
+            all_logits: logits of every token, padding included, instead of each sequence's last token.
 
         Returns:
-            Logits [R, V'], as `layout.logits` ends, R = B or B*L; -inf past the vocabulary. And the cache.
+            Logits [R, V'] at the last step of `layout.logits`, with R = B or B*L and -inf past the vocabulary; and the
+            cache.
         """
         length = tokens.ids.shape[1]
         x = self.embed(tokens.ids.reshape(-1), layout)
-        rows = Aligned.of(tokens.starts, length, self.config, layout)
-        x, cache = self.through_layers(x, cache, rows, layout)
+        sequences = Aligned.of(tokens.starts, length, self.config, layout)
+        x, cache = self.through_layers(x, cache, sequences, layout)
 
         def last(x):
             at = layout.rows[:1]
-            by_row = batch_ladder(layout, layout.rows[0]) if at else ()
-            return local(_last_of_rows, [at, by_row], [at])(x, follow(tokens.lengths, by_row))[0]
+            by_sequence = batch_ladder(layout, layout.rows[0]) if at else ()
+            return local(_last_tokens, [at, by_sequence], [at])(x, follow(tokens.lengths, by_sequence))[0]
 
         return self.logits(x, layout, None if all_logits else last), cache
 
     def embed(self, ids: jax.Array, layout: Layout) -> jax.Array:
-        """The residual stream [T, E], as `layout.embed` ends, of `ids` [T], whole on every chip."""
+        """`ids` [T], whole on every chip, -> the residual stream [T, E] at the last step of `layout.embed`."""
         with scope("embed"):
             ids = follow(ids, layout.tokens)
             table = place(layout, layout.table)
@@ -230,15 +235,15 @@ class Decoder(nnx.Module):
             return follow(x, layout.embed)
 
     def through_layers(
-        self, x: jax.Array, cache: Cache, rows: Sequences, layout: Layout, *, remat: str = "none"
+        self, x: jax.Array, cache: Cache, sequences: Sequences, layout: Layout, *, remat: str = "none"
     ) -> tuple[jax.Array, Cache]:
-        """All layers on the residual stream; `remat`: what is worked out again for gradients (`dataflow.REMAT`)."""
+        """All layers on the residual stream; `remat`: what gradients recompute (`partitioning.plan.plan.REMAT`)."""
         config = self.config
         blocks = ("layer",) if config.block == "parallel" else ("attention", "mlp")
         graphs, params = nnx.split({name: getattr(self, name) for name in blocks})
 
         def gathered(layer) -> dict[str, dict[str, jax.Array]]:
-            """The weights of a layer by block, of a layout that gathers them ahead."""
+            """A layer's gathered weights by block, if the layout gathers a layer ahead; else none."""
             if not layout.prefetch:
                 return {}
             of_layer = jax.tree.map(lambda p: lax.dynamic_index_in_dim(p, layer, 0, keepdims=False), params)
@@ -252,20 +257,25 @@ class Decoder(nnx.Module):
             x, cache, held = carry
             layer, of_layer = at_layer
             modules = nnx.merge(graphs, of_layer)
-            coming = gathered((layer + 1) % config.n_layers)  # the last layer's are not needed
+            coming = gathered((layer + 1) % config.n_layers)  # in the last layer nothing uses them
             for name in blocks:
                 with scope(name):
-                    x, cache = modules[name](x, cache, layer, rows, layout, held.get(name), remat == "weights")
+                    x, cache = modules[name](x, cache, layer, sequences, layout, held.get(name), remat == "weights")
             return (x, cache, coming), None
 
         if remat == "layer":
-            body = jax.checkpoint(body, prevent_cse=False)  # a loop's body keeps the two runs apart by itself
+            body = jax.checkpoint(body, prevent_cse=False)  # the two passes are two loops, which CSE cannot merge
         start = (x, cache, gathered(jnp.int32(0)))
         (x, cache, _), _ = lax.scan(body, start, (jnp.arange(config.n_layers), params))
         return x, cache
 
     def logits(self, x: jax.Array, layout: Layout, pick: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-        """[R, V'], as `layout.logits` ends, of the residual stream [T, E], or of the rows [R, E] that `pick` takes."""
+        """Logits [R, V'] at the last step of `layout.logits`.
+
+        Args:
+            x: the residual stream [T, E].
+            pick: takes the tokens [R, E] that need logits; all T without it.
+        """
         config = self.config
         with scope("rows"):
             x = follow(pick(x) if pick else x, layout.rows)
@@ -278,107 +288,8 @@ class Decoder(nnx.Module):
             return local(mask, [at], [at])(logits)[0]
 
 
-def product(
-    x: jax.Array, w: jax.Array, scale: jax.Array | None, layout: Layout, names: tuple[str, str, str]
-) -> jax.Array:
-    """`x @ w`, as the ladder of what comes out begins, or past the step of it that is looped with the matmul.
-
-    Args:
-        x: [T, n], where its ladder ends, but for a looped gather.
-        w: [n, m], the same; `scale` [m], whole on every chip, belongs to a `w` of int8: it scales what comes out.
-        names: of the ladders of x, of w and of what comes out.
-    """
-    to = after(layout, names[2])
-    if names[2] in loops(layout):
-        out = multiply(x, w, layout, names)
-    else:
-        with scope(names[2]):
-            out = matmul("tn,nm->tm", x, w, to)
-    with scope(names[2]):
-        return scaled(out, scale, to)
-
-
-def matmul(subscripts: str, x: jax.Array, w: jax.Array, ladder: Ladder) -> jax.Array:
-    """`x @ w`, left as the ladder begins: partial sums stay where they are."""
-    at = ladder[0] if ladder and not on_a_chip() else None
-    return jnp.einsum(subscripts, x, w.astype(x.dtype), precision=exact(x.dtype), out_sharding=at)
-
-
-def scaled(out: jax.Array, scale: jax.Array | None, ladder: Ladder) -> jax.Array:
-    """`out` [T, m], as the ladder begins, times `scale` [m], if there is one."""
-    if scale is None:
-        return out
-    if not ladder:
-        return out * scale
-    # JAX's type for a factor of partial sums: the same on all chips that hold terms of them
-    return out * jax.sharding.reshard(scale, P(entries(ladder[0])[1], reduced=ladder[0].unreduced))
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, ladder: Ladder, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, of x = TE as the ladder ends; scale [E] is whole.
-
-    The sum of squares is one all-reduce of T numbers over the axes that E is split over, if any.
-    """
-    e = scale.shape[-1]
-    at = ladder[-1:]
-    stat = norm_ladder(at[0]) if at else ()
-    across = (P(None), P(entries(at[0])[1])) if split_axes(at, 1) else (P(None),) if at else ()
-
-    def scaled(x, squares, scale):
-        return (x * (lax.rsqrt(squares / e + eps)[:, None] * scale.astype(jnp.float32)).astype(x.dtype),)
-
-    with scope("norm"):
-        (squares,) = local(lambda x: (jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1),), [at], [stat])(x)
-        return local(scaled, [at, stat, across], [at])(x, follow(squares, stat), follow(scale, across))[0]
-
-
-def normalise(x: jax.Array, scale: jax.Array, layout: Layout, eps: float) -> tuple[jax.Array, jax.Array | None]:
-    """The input of a block's matmuls, TE as `layout.x` ends, normalised.
-
-    Where its mean square travels with what the matmuls make (`layout.together`), it is only multiplied by `scale`, and
-    the chips' parts of it [T] come beside it: the mean square is a factor of each row, which may follow later.
-    """
-    if not layout.together:
-        return rms_norm(x, scale, layout.x, eps), None
-    at, e = layout.x[-1], scale.shape[-1]
-    across = (P(None), P(entries(at)[1]))
-
-    def scaled(y, scale):
-        return y * scale, jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1) / e
-
-    with scope("norm"):
-        return local(scaled, [at, across], [at, norm_ladder(at)])(x, follow(scale, across))
-
-
-def sums(made: Sequence[jax.Array], squares: jax.Array | None, layout: Layout, eps: float) -> list[jax.Array]:
-    """What the matmuls made of a block's input, hidden units and (where there are any) K and V, down their ladders.
-
-    With `squares` of `normalise`, in one all-reduce, and each row times its factor.
-    """
-    scopes = ("h", "kv")[: len(made)]
-    ladders = [after(layout, name) for name in scopes]
-    if squares is not None:
-        stat = norm_ladder(layout.x[-1])
-        with scope("h"):
-            *made, squares = follow_together([*made, squares], [*(ladder[:2] for ladder in ladders), stat])
-            made = [_by_row(a, squares, ladder[1], eps) for a, ladder in zip(made, ladders, strict=True)]
-            ladders = [ladder[1:] for ladder in ladders]
-    found = []
-    for name, array, ladder in zip(scopes, made, ladders, strict=True):
-        with scope(name):
-            found.append(follow(array, ladder))
-    return found
-
-
-def _by_row(x: jax.Array, squares: jax.Array, at: P, eps: float) -> jax.Array:
-    """x / sqrt(mean square + eps), of `x` [T, ...] placed as `at` says; `squares`, the means, are whole."""
-    rows = P(entries(at)[0])
-    squares = follow(squares, (P(None), rows) if axes_of(rows[0]) else (rows,))
-    return local(lambda x, s: (x * lax.rsqrt(s + eps).astype(x.dtype)[:, None],), [at, rows], [at])(x, squares)[0]
-
-
 def _look_up(axes: Axes, scale: float, table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
-    """Sequences of the table times `scale`, zero where this chip's part does not hold them."""
+    """Embeddings times `scale`; zero where another chip holds the row of the table."""
     if axes:
         rows = ids - index(axes) * table.shape[0]
         here = (rows >= 0) & (rows < table.shape[0])
@@ -388,8 +299,8 @@ def _look_up(axes: Axes, scale: float, table: jax.Array, ids: jax.Array) -> tupl
     return (found if scale == 1.0 else found * scale,)
 
 
-def _last_of_rows(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
-    """[t, e] -> [b, e]: each row's last token that is not padding."""
+def _last_tokens(x: jax.Array, lengths: jax.Array) -> tuple[jax.Array]:
+    """[t, e] -> [b, e]: each sequence's last token that is not padding."""
     b = lengths.shape[0]
     return (x.reshape(b, -1, x.shape[-1])[jnp.arange(b), lengths - 1],)
 

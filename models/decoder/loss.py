@@ -1,6 +1,7 @@
-"""The loss of training, over a vocabulary that stays sharded: no chip ever has a whole row of logits.
+"""The loss of training over a sharded vocabulary: no chip ever has all the logits of a token.
 
-Runs on one chip's shards (`partitioning.layouts.moves.on_a_chip`), or on global arrays for a layout without constraints.
+Runs on one chip's shards (`partitioning.layouts.moves.on_a_chip`), or on global arrays for a layout without
+constraints.
 """
 
 import functools
@@ -12,19 +13,19 @@ from jax import lax
 from toruslab.models.decoder.sequences import batch_ladder, index, split_axes
 from toruslab.partitioning.layouts.layout import Axes, Layout
 from toruslab.partitioning.layouts.moves import follow
-from toruslab.partitioning.plan.plan import norm_ladder
+from toruslab.partitioning.plan.tensors import norm_ladder
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, layout: Layout) -> jax.Array:
-    """The sum over tokens of -log softmax(logits)[target], in nats: a chip's part, of its own rows and columns.
+    """A chip's part of the sum over tokens of -log softmax(logits)[target], in nats.
 
     Args:
-        logits: [T, V'] as `layout.logits` ends, -inf past the vocabulary.
+        logits: [T, V'] at the last step of `layout.logits`, -inf past the vocabulary.
         targets: [T] ids, whole on every chip.
 
     Returns:
-        A scalar, float32: added up over the chips that hold these rows' columns, the loss of these rows. Its gradient
-        for the logits needs nothing from other chips, as every row's maximum and sum are kept.
+        A float32 scalar. The sum over the chips that hold the columns of the same tokens is the loss of these tokens.
+        The gradient needs nothing from other chips, because each token's maximum and sum are kept.
     """
     if layout.logits:
         targets = follow(targets, batch_ladder(layout, layout.logits[-1]))
@@ -64,5 +65,5 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _columns(targets: jax.Array, logits: jax.Array, axes: Axes) -> jax.Array:
-    """Where the targets would be among this chip's columns."""
+    """The targets' columns counted from this chip's first; they may be on another chip."""
     return targets - index(axes) * logits.shape[1]

@@ -1,12 +1,12 @@
-"""A pass over tokens of many requests and both phases at once: Orca's selective batching under static shapes.
+"""A mixed pass over tokens of many requests in both phases: Orca's selective batching under static shapes.
 
-Everything with parameters sees one flat list of tokens. It begins with single tokens of requests that decode, and goes
-on with pieces of prompts, all of one length; where the layout splits attention's rows over chips, each chip's part of
-the list is laid out so, and holds tokens of its own requests. Only attention knows requests: each single token and each
-piece attends over the pages of its own request. Tokens that fill a list up are computed and kept nowhere.
+All operations with parameters see one flat list of tokens. The list has single tokens of decoding requests first, then
+pieces of prompts, all of one length. If the layout splits attention's tokens over chips, each chip's part of the list
+has this form and holds tokens of that chip's requests. Only attention knows requests: each single token and each piece
+attends to the pages of its own request. Tokens that fill up the list are computed, but written to no page.
 
-Decides the list's form, and how attention reads and writes pages. Which request is where is `serving.engine.engine`'s.
-Source: Orca (OSDI 2022), section 3.2; pages as in vLLM (SOSP 2023).
+This file has the form of the list, and how attention reads and writes pages. `serving.engine.engine` decides which
+request is where. Source: Orca (OSDI 2022), section 3.2; pages as in vLLM (SOSP 2023).
 """
 
 import functools
@@ -30,13 +30,13 @@ from toruslab.partitioning.layouts.precision import exact
 
 @dataclass(frozen=True, kw_only=True)
 class MixedForm:
-    """The static sizes of a pass; per part of the list, of which there are `parts`.
+    """The static sizes of a mixed pass. All but `parts` are per part of the list.
 
     Args:
-        parts: chips' groups that the layout splits attention's rows over.
-        singles: tokens that stand alone.
+        parts: parts of the list: groups of chips that the layout splits attention's tokens over.
+        singles: single tokens.
         pieces, length: pieces of prompts, and tokens in each.
-        pages: of a request, at most.
+        pages: most pages that a request may have.
         page: positions in a page.
     """
 
@@ -49,26 +49,26 @@ class MixedForm:
 
     @property
     def tokens(self) -> int:
-        """T of one part."""
+        """Tokens of one part."""
         return self.singles + self.pieces * self.length
 
     @property
     def segments(self) -> int:
-        """Single tokens and pieces of one part; each gives one row of logits, of its last token."""
+        """Single tokens and pieces of one part. The last token of each gets logits."""
         return self.singles + self.pieces
 
     @property
     def width(self) -> int:
-        """Integers that describe one part."""
+        """Number of integers that describe one part."""
         return self.tokens + self.segments * (3 + self.pages)
 
     def describe(self) -> "Control":
-        """An empty list, to be filled in: `Control` of views into one array `whole` [parts, width]."""
+        """A list without tokens, to be filled in. All arrays are views into one array `whole` [parts, width]."""
         whole = np.zeros((self.parts, self.width), np.int32)
         return self.read(whole)
 
     def read(self, whole: Any) -> "Control":
-        """The parts of `whole` [..., width]."""
+        """The fields of `whole` [..., width]."""
         at, fields = 0, []
         for n in (self.tokens, self.segments, self.segments, self.segments):
             fields.append(whole[..., at : at + n])
@@ -79,11 +79,13 @@ class MixedForm:
 
 
 class Control(NamedTuple):
-    """What a pass is told, integers: `whole` [parts, width] is all of it, the others are parts of it.
+    """The integers that describe a mixed pass: `whole` [parts, width] has all of them, the others are views into it.
 
-    `ids` [parts, tokens]; of each segment [parts, segments]: `starts`, the position of its first token, `lengths`, its
-    tokens (0: it is not there), `requests`, whose random numbers it samples with; `tables` [parts, segments, pages]:
-    its request's pages, in their order, as far as they are written or read.
+    - `ids` [parts, tokens].
+    - `starts` [parts, segments]: position of a segment's first token.
+    - `lengths` [parts, segments]: number of its tokens; 0 for an empty segment.
+    - `requests` [parts, segments]: the request whose random numbers the segment samples with.
+    - `tables` [parts, segments, pages]: the request's pages in order, as far as they are read or written.
     """
 
     whole: Any
@@ -95,8 +97,8 @@ class Control(NamedTuple):
 
 
 class Paged(NamedTuple):
-    """Sequences of such a pass (see `models.decoder.sequences.Sequences`): `control` [n, width] of the parts that a chip holds, RoPE's `cos`
-    and `sin` [t, Q/2]."""
+    """The `models.decoder.sequences.Sequences` of a mixed pass: `control` [n, width] of the parts that a chip holds,
+    and RoPE's `cos` and `sin` [t, Q/2]."""
 
     form: MixedForm
     control: jax.Array
@@ -105,7 +107,7 @@ class Paged(NamedTuple):
 
     @classmethod
     def of(cls, whole: jax.Array, form: MixedForm, config: ModelConfig, layout: Layout) -> "Paged":
-        """Of `whole` [parts, width], whole on every chip."""
+        """The sequences that `whole` [parts, width] describes; it is whole on every chip."""
         split = entries(layout.cache)[0]
         by_part = () if not layout.explicit else (P(None, None), P(split, None)) if axes_of(split) else (P(None, None),)
         by_token = place(layout, P(split, None))
@@ -120,7 +122,7 @@ class Paged(NamedTuple):
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
     ) -> tuple[jax.Array, Cache]:
-        """See `models.decoder.sequences.Sequences`; the cache is of pages, [n_layers, N, K, page, Q]."""
+        """See `models.decoder.sequences.Sequences`. The cache consists of pages, [n_layers, N, K, page, Q]."""
         form = self.form
 
         def on_shards(q, kv, layer, control, cos, sin, k, v):
@@ -146,15 +148,15 @@ class Paged(NamedTuple):
 
 
 def token_positions(form: MixedForm, told: Control) -> jax.Array:
-    """[tokens] of one part, in the order of the list."""
+    """The position of each token of one part, [tokens]."""
     singles = told.starts[: form.singles]
     pieces = told.starts[form.singles :, None] + jnp.arange(form.length)
     return jnp.concatenate([singles, pieces.reshape(-1)])
 
 
 def where(form: MixedForm, told: Control, n_pages: int) -> tuple[jax.Array, jax.Array]:
-    """The page and the place in it of each token of one part, [tokens] each; of tokens that are not there the page is
-    `n_pages`, which there is none of."""
+    """The page of each token of one part and the offset in it, [tokens] each. Tokens that only fill up the list get
+    page `n_pages`, which does not exist."""
     within = jnp.concatenate([jnp.zeros(form.singles, jnp.int32), jnp.tile(jnp.arange(form.length), form.pieces)])
     segment = jnp.concatenate(
         [jnp.arange(form.singles), jnp.repeat(form.singles + jnp.arange(form.pieces), form.length)]
@@ -169,19 +171,20 @@ def attend_pages(
 ) -> jax.Array:
     """Softmax attention of every token of one part over its request's positions up to its own.
 
-    One segment after the other, each over as many pages as it has: nothing is read for others, and no page is moved.
+    Segments are computed one after the other. Each reads exactly the pages that it has, and no page is moved.
 
     Args:
-        q: [t, h, Q], turned by RoPE; k, v: [n_layers, N, K, page, Q], the new positions already written.
-        which: KV heads of these q heads, as `models.decoder.sequences.heads_read` says.
+        q: [t, h, Q], rotated by RoPE.
+        k, v: [n_layers, N, K, page, Q], the new positions already written.
+        which: KV heads of these query heads, from `models.decoder.sequences.heads_read`.
 
     Returns:
-        [t, h, Q]; what stands for tokens that are not there means nothing.
+        [t, h, Q]; meaningless for tokens that only fill up the list.
     """
     h, width = q.shape[1], q.shape[2]
 
     def read(pool: jax.Array, at: jax.Array) -> jax.Array:
-        """[k, page, Q], of a page of the layer."""
+        """One page of the layer, [k, page, Q]."""
         size = (1, 1, *pool.shape[2:])
         if isinstance(which, jax.Array):
             return lax.dynamic_slice(pool, (layer, at, 0, 0, 0), size)[0, 0][which]
@@ -192,7 +195,7 @@ def attend_pages(
     group = h // n_kv
 
     def segment(q: jax.Array, table: jax.Array, start: jax.Array, length: jax.Array) -> jax.Array:
-        """[c, h, Q] of the tokens of one segment, of which `length` are there."""
+        """The c tokens of one segment, [c, h, Q]; the first `length` are real."""
         c = q.shape[0]
         q = pad_width(q, k.shape[-1]).reshape(c, n_kv, group, -1).transpose(1, 2, 0, 3).reshape(n_kv, group * c, -1)
         reach = jnp.tile(start + jnp.arange(c), group)  # gc
@@ -202,7 +205,7 @@ def attend_pages(
             top, total, acc = running
             keys, values = read(k, table[i]).astype(q.dtype), read(v, table[i]).astype(q.dtype)
             written = i * form.page + jnp.arange(form.page) < start + length
-            values = jnp.where(written[:, None], values, 0)  # a NaN left by another request is one times 0, too
+            values = jnp.where(written[:, None], values, 0)  # a NaN that another request left would stay NaN times 0
             s = product("kcq,kpq->kcp", q, keys) / jnp.sqrt(jnp.float32(width))
             seen = i * form.page + jnp.arange(form.page) <= reach[:, None]
             s = jnp.where(seen, s, -jnp.inf)
@@ -211,7 +214,7 @@ def attend_pages(
             weighed = product("kcp,kpq->kcq", p.astype(q.dtype), values)
             return new_top, total * old + jnp.sum(p, axis=-1), acc * old[..., None] + weighed
 
-        zero = q.astype(jnp.float32) * 0  # of the mesh axes that q varies over
+        zero = q.astype(jnp.float32) * 0  # zeros with q's type, which says over which mesh axes it varies
         begin = (zero[..., 0] - 1e30, zero[..., 0], zero)
         n_pages = jnp.where(length > 0, (start + length - 1) // form.page + 1, 0)
         _, total, acc = lax.fori_loop(0, n_pages, page, begin)
@@ -222,14 +225,14 @@ def attend_pages(
     for first, n, c in ((0, form.singles, 1), (form.singles, form.pieces, form.length)):
         if n:
             here = slice(first, first + n)
-            rows = q[first : first + n * c].reshape(n, c, h, width)
-            each = (rows, told.tables[here], told.starts[here], told.lengths[here])
+            queries = q[first : first + n * c].reshape(n, c, h, width)
+            each = (queries, told.tables[here], told.starts[here], told.lengths[here])
             parts.append(lax.map(lambda a: segment(*a), each).reshape(n * c, h, width))
     return jnp.concatenate(parts)
 
 
 def last_of_segments(form: MixedForm, x: jax.Array, control: jax.Array) -> tuple[jax.Array]:
-    """[n * tokens, e] -> [n * segments, e]: of `control` [n, width] each segment's last token that is there."""
+    """`x` [n * tokens, e] -> [n * segments, e]: the last real token of each segment of `control` [n, width]."""
     x = x.reshape(len(control), form.tokens, x.shape[-1])
     lengths = form.read(control).lengths[:, form.singles :]
     ends = jnp.maximum(lengths - 1, 0) + jnp.arange(form.pieces) * form.length + form.singles

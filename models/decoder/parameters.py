@@ -1,7 +1,9 @@
-"""The decoder's parameters: their abstract shapes, where a layout places them, and how they come to be.
+"""The decoder's parameters: their shapes, where a layout places them, and how they are made.
 
-Plans on shapes and allocates last: `abstract` allocates nothing, `initial` makes every shard on its own device,
-`load` takes canonical weights, `read` a folder of files.
+- `abstract` and `specs` plan on shapes and allocate nothing.
+- `initial` makes random parameters, every shard on its own device.
+- `load` takes canonical weights.
+- `read` reads a folder of files.
 """
 
 import functools
@@ -20,33 +22,37 @@ from toruslab.models.decoder.decoder import Decoder
 from toruslab.models.decoder.quantise import SCALE, integers, quantise, scales_of
 from toruslab.models.weights.huggingface import Checkpoint
 from toruslab.models.weights.packing import Canonical, pack
-from toruslab.partitioning.layouts.layout import Layout, entries
+from toruslab.partitioning.layouts.layout import WEIGHTS, Layout, entries
 
 
 @functools.lru_cache(maxsize=64)
 def abstract(
     config: ModelConfig, dtype=jnp.float32, int8: bool = False, *, first: bool = True, last: bool = True
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The decoder's structure and its parameters as shapes; `int8`: matrices as int8, with scales; `first`, `last`:
-    whether it has the model's beginning and end."""
+    """The decoder's structure, and its parameters as shapes. Arguments as in `models.decoder.decoder.Decoder`."""
     made = {"dtype": dtype, "int8": int8, "first": first, "last": last}
     graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, **made, rngs=nnx.Rngs(0))))
     return graph, bare(params)
 
 
 def bare(shapes: Any) -> Any:
-    """Shapes without the mesh that happened to be the ambient one."""
+    """Shapes without shardings, which may have come from the ambient mesh."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
 
 
+def placed(shapes: Any, at: Any) -> Any:
+    """Shapes with the shardings `at`, a tree of the same form."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, at)
+
+
 def specs(params: nnx.State, layout: Layout) -> nnx.State:
-    """The spec of every parameter at rest, in the form of `params`: matrices as the layout says, norms whole."""
+    """The spec of every parameter at rest, in the form of `params`. Norms and scales are whole on every chip."""
 
     def spec(path: tuple, leaf) -> P:
         name = _name(path)
         if name in ("table", "unembed"):
             return layout.table
-        if name in ("w_in", "w_kv", "w_out"):
+        if name in WEIGHTS:
             return P(None, *entries(getattr(layout, name)[0]))
         return P(*[None] * len(leaf.shape))
 
@@ -54,14 +60,14 @@ def specs(params: nnx.State, layout: Layout) -> nnx.State:
 
 
 def shardings(params: nnx.State, layout: Layout, mesh: Mesh) -> nnx.State:
-    """`specs` on a mesh of devices."""
+    """`specs` as shardings on a mesh of devices."""
     return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(params, layout), is_leaf=lambda s: isinstance(s, P))
 
 
 def initial(
     config: ModelConfig, layout: Layout, mesh: Mesh, *, seed: int = 0, dtype=jnp.float32, int8: bool = False
 ) -> nnx.State:
-    """Random parameters, every shard made on its own device; the same values under every layout and mesh."""
+    """Random parameters, every shard made on its own device. Values do not depend on layout and mesh."""
     _, wanted = abstract(config, dtype, int8)
 
     def make() -> nnx.State:
@@ -73,7 +79,7 @@ def initial(
 
 
 def as_int8(config: ModelConfig, params: nnx.State, dtype=jnp.float32) -> nnx.State:
-    """Float parameters with their matrices as int8; `dtype` is that of the scales, and of what stays as it is."""
+    """Float parameters with their matrices as int8; `dtype` is that of the scales and of the other parameters."""
     nested = quantise(nnx.to_pure_dict(params), dtype)
     return jax.tree_util.tree_map_with_path(lambda path, _: _at(nested, path), abstract(config, dtype, True)[1])
 
@@ -81,13 +87,18 @@ def as_int8(config: ModelConfig, params: nnx.State, dtype=jnp.float32) -> nnx.St
 def load(
     config: ModelConfig, weights: Canonical, layout: Layout, mesh: Mesh, *, dtype=jnp.float32, int8: bool = False
 ) -> nnx.State:
-    """Canonical weights (see `models.decoder.reference`) as parameters on their devices, over all processes."""
+    """Canonical weights (see `models.decoder.reference`) as parameters on the devices of all processes."""
     packed = pack(config, weights)
     return put(quantise(packed, dtype) if int8 else packed, abstract(config, dtype, int8)[1], layout, mesh)
 
 
 def put(packed: Mapping[str, Any], params: nnx.State, layout: Layout, mesh: Mesh) -> nnx.State:
-    """Arrays of `models.weights.packing.pack` on their devices, over all processes: those that `params` has, as shapes."""
+    """Arrays of `models.weights.packing.pack` on the devices of all processes.
+
+    Args:
+        packed: the arrays, nested by module.
+        params: the parameters wanted, as shapes; `packed` may have more.
+    """
 
     def place(path: tuple, leaf, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(_at(packed, path), leaf.dtype)
@@ -97,10 +108,10 @@ def put(packed: Mapping[str, Any], params: nnx.State, layout: Layout, mesh: Mesh
 
 
 def read(checkpoint: Checkpoint, layout: Layout, mesh: Mesh, *, dtype=jnp.float32, int8: bool = False) -> nnx.State:
-    """A folder's weights as parameters on their devices, over all processes: equal to `load` of the whole.
+    """A folder's weights as parameters on the devices of all processes. The result equals `load` of all weights.
 
     Each process reads the parts of its own devices, one after the other, so that the host holds one part of one
-    parameter at a time; with `int8`, each reads all matrices once more, for their scales.
+    parameter at a time. With `int8` each process also reads all matrices once for their scales.
     """
     params = abstract(checkpoint.config, dtype, int8)[1]
     scales: dict[tuple[str, ...], np.ndarray] = {}
@@ -119,7 +130,7 @@ def read(checkpoint: Checkpoint, layout: Layout, mesh: Mesh, *, dtype=jnp.float3
 
     def place(path: tuple, leaf, sharding: NamedSharding) -> jax.Array:
         keys = tuple(keys_of(path))
-        if leaf.dtype == np.int8:  # comes before its scales: keys are in order
+        if leaf.dtype == np.int8:  # the matrix comes before its scales: keys are sorted
             scales[keys] = _scales(checkpoint, keys, leaf.shape, dtype)
         holders: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -135,7 +146,7 @@ def read(checkpoint: Checkpoint, layout: Layout, mesh: Mesh, *, dtype=jnp.float3
 
 
 def _scales(checkpoint: Checkpoint, keys: tuple[str, ...], shape: tuple[int, ...], dtype) -> np.ndarray:
-    """The scales [n, C] of a matrix [n, R, C]; reads all of it, a block of columns at a time."""
+    """The scales [n, C] of a matrix [n, R, C]. Reads the whole matrix, a block of columns at a time."""
     n, rows, columns = shape
     found = np.empty((n, columns), dtype)
     step = max(1, 2**24 // rows)
@@ -148,13 +159,13 @@ def _scales(checkpoint: Checkpoint, keys: tuple[str, ...], shape: tuple[int, ...
 
 
 def everywhere(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """A small array, whole on every device of every process; each process must pass the same values."""
+    """A small array, whole on every device of every process. Each process must pass the same values."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])
 
 
 def keys_of(path: tuple) -> list[str]:
-    """The names of modules and of the parameter in them, of a path in the state."""
+    """The names of the modules and of the parameter in a path of the state."""
     return [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
 
 
@@ -167,7 +178,7 @@ def _at(nested: Mapping[str, Any], path: tuple) -> Any:
 
 
 def _without_padding(config: ModelConfig, path: tuple, leaf: jax.Array) -> jax.Array:
-    """Zeros where a padding head would read or write, so that it contributes nothing."""
+    """`leaf` with zeros where a padding head reads or writes, so that the head contributes nothing."""
     name, real = _name(path), config.n_heads - config.n_padding_heads
     q, n = config.d_head, config.n_layers
     if not config.n_padding_heads or name not in ("w_in", "w_out") or "mlp" in str(path):

@@ -1,9 +1,8 @@
-"""int8: symmetric; weights with one scale for each output channel of a matrix, keys and
-values with one for each position and head.
+"""Symmetric int8: how floats become integers and scales.
 
-Decides how floats become integers and scales. The decoder multiplies by the integers, turned into the activations'
-dtype, and scales what comes out; weight-gathered layouts gather the integers. The embedding stays as it is. Pope et
-al. 2022, section 3.6.
+Weights have one scale for each output channel of a matrix; keys and values have one for each position and head. The
+decoder converts the integers to the activations' dtype, multiplies, and scales the result. Weight-gathered layouts
+gather the integers. The embedding is not quantised. Pope et al. 2022, section 3.6.
 """
 
 from collections.abc import Mapping
@@ -12,15 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-MATRICES = ("w_in", "w_kv", "w_out")
+from toruslab.partitioning.layouts.layout import WEIGHTS
+
 SCALE = "_scale"
-"""What the scales of a matrix are called: `w_in_scale` [n, C] beside `w_in` [n, E, C]."""
+"""The suffix of a matrix's scales: `w_in_scale` [n, C] beside `w_in` [n, E, C]."""
 
 
 def quantise(params: Mapping[str, Any], dtype) -> dict[str, Any]:
     """Nested parameters (NumPy or JAX arrays) with every matrix as int8 and its scales in `dtype` beside it.
 
-    The integers are made with the scales as `dtype` holds them, so that a coarse dtype adds no error of its own.
+    The integers are computed with the scales already rounded to `dtype`, so that a coarse dtype adds no error.
 
     Example:
         >>> import numpy as np
@@ -32,7 +32,7 @@ def quantise(params: Mapping[str, Any], dtype) -> dict[str, Any]:
     for name, value in params.items():
         if isinstance(value, Mapping):
             found[name] = quantise(value, dtype)
-        elif name in MATRICES:
+        elif name in WEIGHTS:
             found[name + SCALE] = scale = scales_of(value, dtype)
             found[name] = integers(value, scale)
         else:
@@ -41,19 +41,19 @@ def quantise(params: Mapping[str, Any], dtype) -> dict[str, Any]:
 
 
 def scales_of(matrix: Any, dtype) -> Any:
-    """[..., n, m] -> [..., m]: of every column, what its integers are multiplied by."""
+    """[..., n, m] -> [..., m]: the scale of every column, by which its integers are multiplied."""
     scale = (abs(matrix.astype("float32")).max(axis=-2) / 127).astype(dtype)
     return scale + (scale == 0).astype(dtype)  # a column of zeros, as padding heads have
 
 
 def integers(matrix: Any, scale: Any) -> Any:
-    """[..., n, m], or some of its rows, as int8 with the scales [..., m] of its columns."""
+    """`matrix` [..., n, m], or some of its rows, as int8 with the scales [..., m] of its columns."""
     wide = matrix.astype("float32") / scale.astype("float32")[..., None, :]
     return wide.round().clip(-127, 127).astype("int8")
 
 
 def dequantise(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The float parameters that quantised ones stand for, in the scales' dtype."""
+    """Quantised parameters as floats, in the scales' dtype."""
     found: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def dequantise(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quantise_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """[..., Q] as int8 and one scale for each [...] in `dtype`, with which the integers are made.
+    """`x` [..., Q] as int8, and one scale for each [...] in `dtype`.
 
     Example:
         >>> integers, scale = quantise_rows(jnp.array([[2.54, -1.27], [0.0, 0.0]]), jnp.float32)
@@ -76,6 +76,6 @@ def quantise_rows(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     """
     wide = x.astype(jnp.float32)
     scale = (jnp.max(jnp.abs(wide), axis=-1) / 127).astype(dtype)
-    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # zeros, as the width that fills a tile up
+    scale = jnp.where(scale == 0, jnp.ones_like(scale), scale)  # all zeros, as in the padding of a tile
     integers = jnp.clip(jnp.round(wide / scale.astype(jnp.float32)[..., None]), -127, 127)
     return integers.astype(jnp.int8), scale

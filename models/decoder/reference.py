@@ -1,7 +1,8 @@
 """The slow decoder that every layout must equal: NumPy, float64, one sequence, no cache.
 
-Decides what the model computes, head by head, and the names and shapes of the canonical weights. Leaves speed, batches,
-caches, fused matrices and meshes to others. Shares no code with them, so that a mistake has to be made twice to hide.
+This file defines what the model computes, head by head, and the names and shapes of the canonical weights. It has no
+batches, caches, fused matrices or meshes. It shares no code with the fast decoder, so that a mistake shows unless it is
+made twice.
 
 Canonical weights are a dict of arrays, stacked over the n = `n_layers` layers; letters as in `ModelConfig`:
 
@@ -24,7 +25,7 @@ from toruslab.models.config import ModelConfig
 Weights = dict[str, NDArray[np.float32]]
 Array = NDArray[np.float64]
 Reads = Callable[[int, Array, Array], tuple[Array, Array]]
-"""Of a layer's number, its keys (turned by RoPE) and values, [K, L, Q] each, those that attention reads instead."""
+"""(number of the layer, keys rotated by RoPE, values) -> the keys and values that attention reads, [K, L, Q] each."""
 
 _LETTERS = {
     "embed": "V E",
@@ -45,26 +46,26 @@ _LETTERS = {
 def logits(
     config: ModelConfig, weights: Mapping[str, ArrayLike], tokens: ArrayLike, reads: Reads | None = None
 ) -> Array:
-    """Scores of the next token after each position of one sequence.
+    """Logits of the next token after each position of one sequence.
 
-    A parallel layer is x + attention(norm(x)) + mlp(norm(x)); a serial one adds attention(norm(x)) to x, then
-    mlp(mlp_norm(x)). Where `scaled_embed`, x begins as sqrt(E) times the embedding. The logits are
-    final_norm(x) @ unembed.T, or @ embed.T where the two are tied.
+    A parallel layer is x + attention(norm(x)) + mlp(norm(x)). A serial layer adds attention(norm(x)) to x, then
+    mlp(mlp_norm(x)). With `scaled_embed`, x begins as sqrt(E) times the embedding. The logits are
+    final_norm(x) @ unembed.T, or @ embed.T if the two are tied.
 
     Args:
         config: sizes and variants.
         weights: the canonical weights above, of any float type; computed in float64.
         tokens: [L] ids, each in 0..V-1, at positions 0..L-1.
-        reads: what attention reads in the place of keys and values, such as rounded ones; these themselves by default.
+        reads: replaces the keys and values that attention reads, for example by rounded ones; by default unchanged.
 
     Returns:
-        [L, V] float64; row i depends on tokens 0..i only. No softmax.
+        [L, V] float64; logits i depend on tokens 0..i only. No softmax.
 
     Raises:
-        ValueError: a weight that is missing, unknown or of a wrong shape; tokens that are not a 1-D row of ids.
+        ValueError: a weight that is missing, unknown or of a wrong shape; tokens that are not a 1-D array of ids.
 
     Example:
-        One token attends to itself alone, so with an identity embedding and zero layers' output it scores itself.
+        One token attends to itself alone. With an identity embedding and layers that output zero, it predicts itself.
 
         >>> tiny = ModelConfig(n_layers=1, d_model=4, d_ff=2, n_heads=1, d_head=2, vocab=4, norm_eps=0.0)
         >>> zeros = {name: np.zeros(shape) for name, shape in shapes(tiny).items()}
@@ -126,11 +127,11 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init(config: ModelConfig, seed: int) -> Weights:
-    """Random canonical weights for tests and toys: not trained, not fit to train from.
+    """Random canonical weights for tests and toys. They are not meant as a start for training.
 
     Matrices are normal / sqrt(fan-in), so that logits and attention scores are of order one. Norm scales are uniform
-    in 0.5..1.5, so that a scale that is left out or misplaced shows. Padding heads are zero, and take nothing
-    from the random stream: `init` of a padded config equals `pad_heads` of the unpadded weights.
+    in 0.5..1.5, so that a missing or misplaced scale shows. Padding heads are zero and use no random numbers: `init`
+    of a padded config equals the unpadded weights, padded.
 
     Args:
         config: sizes and variants.
@@ -164,45 +165,8 @@ def init(config: ModelConfig, seed: int) -> Weights:
     return {name: _zero_extended(weights[name], shape) for name, shape in shapes(config).items()}
 
 
-def pad_heads(config: ModelConfig, weights: Mapping[str, ArrayLike], n_heads: int) -> tuple[ModelConfig, Weights]:
-    """The same model with zero heads appended, so that `n_heads` can be split over more chips.
-
-    wq and wo of a padding head are zero, and its wk and wv too where attention is multihead: it attends evenly to
-    whatever it reads, and wo drops the result. Its contribution is exactly zero, not merely small.
-
-    Args:
-        config: sizes and variants, possibly padded already.
-        weights: its canonical weights.
-        n_heads: query heads afterwards, padding included.
-
-    Returns:
-        The padded config and its float32 weights.
-
-    Raises:
-        ValueError: fewer heads than now, weights of a wrong shape, or attention that cannot be padded (grouped-query).
-
-    Example:
-        PaLM 540B goes from 48 to 64 heads, to be divisible over 64 chips.
-
-        >>> tiny = ModelConfig(n_layers=1, d_model=4, d_ff=24, n_heads=3, d_head=2, vocab=9)
-        >>> padded, weights = pad_heads(tiny, init(tiny, seed=0), n_heads=4)
-        >>> padded.n_padding_heads, weights["wq"].shape, float(abs(weights["wq"][:, :, 3]).max())
-        (1, (1, 4, 4, 2), 0.0)
-
-    Pope et al. 2022, section 4 (the padding of PaLM's heads).
-    """
-    if n_heads < config.n_heads:
-        raise ValueError(f"n_heads={n_heads} is less than the {config.n_heads} heads (padding included) there are")
-    _check_weights(config, weights)
-    padded = config.padded(n_heads)
-    return padded, {
-        name: _zero_extended(np.asarray(weights[name]).astype(np.float32), shape)
-        for name, shape in shapes(padded).items()
-    }
-
-
 def _keys_values(config: ModelConfig, layer: Mapping[str, Array], x: Array) -> tuple[Array, Array]:
-    """[L, E] -> keys, turned by RoPE, and values, [K, L, Q] each."""
+    """`x` [L, E] -> keys, rotated by RoPE, and values, [K, L, Q] each."""
     heads = range(config.n_kv_heads)
     keys = [_rope(x @ layer["wk"][:, head], config.rope_theta) for head in heads]
     return np.stack(keys), np.stack([x @ layer["wv"][:, head] for head in heads])
@@ -237,7 +201,7 @@ def _rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def _rope(x: Array, theta: float) -> Array:
-    """Turns element i with element i + Q/2 (Llama's halves, not neighbours) by position * theta**(-2i/Q). [L, Q]."""
+    """[L, Q] with elements i and i + Q/2 (halves as in Llama, not neighbours) rotated by position * theta**(-2i/Q)."""
     length, d_head = x.shape
     half = d_head // 2
     angle = np.arange(length)[:, None] * theta ** (-2.0 * np.arange(half) / d_head)[None, :]  # [L, Q/2]
@@ -253,7 +217,7 @@ def _silu(x: Array) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    """The tanh form of GELU, not the erf form: they differ in the fourth digit."""
+    """GELU in its tanh form, which differs from the erf form in the fourth digit."""
     return 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -266,7 +230,7 @@ def _float64(x: ArrayLike) -> Array:
 
 
 def _zero_extended(x: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """`x` with zeros after its last element in every dimension that is shorter than `shape`."""
+    """`x` filled up with zeros at the end of every dimension to `shape`."""
     return np.pad(x, [(0, size - have) for size, have in zip(shape, x.shape, strict=True)])
 
 

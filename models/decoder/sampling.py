@@ -1,9 +1,8 @@
-"""Sampling with the vocabulary sharded: greedy, temperature, top-k, top-p. Logits are never gathered.
+"""Sampling over a sharded vocabulary: greedy, temperature, top-k, top-p. Logits are never gathered.
 
-The random numbers of a token depend on (seed, request, position, token id) and on nothing else: not on the batch that
-a request happens to share, the layout, or the mesh. The likeliest token is found by one all-gather of every chip's best
-value and id; a top-k or top-p limit by bisection on the logits' bit patterns, sixteen ways at a time: eight all-reduces
-of 15 R numbers.
+Random numbers depend only on (seed, request, position, token id), and not on the rest of the batch, the layout or the
+mesh. One all-gather of every chip's best value and id finds the likeliest token. A top-k or top-p limit is found by a
+16-way search on the logits' bit patterns: eight all-reduces of 15 R numbers.
 """
 
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from toruslab.partitioning.layouts.layout import Axes, Ladder, Layout, axes_of, entries
+from toruslab.models.decoder.sequences import batch_ladder, split_axes
+from toruslab.partitioning.layouts.layout import Axes, Layout
 from toruslab.partitioning.layouts.moves import follow, local
 
 
@@ -23,8 +22,8 @@ class Sampler:
 
     Args:
         temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 means all. Ties with the k-th stay in.
-        top_p: only the likeliest tokens that together reach probability p (after top_k); 1 means all.
+        top_k: sample from the k likeliest tokens and those that tie with the k-th; 0 means all.
+        top_p: sample from the likeliest tokens that together reach probability p (after top_k); 1 means all.
         seed: of all random streams.
 
     Raises:
@@ -47,28 +46,29 @@ class Sampler:
             raise ValueError(f"seed={self.seed} must be in 0..2**32-1")
 
     def __call__(self, logits: jax.Array, requests: jax.Array, positions: jax.Array, layout: Layout) -> jax.Array:
-        """The next token of every row.
+        """The next token of each of R sequences.
 
         Args:
-            logits: [R, V'] as `layout.logits` ends.
-            requests, positions: [R] integers, whole on every chip: the random stream of each row.
+            logits: [R, V'] at the last step of `layout.logits`.
+            requests, positions: [R] integers, whole on every chip, that select the random numbers.
 
         Returns:
             [R] int32, whole on every chip.
         """
         at = layout.logits[-1:]
-        rows, axes = [axes_of(e) for e in entries(at[0])] if at else ((), ())
-        by_row: Ladder = () if not at else (P(None), P(rows)) if rows else (P(None),)
+        axes = split_axes(at, 1)
+        by_sequence = batch_ladder(layout, at[0]) if at else ()
 
         def choose(logits, requests, positions):
             return (self._choose(logits.astype(jnp.float32), requests, positions, axes),)
 
         with jax.named_scope("sample"):
-            requests, positions = follow(requests, by_row), follow(positions, by_row)
-            (ids,) = local(choose, [at, by_row, by_row], [layout.ids])(logits, requests, positions)
+            requests, positions = follow(requests, by_sequence), follow(positions, by_sequence)
+            (ids,) = local(choose, [at, by_sequence, by_sequence], [layout.ids])(logits, requests, positions)
             return follow(ids, layout.ids)
 
     def _choose(self, logits: jax.Array, requests: jax.Array, positions: jax.Array, axes: Axes) -> jax.Array:
+        """The next token of each sequence of a chip, from the chip's columns of the logits."""
         columns = jnp.arange(logits.shape[1], dtype=jnp.int32)
         columns += (lax.axis_index(axes) * logits.shape[1]).astype(jnp.int32) if axes else 0
         if self.temperature:
@@ -92,7 +92,7 @@ class Sampler:
         return ids
 
     def _noise(self, request: jax.Array, position: jax.Array, token: jax.Array) -> jax.Array:
-        """Gumbel noise of one token: the largest logit plus noise is a draw from the softmax."""
+        """Gumbel noise of one token id. The id with the largest logit plus noise is a draw from the softmax."""
         key = jax.random.key(self.seed)
         for number in (request, position, token):
             key = jax.random.fold_in(key, number)
@@ -108,13 +108,21 @@ def _sum(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Float32 as uint32 in the same order."""
+    """Float32 -> uint32 that sort in the same order."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _threshold(keys: jax.Array, weights: jax.Array, limit: jax.Array, axes: Axes) -> jax.Array:
-    """Per row the largest t for which the weights of all keys >= t reach the limit, over all chips of `axes`."""
+    """For each sequence the largest t such that the weights of all keys >= t reach the limit.
+
+    Args:
+        keys, weights: [r, v], this chip's columns; `axes` split the vocabulary.
+        limit: a number, or [r].
+
+    Returns:
+        [r] uint32.
+    """
     digits = jnp.arange(1, 16, dtype=jnp.uint32)
     limit = jnp.broadcast_to(limit, keys.shape[:1])
 
@@ -125,4 +133,4 @@ def _threshold(keys: jax.Array, weights: jax.Array, limit: jax.Array, axes: Axes
         digit = jnp.sum(_sum(reached, axes) >= limit[:, None], axis=1)
         return least + (digit.astype(jnp.uint32) << shift)
 
-    return lax.fori_loop(0, 8, narrow, _sum(keys[:, 0] * 0, axes))  # zeros, one for each row that is here
+    return lax.fori_loop(0, 8, narrow, _sum(keys[:, 0] * 0, axes))  # a zero for each sequence

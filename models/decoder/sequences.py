@@ -1,8 +1,11 @@
-"""What attention needs to know of the rows of a pass, and attention itself on each chip's own rows and heads.
+"""The sequences that the T tokens of a pass belong to, and attention within them on each chip's shards.
 
-A pass hands the layers one value that can `attend`: `Aligned` here, rows of equal length over a cache of their own;
-`Causal` here, whole sequences and no cache; or `models.decoder.mixed.Paged`, tokens of many requests over shared pages. The
-layers do not know which.
+A pass gives the layers one value that can `attend`. The layers do not know which of these it is:
+- `Aligned`: sequences with equally many new tokens, each with its part of a cache.
+- `Causal`: whole sequences without a cache.
+- `models.decoder.mixed.Paged`: tokens of many requests over shared pages.
+
+The end of the file has small functions about shards that the whole decoder uses.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,7 +23,7 @@ from toruslab.partitioning.layouts.moves import follow, local
 
 
 class Sequences(Protocol):
-    """Whoever knows where the keys and values of a pass's tokens are."""
+    """A value that knows where the keys and values of each token's sequence are."""
 
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
@@ -28,16 +31,17 @@ class Sequences(Protocol):
         """RoPE, cache update and attention of one layer.
 
         Args:
-            q: [T, H, Q] as `layout.q` ends; kv: [T, D] as `layout.kv` ends.
+            q: [T, H, Q] at the last step of `layout.q`.
+            kv: [T, D] at the last step of `layout.kv`.
 
         Returns:
-            [T, H, Q] as `layout.o` begins, and the cache.
+            [T, H, Q] at the first step of `layout.o`, and the cache.
         """
         ...
 
 
 class Aligned(NamedTuple):
-    """T = B*L tokens, batch-major: `starts` [b], RoPE's `cos` and `sin` [t, Q/2], as attention holds its rows."""
+    """T = B*L tokens, batch-major. `starts` [b], and RoPE's `cos` and `sin` [t, Q/2], split as in attention."""
 
     starts: jax.Array
     cos: jax.Array
@@ -45,15 +49,15 @@ class Aligned(NamedTuple):
 
     @classmethod
     def of(cls, starts: jax.Array, length: int, config: ModelConfig, layout: Layout) -> "Aligned":
-        """Of `starts` [B], whole on every chip, and so many tokens a row."""
-        by_row, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
-        starts = follow(starts, by_row)
+        """Sequences with `length` new tokens each, from `starts` [B], whole on every chip."""
+        by_sequence, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
+        starts = follow(starts, by_sequence)
 
         def tables(starts):
             positions = starts[:, None] + jnp.arange(length)
             return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
 
-        return cls(starts, *local(tables, [by_row], [by_token, by_token])(starts))
+        return cls(starts, *local(tables, [by_sequence], [by_token, by_token])(starts))
 
     def attend(
         self, q: jax.Array, kv: jax.Array, cache: Cache, layer: jax.Array, config: ModelConfig, layout: Layout
@@ -81,15 +85,15 @@ class Aligned(NamedTuple):
                 o = read(stored, layer, *found)
             return o.reshape(t, h, width), *arrays(stored)
 
-        by_row, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
+        by_sequence, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
         held = [place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in arrays(cache)]
-        ins = [layout.q, layout.kv, place(layout, P()), by_row, by_token, by_token, *held]
+        ins = [layout.q, layout.kv, place(layout, P()), by_sequence, by_token, by_token, *held]
         o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *self, *arrays(cache))
         return o, Cache(*stored)
 
 
 class Causal(NamedTuple):
-    """T = B*L tokens of whole sequences; nothing is cached (`models.programs.training`). RoPE's `cos` and `sin` [L, Q/2]."""
+    """T = B*L tokens of whole sequences, for training: nothing is cached. RoPE's `cos` and `sin` are [L, Q/2]."""
 
     cos: jax.Array
     sin: jax.Array
@@ -122,43 +126,46 @@ class Causal(NamedTuple):
 
 
 def heads_read(config: ModelConfig, layout: Layout, h: int, here: int) -> tuple[jax.Array | int, int] | jax.Array:
-    """Which of the `here` KV heads that a chip holds its `h` query heads read: a run of them, (the first, how many);
-    or, for a run of queries that begins or ends within a group, one for each [h]."""
+    """The KV heads, among the `here` that a chip holds, that its `h` query heads read.
+
+    Returns:
+        A run of KV heads as (first, number). If the query heads span parts of several groups: the KV head of each, [h].
+    """
     heads, kv_heads = split_axes(layout.q[-1:], 1), split_axes(layout.kv[-1:], 1)
     group, first = config.n_heads // config.n_kv_heads, index(heads) * h
     if here == 1 or h == here * group:
         return 0, here
-    if h % group == 0 or group % h == 0:  # more KV heads here than these heads read
+    if h % group == 0 or group % h == 0:  # these query heads do not read all KV heads here
         return first // group - index(kv_heads) * here, max(1, h // group)
     return (first + jnp.arange(h)) // group - index(kv_heads) * here
 
 
 def arrays(cache: Cache) -> list[jax.Array]:
-    """Those that are there: K and V, and their scales where these are int8."""
+    """The arrays of a cache: K and V, and with int8 their scales."""
     return [a for a in cache if a is not None]
 
 
 def split_axes(ladder: Ladder, dim: int) -> Axes:
-    """The axes that dimension `dim` is split over where the ladder ends; none where nothing is constrained."""
+    """The axes that split dimension `dim` at the last step of the ladder; none for a layout without constraints."""
     return axes_of(entries(ladder[-1])[dim]) if ladder else ()
 
 
 def place(layout: Layout, spec: P) -> Ladder:
-    """A ladder of one rung, or none for a layout without constraints."""
+    """A ladder of one step; no step for a layout without constraints."""
     return (spec,) if layout.explicit else ()
 
 
 def batch_ladder(layout: Layout, like: P) -> Ladder:
-    """From [B] whole on every chip to the split of the rows in `like`, whose first dimension is B or T."""
-    rows = entries(like)[0]
-    return () if not layout.explicit else (P(None), P(rows)) if axes_of(rows) else (P(None),)
+    """The ladder of a [B] from whole on every chip to the split of the first dimension of `like`, which is B or T."""
+    split = entries(like)[0]
+    return () if not layout.explicit else (P(None), P(split)) if axes_of(split) else (P(None),)
 
 
 def index(axes: Axes) -> jax.Array | int:
-    """Which part of a dimension split over `axes` this chip holds."""
+    """The number of this chip's part of a dimension that is split over `axes`."""
     return lax.axis_index(axes) if axes else 0
 
 
 def _by_token(layout: Layout) -> Ladder:
-    """Of [T, ...], as attention holds its rows."""
+    """The ladder of a [T, ...] array that is split as attention splits tokens."""
     return place(layout, P(entries(layout.cache)[0], None))

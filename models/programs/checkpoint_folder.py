@@ -1,9 +1,11 @@
-"""What lies in a folder of checkpoints, and whether it is whole: steps, records, sums.
+"""A folder of checkpoints: its steps, their records, and whether their files are whole.
 
-A checkpoint is a folder named by its step. In it: the arrays of the parameters (`params`) and of all else (`rest`), as
-orbax writes them, and a record of ours, `toruslab.json`: the model, every array's shape and dtype, every file's length
-and sum, and the caller's facts. What is being written, or deleted, has a name that is no step's. Writes and reads no
-arrays: `models.programs.checkpoints` does. Imports no JAX.
+A checkpoint is a folder named by its step. It has the arrays of the parameters (`params`) and of everything else
+(`rest`), as orbax writes them, and our own record, `toruslab.json`: the model, every array's shape and dtype, every
+file's length and CRC-32, and the caller's facts. The CRCs are needed: orbax reads a flipped byte of array data as wrong
+numbers, without an error. A checkpoint that is being written or deleted has a name that is no step.
+
+`models.programs.checkpoints` writes and reads the arrays. Imports no JAX.
 """
 
 import dataclasses
@@ -26,14 +28,14 @@ _LEFT_OVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a checkpoint says of itself.
+    """The contents of `toruslab.json`.
 
     Args:
-        step: of training, when it was made.
-        config: the model's.
+        step: of training.
+        config: the model.
         arrays: shape and dtype by name, such as `params.layer.w_in`.
         files: length in bytes and CRC-32 by path inside the checkpoint's folder.
-        facts: what the caller gave, as JSON.
+        facts: the caller's facts, as JSON.
     """
 
     step: int
@@ -44,15 +46,15 @@ class Record:
 
     @property
     def n_bytes(self) -> int:
-        """Of the files on disk, this record left out."""
+        """Bytes of the files on disk, without the record."""
         return sum(length for length, _ in self.files.values())
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps of which there is a checkpoint, in order; none where there is no folder.
+    """The steps of the checkpoints in a folder, sorted; none if there is no folder.
 
     Raises:
-        ValueError: a file, not a folder.
+        ValueError: `folder` is a file.
     """
     if not folder.exists():
         return []
@@ -62,10 +64,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def read(folder: Path, step: int | None = None) -> Record:
-    """The record of a checkpoint: of the latest, or of the one named.
+    """The record of a checkpoint, by default of the latest.
 
     Raises:
-        ValueError: there is none, or its record is damaged, of something else, or of another format.
+        ValueError: there is no checkpoint, or its record is missing, damaged or of another format.
     """
     found = steps(folder)
     if not found:
@@ -90,7 +92,7 @@ def read(folder: Path, step: int | None = None) -> Record:
         raise ValueError(f"{str(path)!r} is damaged: it must be a JSON object with a format and a record") from None
     if format_ != FORMAT:
         raise ValueError(f"{str(path)!r} has format={str(format_)[:40]}, but must have {FORMAT} to be read here")
-    if whole.get("crc32") != zlib.crc32(_text(record).encode()):
+    if whole.get("crc32") != zlib.crc32(json.dumps(record).encode()):
         raise ValueError(f"{str(path)!r} is damaged: its sum is not that of what it says")
     try:
         config = ModelConfig(**record["config"])
@@ -113,14 +115,11 @@ def write(
     arrays: Mapping[str, tuple[tuple[int, ...], str]],
     facts: Mapping[str, Any],
 ) -> None:
-    """Sums up the files of a checkpoint's folder and writes its record, to the disk itself."""
-    files = {}
-    for part in PARTS:
-        for path in sorted((directory / part).rglob("*")):
-            if path.is_file():
-                files[path.relative_to(directory).as_posix()] = _sum(path)
+    """Writes the record of a checkpoint's folder, with lengths and CRCs of its files, and flushes it to the disk."""
+    paths = [path for part in PARTS for path in sorted((directory / part).rglob("*")) if path.is_file()]
+    files = {path.relative_to(directory).as_posix(): _sum(path) for path in paths}
     record = {"step": step, "config": dataclasses.asdict(config), "arrays": arrays, "files": files, "facts": facts}
-    text = _text(record)
+    text = json.dumps(record)
     with open(directory / RECORD, "w") as out:
         out.write(f'{{"format": {FORMAT}, "crc32": {zlib.crc32(text.encode())}, "record": {text}}}\n')
         out.flush()
@@ -128,13 +127,15 @@ def write(
 
 
 def damage(directory: Path, record: Record, parts: Iterable[str], share: int = 0, shares: int = 1) -> tuple[int, str]:
-    """The first file of some parts of a checkpoint that is not as it was written, and what is wrong with it.
+    """The first damaged file in some parts of a checkpoint.
 
     Args:
-        share, shares: looks at every `shares`-th file, from number `share` on.
+        parts: some of `PARTS`.
+        share, shares: check every `shares`-th file of the record, from number `share` on.
 
     Returns:
-        The file's number among the record's, or how many there are and no words where all are well.
+        The file's number in the record and the damage in words. If all files are as they were written: the number of
+        files and no words.
     """
     parts = set(parts)
     for number, (name, (length, crc)) in enumerate(record.files.items()):
@@ -153,21 +154,21 @@ def damage(directory: Path, record: Record, parts: Iterable[str], share: int = 0
 
 
 def differences(there: ModelConfig, here: ModelConfig) -> str:
-    """The fields in which two models differ, but for their names: `d_model=512 there, 256 wanted`; else no words."""
+    """The fields in which two models differ, such as `d_model=512 there, 256 wanted`. Names are not compared."""
     fields = [f.name for f in dataclasses.fields(ModelConfig) if f.name != "name"]
     differ = [(f, getattr(there, f), getattr(here, f)) for f in fields if getattr(there, f) != getattr(here, f)]
     return "; ".join(f"{name}={a!r} there, {b!r} wanted" for name, a, b in differ)
 
 
 def clean(folder: Path) -> None:
-    """Removes what a save that was killed, or that failed, left behind, and what was being deleted."""
+    """Removes the remains of killed and failed saves, and of a deletion that was interrupted."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all checkpoints but the newest `keep`; each is either there or not, whenever this is killed."""
+    """Deletes all checkpoints but the newest `keep`. Each is renamed first, so that a kill leaves no part of one."""
     for step in steps(folder)[:-keep]:
         gone = folder / f"{step}.deleted"
         os.replace(folder / str(step), gone)
@@ -183,15 +184,11 @@ def _sum(path: Path) -> tuple[int, int]:
     return length, crc
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    return json.dumps(record)
-
-
 def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the facts, as they will be read.
+    """The facts as they will be read from JSON.
 
     Raises:
-        ValueError: what JSON cannot hold.
+        ValueError: JSON cannot hold them.
     """
     try:
         return json.loads(json.dumps(facts))

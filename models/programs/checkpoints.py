@@ -1,10 +1,10 @@
 """Checkpoints: the state of training on disk, written under one layout and mesh and read under any other.
 
-orbax writes and reads the arrays: each chip its own shards, while training goes on. Beside them stands a record of
-ours (`models.programs.checkpoint_folder`), by which a checkpoint is refused that is damaged or another model's. An array is
-stored under its name and global shape, which no layout changes.
+orbax writes and reads the arrays, each chip its own shards, while training goes on. An array is stored under its name
+and global shape, which no layout changes. Our own record beside the arrays
+(`models.programs.checkpoint_folder`) is the reason that damaged checkpoints, and those of other models, are refused.
 
-Importing this takes orbax in: commands that may do without it import it when they need it.
+This module imports orbax. Commands that may not need orbax import this module late.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from toruslab.models.config import ModelConfig
-from toruslab.models.decoder.parameters import abstract, shardings
+from toruslab.models.decoder.parameters import abstract, placed, shardings
 from toruslab.models.programs import checkpoint_folder
 from toruslab.models.programs.checkpoint_folder import Record
 from toruslab.partitioning.layouts.layout import Layout
@@ -44,14 +44,14 @@ class Checkpoints:
     """The checkpoints of one training run in a folder.
 
     Args:
-        folder: theirs alone; made by the first save.
-        config: the model's.
-        keep: how many there are at most, the newest; an older one is deleted once a newer one is whole.
-        warn: called, from `save` and `wait`, with a sentence about a save that failed; training can go on.
-        timeout_s: how long a save may take; with several processes, also how long the others wait when one has failed.
+        folder: a folder for these checkpoints alone; the first save makes it.
+        config: the model.
+        keep: number of checkpoints to keep, the newest. An older one is deleted once a newer one is whole.
+        warn: called by `save` and `wait` with a sentence about a save that failed. Training can go on.
+        timeout_s: most seconds for a save. With several processes, also the wait of the others when one has failed.
 
     Raises:
-        ValueError: `keep` below 1; a folder that is a file, or holds checkpoints of another model, or others' files.
+        ValueError: `keep` below 1, or a folder that is a file, has checkpoints of another model, or has other files.
     """
 
     def __init__(
@@ -74,12 +74,11 @@ class Checkpoints:
         self._writing: int | None = None
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint that is whole; none before the first."""
-        found = checkpoint_folder.steps(self.folder)
-        return found[-1] if found else None
+        """The step of the newest whole checkpoint; None before the first."""
+        return max(checkpoint_folder.steps(self.folder), default=None)
 
     def facts(self, step: int | None = None) -> Mapping[str, Any]:
-        """What was saved beside the state of a checkpoint, of the latest where no step is named.
+        """The facts that were saved with a checkpoint, by default with the latest.
 
         Raises:
             ValueError: see `models.programs.checkpoint_folder.read`.
@@ -87,11 +86,10 @@ class Checkpoints:
         return checkpoint_folder.read(self.folder, step).facts
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Begins to write a checkpoint; all processes call it alike.
+        """Begins to write a checkpoint. All processes must call it with the same step and facts.
 
-        Waits for the save before, if that still goes on. When it returns, `state` may be donated. A failure while
-        writing (a full disk) becomes a warning, of this call or of a later one, and leaves the checkpoints before as
-        they are.
+        Waits for the save before, if it still runs. `state` may be donated as soon as this returns. A failure while
+        writing (a full disk) becomes a warning of this call or a later one. Earlier checkpoints are not affected.
 
         Args:
             step: of training, above that of every checkpoint here.
@@ -99,7 +97,7 @@ class Checkpoints:
             facts: anything that JSON can hold.
 
         Raises:
-            ValueError: a step that is not the newest, leaves that are no arrays, facts that are no JSON.
+            ValueError: a step that is not the newest, leaves that are no arrays, or facts that JSON cannot hold.
         """
         self.wait()
         latest = self.latest()
@@ -127,12 +125,12 @@ class Checkpoints:
             self._failed(error)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk, or has failed; deletes what is then too old."""
+        """Waits until the last save is on disk or has failed, then deletes checkpoints that are too old."""
         if self._writing is None:
             return
         try:
             self._writer.wait_until_finished()
-        except Exception as error:  # whatever a writing thread can raise: training is worth more than its checkpoint
+        except Exception as error:  # a writing thread can raise anything, and training must go on
             self._failed(error)
             return
         self._writing = None
@@ -140,14 +138,14 @@ class Checkpoints:
             checkpoint_folder.prune(self.folder, self.keep)
 
     def restore(self, wanted: Any, step: int | None = None) -> Any:
-        """The state of a checkpoint, on its devices; all processes call it alike.
+        """The state of a checkpoint, on its devices. All processes must call it with the same step.
 
         Args:
             wanted: the state as `jax.ShapeDtypeStruct`s with `NamedSharding`s, of any layout and mesh.
-            step: the latest where none is named.
+            step: of the checkpoint; by default the latest.
 
         Raises:
-            ValueError: no such checkpoint, one that is damaged, or other arrays, shapes or dtypes than wanted.
+            ValueError: no such checkpoint, a damaged one, or one with other arrays, shapes or dtypes than wanted.
         """
         self.wait()
         record = checkpoint_folder.read(self.folder, step)
@@ -163,12 +161,12 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(wanted), list(read.values()))
 
     def close(self) -> None:
-        """Waits, and ends the threads that write."""
+        """Waits for the last save and ends the threads that write."""
         self.wait()
         self._writer.close()
 
     def _no_room(self, arrays: Named) -> str:
-        """Words, the same in every process, where the disk is seen to be too full; it may still fill up later."""
+        """The refusal if the disk is too full for a save; all processes get the same. It may still fill up later."""
         needed = sum(array.nbytes for array in arrays.values())
         free = shutil.disk_usage(self.folder).free if jax.process_index() == 0 else 0
         if jax.process_count() > 1:
@@ -178,13 +176,14 @@ class Checkpoints:
         return f"it takes up to {needed / 1e6:.1f} MB, but the disk has only {free / 1e6:.1f} MB free"
 
     def _failed(self, error: Exception) -> None:
+        """Removes what the failed save left and warns of it."""
         step, self._writing = self._writing, None
         self._handler.settle()
         if jax.process_index() == 0:
             checkpoint_folder.clean(self.folder)
         latest = self.latest()
         kept = "there is none before it" if latest is None else f"the latest is that of step {latest}"
-        reason = " ".join(str(error).rsplit('": ', 1)[-1].split())[:300]  # after the last of the paths that it names
+        reason = " ".join(str(error).rsplit('": ', 1)[-1].split())[:300]  # without the paths before it
         self.warn(f"checkpoint={str(self.folder / str(step))!r} could not be written, {kept}: {reason}")
 
 
@@ -196,37 +195,36 @@ def restore_params(
     dtype=jnp.float32,
     step: int | None = None,
 ) -> nnx.State:
-    """The decoder's parameters from a checkpoint, where the layout places them; nothing else of it is read.
+    """The decoder's parameters from a checkpoint, placed by the layout. The rest of the checkpoint is not read.
 
     Args:
-        folder: of checkpoints; the latest is read where no `step` is named.
-        config: the model's; `models.programs.checkpoint_folder.read(folder).config` is the checkpoint's own.
-        dtype: what they are cast to, on their devices.
+        folder: of checkpoints.
+        config: the model; `models.programs.checkpoint_folder.read(folder).config` is that of the checkpoint.
+        dtype: the parameters are cast to it on their devices.
+        step: of the checkpoint; by default the latest.
 
     Raises:
-        ValueError: no such checkpoint, one that is damaged, or one of another model.
+        ValueError: no such checkpoint, a damaged one, or one of another model.
     """
     folder = Path(folder).absolute()
     record = checkpoint_folder.read(folder, step)
     _same_model(folder, record, config)
     params = abstract(config, dtype)[1]
-    struct = jax.tree.map(
-        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, shardings(params, layout, mesh)
-    )
-    wanted = named({PARAMETERS: struct})
+    params = placed(params, shardings(params, layout, mesh))
+    wanted = named({PARAMETERS: params})
     stored = {
         name: jax.ShapeDtypeStruct(leaf.shape, record.arrays.get(name, ((), str(dtype)))[1], sharding=leaf.sharding)
         for name, leaf in wanted.items()
     }
     read = [array.astype(dtype) for array in _read(folder, record, stored).values()]
-    return jax.tree.unflatten(jax.tree.structure(struct), read)
+    return jax.tree.unflatten(jax.tree.structure(params), read)
 
 
 def named(state: Any) -> Named:
-    """The leaves of a state by name: the path to each, joined by dots, without the wrappers of Flax's variables.
+    """The leaves of a state by name: the path to each, joined by dots, without Flax's wrappers of variables.
 
     Raises:
-        ValueError: two leaves of one name.
+        ValueError: two leaves with one name.
     """
     found: Named = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
@@ -239,6 +237,7 @@ def named(state: Any) -> Named:
 
 
 def _key(key: Any) -> str:
+    """The name of one step of a path in a pytree."""
     for field in ("key", "name", "idx"):
         if hasattr(key, field):
             return str(getattr(key, field))
@@ -246,7 +245,7 @@ def _key(key: Any) -> str:
 
 
 def _parts(arrays: Named) -> dict[str, Named]:
-    """What is written, and read, by itself: the parameters, and all else."""
+    """The arrays of each part that is written and read by itself: the parameters, and the rest."""
     first, rest = checkpoint_folder.PARTS
     parts: dict[str, Named] = {first: {}, rest: {}}
     for name, array in arrays.items():
@@ -260,7 +259,7 @@ def _same_model(folder: Path, record: Record, config: ModelConfig) -> None:
 
 
 def _read(folder: Path, record: Record, wanted: Named) -> Named:
-    """The arrays of these names, shapes, dtypes and shardings, once the files that hold them are found whole."""
+    """The arrays with these names, shapes, dtypes and shardings. Their files are checked for damage first."""
     directory = folder / str(record.step)
     where = f"checkpoint={str(directory)!r}"
     for name, leaf in wanted.items():
@@ -286,7 +285,7 @@ def _read(folder: Path, record: Record, wanted: Named) -> Named:
 
 
 def _damage(directory: Path, record: Record, parts: list[str]) -> str:
-    """What is wrong with the files, in words; each process looks at its share of them, all hear the same."""
+    """The damage in words, or none. Each process checks its share of the files, and all return the same verdict."""
     n = jax.process_count()
     number, words = checkpoint_folder.damage(directory, record, parts, jax.process_index(), n)
     if n == 1:
@@ -299,10 +298,10 @@ def _damage(directory: Path, record: Record, parts: list[str]) -> str:
 
 
 class _Handler(ocp.CompositeCheckpointHandler):
-    """orbax's own for several items, which adds our record before the folder gets its final name."""
+    """orbax's handler of several items, which also writes our record before the folder gets its final name."""
 
     record: Mapping[str, Any]
-    """Of the save that goes on."""
+    """The record of the running save."""
 
     _futures: Sequence[Any] = ()
 
@@ -311,10 +310,10 @@ class _Handler(ocp.CompositeCheckpointHandler):
         return futures
 
     def settle(self) -> None:
-        """Waits, ten seconds at most, for what is still being written when a part of it has failed."""
+        """Waits at most ten seconds for the other writers when one has failed."""
         until = time.monotonic() + 10
         for future in self._futures:
-            with contextlib.suppress(Exception):  # told already, with the part that failed first
+            with contextlib.suppress(Exception):  # the first failure is the one that is reported
                 future.result(timeout=max(0.0, until - time.monotonic()))
 
     def finalize(self, directory):
@@ -324,13 +323,13 @@ class _Handler(ocp.CompositeCheckpointHandler):
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
 class _Save(ocp.args.Composite):
-    """What the handler takes; orbax finds the one by the other."""
+    """The arguments of `_Handler`; orbax finds the handler by their type."""
 
 
-def _told_by_us(line: logging.LogRecord) -> bool:
-    """Leaves out orbax's traces of a failed save: `Checkpoints.warn` is told of it in a sentence."""
-    return line.levelno < logging.ERROR or "orbax" not in f"{line.pathname} {line.getMessage()}"
+def _is_not_orbax_error(message: logging.LogRecord) -> bool:
+    """A filter against orbax's tracebacks of a failed save, which `Checkpoints.warn` reports in a sentence."""
+    return message.levelno < logging.ERROR or "orbax" not in f"{message.pathname} {message.getMessage()}"
 
 
 for logger in ("absl", "asyncio"):
-    logging.getLogger(logger).addFilter(_told_by_us)
+    logging.getLogger(logger).addFilter(_is_not_orbax_error)

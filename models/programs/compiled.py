@@ -1,13 +1,13 @@
-"""Compiled evidence of a point: what XLA makes of its step, for devices that are here or for TPUs that are not.
+"""Compiled evidence of a point: its step as XLA compiles it, for devices that are here or for described TPUs.
 
-Joins the program (`models.programs.program`, on `partitioning.torus.described`), what its text says (`partitioning.hlo.collectives`), and the
-plan (`partitioning.hlo.compare`). Decides which figures are taken from the compiler and which checks a program must stand.
-Nothing is allocated.
+The step is compiled from shapes (`models.programs.program`), its text is read (`partitioning.hlo.collectives`) and
+compared with the plan (`partitioning.hlo.compare`). This file decides which figures come from the compiler and what
+counts as a finding. Nothing is allocated.
 
-What `compute_s` is: XLA:TPU's own estimate, in core clocks, of every instruction that is not a collective, times how
-often it runs, at the chip's clock. It has matmuls with the memory traffic that they wait for, attention, norms,
-copies and relayouts. It has no collectives, no dispatch, no instruction overhead between fusions, and takes every
-estimate as the compiler gives it, which is for scheduling and no measurement.
+`compute_s` adds up XLA:TPU's own estimate, in core clocks, of every instruction that is not a collective, times the
+number of its runs, at the chip's clock. Matmuls (with the memory traffic that they wait for), attention, norms, copies
+and relayouts are in it. Collectives, dispatch and the overhead between fusions are not. The estimates are meant for
+XLA's scheduler; they are not measurements.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,105 +28,103 @@ from toruslab.models.decoder.cache import cache_shape, cache_spec
 from toruslab.models.programs.program import Compiled, Program
 from toruslab.models.programs.training import Trainer
 from toruslab.partitioning.cost.estimate import Estimate, estimate
-from toruslab.partitioning.hlo.collectives import (
-    Cycles,
-    Module,
-    copies,
-    cycles_meanwhile,
-    estimated_cycles,
-    parse,
-    read,
-)
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import Matched, compare
+from toruslab.partitioning.hlo.cycles import Cycles, copies, cycles_meanwhile, estimated_cycles
+from toruslab.partitioning.hlo.text import Module, parse
 from toruslab.partitioning.layouts.layout import axes_of, entries
-from toruslab.partitioning.plan.plan import Planned, letters, plan
+from toruslab.partitioning.plan.plan import Planned, plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import IN_LAYERS, is_stack, of_a_layer, scope_of
+from toruslab.partitioning.plan.tensors import letters
 from toruslab.partitioning.torus.chip import PLATFORMS, chip
 from toruslab.partitioning.torus.described import TPUS, target
 from toruslab.partitioning.torus.mesh import AXES, Slice
 
 FEW_LAYERS = 4
-"""Layers of the program that is compiled instead of one that does not fit. With 2 the compiler keeps more on the chip
-than with all, and its layers come out up to a fifth too fast; with 4 they agree to 1 in 1000."""
+"""Layers of the program that is compiled if the whole model does not fit. With 2 layers the compiler keeps more on the
+chip than with all layers, and estimates up to a fifth too few clocks. With 4 layers the error is 1 in 1000."""
 RELAYOUT_SHARE = 0.1
-"""A weight that is copied or laid out anew for more than this share of its matmul's clocks is reported."""
+"""Copies and relayouts of a weight that take more than this share of its matmul's clocks are a finding."""
 UNNAMED_SHARE = 0.2
-"""More of the compute than this without a scope of ours is reported: it is what the compiler put in by itself."""
+"""More compute than this share without one of the decoder's scopes is a finding: the compiler added it."""
 MATMULS = {"w_in": "h", "w_kv": "kv", "w_out": "out"}
 """The scope of each weight's matmul."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What the compiled step of a point is.
+    """What is known of the compiled step of a point. Without a program, the defaults say that nothing is known.
 
     Args:
-        n_layers: of the program; fewer than the model's where that does not fit (counts and seconds are for all layers
-            all the same), 0 where not even a few do: then there is no program, and nothing is known of it.
+        n_layers: layers of the program. Fewer than the model's if the whole model does not fit; counts and seconds are
+            still for all layers. 0 if not even a few layers fit: then there is no program.
         compile_s: seconds to lower and compile.
-        argument_bytes, temporary_bytes, peak_bytes_per_chip: of memory, per chip, with the compiler's padding; None
-            where the compiler refused and did not say.
-        fits: whether the compiler took it; None where it does not know the memory (fake CPU devices).
-        analytic: the cost model's answer to the same point; None for `auto`, and on chips without a data sheet.
-        collectives: the program against the plan.
-        compute_s, stack_compute_s: the compiler's estimate (see above), of the pass and of the layers alone; None
-            where it has none (CPU, GPU). `compute_by_scope` has the parts of it, `n_unestimated` how many instructions
-            have no usable estimate and count as nothing (steps of asynchronous collectives, mostly).
-        hidden_s: line of an asynchronous collective -> seconds of what is computed while it is under way.
-        cache_copies, weight_copies: copies of the KV cache, and of a layer's weights, in the pass (in one call of the
-            program, where it takes several steps: all other figures are of one step, their mean).
-        relayouts: weight -> clocks spent on moving it about as a share of its matmul's; `stack`: cutting the layers'
-            weights out of the array that holds all, as a share of all matmuls. Empty where some have no estimate.
-        rematerialisations: the partitioner's warnings of a full rematerialisation.
-        refused: the compiler's own words, where it refused the whole model.
+        argument_bytes, temporary_bytes, peak_bytes_per_chip: memory per chip, with the compiler's padding; None if the
+            compiler refused the model and gave no number.
+        fits: whether the compiler accepted the model; None if it does not know the memory (fake CPU devices).
+        analytic: the cost model's answer to the same point; None for `auto` and for chips without a data sheet.
+        collectives: the program's collectives against the plan's.
+        compute_s, stack_compute_s: the compiler's estimate (see above) of the pass, and of the layers alone; None if
+            there is none (CPU, GPU).
+        n_unestimated: instructions without a usable estimate, counted as zero. Most are steps of asynchronous
+            collectives.
+        compute_by_scope: `compute_s` by scope of the decoder.
+        hidden_s: line of an asynchronous collective in the text -> seconds of compute while it is under way.
+        cache_copies, weight_copies: copies of the KV cache and of a layer's weights, per call of the program. All
+            other figures are per step: the mean, if a call has several steps.
+        relayouts: weight -> clocks of its copies and relayouts as a share of its matmul's clocks. `stack` -> clocks of
+            slicing a layer's weights out of the stacked array, as a share of all matmuls. Empty if an estimate is
+            missing.
+        rematerialisations: warnings of the partitioner about a full rematerialisation.
+        refused: the compiler's own words, if it refused the whole model.
     """
 
     point: Point
-    n_layers: int
-    compile_s: float
-    argument_bytes: int | None
-    temporary_bytes: int | None
+    n_layers: int = 0
+    compile_s: float = 0.0
+    argument_bytes: int | None = None
+    temporary_bytes: int | None = None
     peak_bytes_per_chip: int | None
     fits: bool | None
     analytic: Estimate | None
-    collectives: tuple[Matched, ...]
-    compute_s: float | None
-    stack_compute_s: float | None
-    n_unestimated: int
-    compute_by_scope: Mapping[str, float]
-    hidden_s: Mapping[int, float]
-    cache_copies: int
-    weight_copies: int
-    relayouts: Mapping[str, float]
-    rematerialisations: int
-    refused: str | None = None
+    collectives: tuple[Matched, ...] = ()
+    compute_s: float | None = None
+    stack_compute_s: float | None = None
+    n_unestimated: int = 0
+    compute_by_scope: Mapping[str, float] = field(default_factory=dict)
+    hidden_s: Mapping[int, float] = field(default_factory=dict)
+    cache_copies: int = 0
+    weight_copies: int = 0
+    relayouts: Mapping[str, float] = field(default_factory=dict)
+    rematerialisations: int = 0
+    refused: str | None
 
     @property
     def unexplained(self) -> int:
-        """Collectives without a plan, and planned ones that are not there."""
+        """Number of collectives without a plan, and of planned collectives that are missing."""
         return sum(not m.explained for m in self.collectives)
 
     @property
     def extra_bytes(self) -> int | float:
-        """Bytes that one chip receives in the pass beyond the plan."""
+        """Bytes that one chip receives in the pass beyond the planned ones."""
         return sum(((m.bytes or 0) - (m.planned_bytes or 0)) * m.count for m in self.collectives)
 
     @functools.cached_property
     def exposed(self) -> Estimate | None:
-        """The cost model's answer for weights that are gathered before their matmuls, not under them."""
+        """The cost model's answer if weights are gathered before their matmuls, without overlap."""
         return self.analytic and estimate(self.point, overlap=False)
 
     @property
     def latency_s(self) -> float | None:
-        """The compiler's compute and the cost model's collectives, one after the other; whole pass."""
+        """Seconds of the whole pass: the compiler's compute plus the cost model's collectives, without overlap."""
         if self.compute_s is None or self.exposed is None:
             return None
         return self.compute_s + self.exposed.collective_s
 
     @property
     def stack_latency_s(self) -> float | None:
-        """The same of the layers alone."""
+        """The same for the layers alone."""
         if self.stack_compute_s is None or self.exposed is None:
             return None
         in_layers = [c for c in self.exposed.collectives if of_a_layer(c.scope)]
@@ -134,7 +132,7 @@ class Evidence:
 
     @property
     def overlapped(self) -> float | None:
-        """The share of the collectives' (analytic) seconds that has computation beside it; None without any."""
+        """The share of the collectives' analytic seconds that compute hides; None without collectives."""
         if self.exposed is None:
             return None
         total = math.fsum(seconds * m.count for m, seconds, _ in self._priced)
@@ -142,16 +140,16 @@ class Evidence:
 
     @property
     def exposed_s(self) -> float | None:
-        """The collectives' (analytic) seconds in the pass that have no computation beside them."""
+        """The collectives' analytic seconds in the pass that no compute hides."""
         if self.exposed is None:
             return None
         return math.fsum((seconds - hidden) * m.count for m, seconds, hidden in self._priced)
 
     @property
     def _priced(self) -> list[tuple[Matched, float, float]]:
-        """Every collective with its (analytic) seconds, and those of them that have computation beside them.
+        """(collective, its analytic seconds, those of them that compute hides) for every collective.
 
-        Sends that go both ways at once have half their time each, and half of what is computed meanwhile.
+        The two collective-permutes of a two-way ring run at once. Each hides under half of the compute meanwhile.
         """
         price = {(c.scope, c.kind, c.bytes): c.seconds for c in self.exposed.collectives} if self.exposed else {}
         found = []
@@ -163,14 +161,13 @@ class Evidence:
 
     @property
     def findings(self) -> tuple[str, ...]:
-        """What a good program would not do, in words; empty for a good one."""
-        found = []
-        if self.unexplained:
-            found.append(f"{self.unexplained} collectives that no plan explains")
-        if self.cache_copies:
-            found.append(f"{self.cache_copies} copies of the KV cache")
-        if self.weight_copies:
-            found.append(f"{self.weight_copies} copies of a layer's weights")
+        """The program's faults in words; empty for a good program."""
+        counts = {
+            "collectives that no plan explains": self.unexplained,
+            "copies of the KV cache": self.cache_copies,
+            "copies of a layer's weights": self.weight_copies,
+        }
+        found = [f"{n} {what}" for what, n in counts.items() if n]
         unnamed = self.compute_by_scope.get("other", 0.0) / (self.compute_s or 1.0)
         if unnamed > UNNAMED_SHARE:
             found.append(f"{unnamed:.0%} of the compute carries no name of ours: copies and conversions, most likely")
@@ -206,22 +203,19 @@ class Evidence:
 
 
 def evidence(point: Point, *, attached: bool = False, keep: Path | None = None) -> Evidence:
-    """Compiles the step of a point and says what it is.
+    """Compiles the step of a point and reads the program.
 
     Args:
-        point: any, for a chip that `partitioning.torus.described` knows.
-        attached: the TPUs that are here, and not a description of such.
-        keep: where to write the program's text.
+        point: any point of a chip that `partitioning.torus.described` knows.
+        attached: compile for the TPUs that are here, instead of described ones.
+        keep: a file to write the program's text to.
 
     Raises:
-        ValueError: a target that is not there.
+        ValueError: a target that does not exist.
         HloError: a program whose text cannot be read.
         jax.errors.JaxRuntimeError: a failure of the compiler other than a lack of memory.
     """
-    slice_, config = Slice.parse(point.slice), point.config
-    mesh = target(slice_, point.mesh_shape, explicit=point.layout_value.explicit, attached=attached)
-
-    refused = None
+    config, mesh, refused = point.config, _target(point, attached), ""
     for n in sorted({config.n_layers, min(FEW_LAYERS, config.n_layers)}, reverse=True):
         try:
             compiled = program(point, dataclasses.replace(config, n_layers=n), mesh).compile()
@@ -233,24 +227,24 @@ def evidence(point: Point, *, attached: bool = False, keep: Path | None = None) 
         if keep:
             keep.write_text(compiled.text)
         return _evidence(point, compiled, n, refused)
-    return _nothing(point, refused or "")
+    analytic = _analytic(point)
+    return Evidence(point=point, peak_bytes_per_chip=_wanted(refused), fits=False, analytic=analytic, refused=refused)
 
 
 def program(point: Point, config: ModelConfig, mesh: Mesh) -> Program | Trainer:
-    """What runs a point's step, of a model that may have fewer layers."""
+    """The program of a point's step. `config` may have fewer layers than the point's model."""
     make = Trainer if point.phase == "train" else Program
     return make(config=config, layout=point.layout_value, mesh=mesh, pass_=point.pass_)
 
 
 def fits(point: Point, *, attached: bool = False) -> bool:
-    """Whether the compiler takes the step of a point.
+    """Whether the compiler accepts the step of a point.
 
     Raises:
-        ValueError, jax.errors.JaxRuntimeError: as `evidence`.
+        ValueError, jax.errors.JaxRuntimeError: see `evidence`.
     """
-    mesh = target(Slice.parse(point.slice), point.mesh_shape, explicit=point.layout_value.explicit, attached=attached)
     try:
-        program(point, point.config, mesh).compile(text=False)
+        program(point, point.config, _target(point, attached)).compile(text=False)
     except jax.errors.JaxRuntimeError as error:
         if not _no_memory(error):
             raise
@@ -259,42 +253,23 @@ def fits(point: Point, *, attached: bool = False) -> bool:
 
 
 def planned(point: Point, n_layers: int | None = None) -> list[Planned]:
-    """The plan of a point; `auto`, which has none, is held against the one of `ws2d`."""
+    """The plan of a point. `auto` has none and is compared with the plan of `ws2d`."""
     counterpart = point if point.layout_value.explicit else dataclasses.replace(point, layout="ws2d")
     config = dataclasses.replace(point.config, n_layers=n_layers or point.config.n_layers)
     return plan(counterpart.layout_value, config, point.pass_, point.mesh_shape)
 
 
-def _nothing(point: Point, refused: str) -> Evidence:
-    """Not even a few layers fit: there is no program to look at."""
-    return Evidence(
-        point=point,
-        n_layers=0,
-        compile_s=0.0,
-        argument_bytes=None,
-        temporary_bytes=None,
-        peak_bytes_per_chip=_wanted(refused),
-        fits=False,
-        analytic=_analytic(point),
-        collectives=(),
-        compute_s=None,
-        stack_compute_s=None,
-        n_unestimated=0,
-        compute_by_scope={},
-        hidden_s={},
-        cache_copies=0,
-        weight_copies=0,
-        relayouts={},
-        rematerialisations=0,
-        refused=refused,
-    )
+def _target(point: Point, attached: bool) -> Mesh:
+    explicit = point.layout_value.explicit
+    return target(Slice.parse(point.slice), point.mesh_shape, explicit=explicit, attached=attached)
 
 
 def _analytic(point: Point) -> Estimate | None:
     return estimate(point) if point.chip not in PLATFORMS and point.layout_value.explicit else None
 
 
-def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> Evidence:
+def _evidence(point: Point, compiled: Compiled, n: int, refused: str) -> Evidence:
+    """The evidence of a program with `n` layers; `refused` has the compiler's words if the whole model does not fit."""
     module = parse(compiled.text)
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
     steps = point.steps_per_call
@@ -314,7 +289,7 @@ def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> 
         argument_bytes=None if refused else compiled.argument_bytes,
         temporary_bytes=None if refused else compiled.temporary_bytes,
         peak_bytes_per_chip=_wanted(refused) if refused else compiled.peak_bytes,
-        fits=None if described is None else refused is None,
+        fits=None if described is None else not refused,
         analytic=_analytic(point),
         collectives=tuple(scaled if n < point.config.n_layers else found),
         compute_s=math.fsum(by_scope.values()) if by_scope else None,
@@ -326,13 +301,16 @@ def _evidence(point: Point, compiled: Compiled, n: int, refused: str | None) -> 
         weight_copies=copied[1],
         relayouts={} if cycles and cycles.n_unknown else _relayouts(by_scope),
         rematerialisations=len(compiled.warnings),
-        refused=refused,
+        refused=refused or None,
     )
 
 
 def _seconds(cycles: Cycles, times: float, clock: float) -> tuple[dict[str, float], float]:
-    """Seconds by op_name, and of the layers: what is in the loop over them, which stands for `times` as many, and what
-    has their scope outside of it (a single layer is no loop)."""
+    """Seconds by op_name, and seconds of all layers.
+
+    The loop over layers counts `times`, because the program may have fewer layers than the model. The layers' seconds
+    include instructions outside the loop that have a layer's scope, as a single layer is no loop.
+    """
     inside = {name: n * times / clock for name, n in cycles.in_loops.items()}
     outside = {name: (n - cycles.in_loops.get(name, 0)) / clock for name, n in cycles.by_scope.items()}
     of_layers = [s for name, s in outside.items() if scope_of(name).split("/")[0] in IN_LAYERS]
@@ -341,18 +319,18 @@ def _seconds(cycles: Cycles, times: float, clock: float) -> tuple[dict[str, floa
 
 
 def _no_memory(error: Exception) -> bool:
-    """Whether the compiler says that the chip's memory will not do."""
+    """Whether the compiler says that the program does not fit the chip's memory."""
     return "RESOURCE_EXHAUSTED" in str(error) and "hbm" in str(error).splitlines()[0].lower()
 
 
 def _wanted(refused: str) -> int | None:
-    """The bytes that the compiler says it would have needed."""
+    """The bytes that the program would need, by the compiler's message."""
     found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", refused)
     return found and round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
 
 
 def _summed(by_scope: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by the decoder's own scopes; `other` is what carries no name of ours."""
+    """Seconds by scope of the decoder; `other` has instructions without a scope."""
     found: dict[str, float] = {}
     for name, seconds in by_scope.items():
         scope = scope_of(name) or ("stack" if is_stack(name) else "other")
@@ -361,6 +339,7 @@ def _summed(by_scope: Mapping[str, float]) -> dict[str, float]:
 
 
 def _relayouts(by_scope: Mapping[str, float]) -> dict[str, float]:
+    """See `Evidence.relayouts`."""
     if not by_scope:
         return {}
     found, matmuls = {}, 0.0
@@ -379,7 +358,7 @@ def _ends(op_name: str, scope: str) -> bool:
 
 
 def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]:
-    """How often the pass copies the cache (whole, or of one layer), and a layer's weights, as they rest or are used."""
+    """Number of copies of the cache (whole or one layer), and of a layer's weights at any step of their ladders."""
     config, layout, pass_ = point.config, point.layout_value, point.pass_
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
     if pass_.training:
@@ -420,5 +399,5 @@ def _shard(shape: Sequence[int], spec: Sequence[Any], sizes: Mapping[str, int]) 
 
 
 def _long(dims: Sequence[int]) -> tuple[int, ...]:
-    """Dimensions longer than 1."""
+    """The dimensions longer than 1."""
     return tuple(d for d in dims if d > 1)

@@ -1,7 +1,7 @@
 """Generation: prefill under one layout, decode under another, over the same cache and weights.
 
-Decides how prompts of different lengths become passes of equal shapes, and what moves between the two layouts.
-Leaves the pass to `models.decoder.decoder` and who asks for what to `benchmarks.generate` and `serving`.
+Prompts of different lengths run in passes of equal shapes, and weights and cache move between the two layouts. The
+pass itself is in `models.decoder.decoder`; continuous batching of requests is in `serving`.
 """
 
 import functools
@@ -20,23 +20,24 @@ from toruslab.models.decoder.parameters import abstract, everywhere, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """Two programs over one mesh of devices.
+    """A prefill program and a decode program over one mesh of devices.
 
     Args:
         config: the model.
-        prefill, decode: layouts made for `shape`. Where they place weights or cache differently, these are moved
-            between the phases, once.
-        shape, chip: the mesh, as `partitioning.torus.mesh.attach` takes them.
+        prefill, decode: layouts made for `shape`. If they place weights or cache differently, these move once, between
+            the phases.
+        shape, chip: the mesh, as for `partitioning.torus.mesh.attach`.
+        batch: number of prompts.
         capacity: cached positions per sequence.
-        chunk: new tokens per sequence in one prefill pass; longer prompts take several.
+        chunk: new tokens per sequence in one prefill pass; longer prompts take several passes.
         sampler: how tokens are chosen.
-        steps_per_call: decode steps in one call of the program, at most; what is left over takes a shorter one.
+        steps_per_call: most decode steps in one call of a program; a shorter program runs the remainder.
         itemsize: bytes per element of activations, and of weights and cache that are not int8: 4 or 2.
         int8, int8_cache: whether the matrices, and the cache, are int8.
 
@@ -80,7 +81,7 @@ class Generator:
         return {}
 
     def decoding(self, steps: int, stop: int | None) -> Program:
-        """The decode pass of so many steps; it ends early where all rows have stopped."""
+        """The decode pass of `steps` steps; it ends early if all sequences have reached `stop`."""
         if steps == 1:
             return self.second
         if (steps, stop) not in self._longer:
@@ -112,18 +113,18 @@ class Generator:
         """Continues every prompt.
 
         Args:
-            params: at rest as the prefill layout places them.
+            params: placed as the prefill layout says.
             prompts: `batch` arrays of token ids.
-            n_new: tokens to add, at most.
+            n_new: most tokens to add.
             stop: an id that ends a sequence; it is not returned.
-            each: called with the ids [B, steps] of every call of a program; after a row's stop they mean nothing.
+            each: called with the ids [B, steps] of every call of a program; meaningless after a sequence's stop.
 
         Returns:
             The new ids of every prompt.
 
         Raises:
-            ValueError: an empty prompt, ids outside the vocabulary, or a prompt that with its new tokens is longer
-                than the cache.
+            ValueError: an empty prompt, ids outside the vocabulary, or a prompt that does not fit the cache with its
+                new tokens.
         """
         self._check(prompts, n_new)
         lengths = np.array([len(p) for p in prompts], np.int32)
@@ -133,13 +134,13 @@ class Generator:
 
         picked = np.zeros(self.batch, np.int32)
         for begin in range(0, int(lengths.max()), self.chunk):
-            # a row's last chunk slides back to be full, and is run again until all rows are through: the same values
-            # go to the same places, and the last pass picks the first new token of every row
+            # A sequence's last chunk slides back to be full. It runs again until all prompts are done, which writes
+            # the same values to the same places. The last pass picks the first new token of every sequence.
             starts = np.maximum(np.minimum(begin, lengths - self.chunk), 0)
             now = np.minimum(lengths - starts, self.chunk)
             ids = np.zeros((self.batch, self.chunk), np.int32)
-            for row, prompt in enumerate(prompts):
-                ids[row, : now[row]] = prompt[starts[row] : starts[row] + now[row]]
+            for i, prompt in enumerate(prompts):
+                ids[i, : now[i]] = prompt[starts[i] : starts[i] + now[i]]
             picked, cache = self._run(self.first, params, ids, starts, now, cache, requests)
 
         params, cache = self._hand_over(params, cache, self.second)
@@ -153,8 +154,8 @@ class Generator:
             out, cache = self._run(program, params, columns[:, -1:], lengths + ran, ones, cache, requests)
             columns = np.concatenate([columns, out.reshape(self.batch, -1)], axis=1)
             each(out.reshape(self.batch, -1))
-        ends = [int(np.flatnonzero(row == stop)[0]) if stop in row else len(row) for row in columns]
-        return [row[:end] for row, end in zip(columns, ends, strict=True)]
+        ends = [int(np.flatnonzero(ids == stop)[0]) if stop in ids else len(ids) for ids in columns]
+        return [ids[:end] for ids, end in zip(columns, ends, strict=True)]
 
     def _check(self, prompts: Sequence[np.ndarray], n_new: int) -> None:
         if len(prompts) != self.batch:
@@ -182,14 +183,14 @@ class Generator:
         return np.asarray(out), cache
 
     def _hand_over(self, params: nnx.State, cache: Cache, to: Program) -> tuple[nnx.State, Cache]:
-        """Weights and cache where the decode layout wants them; what lies there already is not copied."""
+        """Weights and cache as the decode layout places them. Arrays that are in place are not copied."""
         stored = cache_shardings(to.layout, to.mesh, self.int8_cache)
         wanted = shardings(abstract(self.config, to.dtype, to.int8)[1], to.layout, to.mesh)
         return jax.device_put((params, cache), (wanted, stored))
 
 
 def batch_multiple(*layouts: Layout, shape: Shape) -> int:
-    """The number that batches must be multiples of under all of the layouts.
+    """The number whose multiples are the batches that all of the layouts can split.
 
     Example:
         >>> from toruslab.partitioning.layouts.variants import layout

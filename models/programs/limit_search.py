@@ -1,4 +1,7 @@
-"""The largest batch and the longest context that the compiler takes, found by compiling."""
+"""The largest batch and the longest context that the compiler accepts, found by compiling.
+
+`partitioning.cost.limits` computes the same limits from the memory model. They are the first guesses here.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,18 +12,19 @@ from toruslab.partitioning.plan.point import Point
 CONTEXT_STEP = 128
 """Contexts are tried in whole tiles of a TPU."""
 FIRST_STRIDE = 1 / 32
-"""How far from the analytic limit the first try on its other side lies, as a share of it."""
+"""Distance of the second try from the first guess, as a share of the guess."""
 
 
 def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
-    """The largest batch whose step fits, all else equal; None where not even the smallest does.
+    """The largest batch whose step fits, all else equal.
 
     Args:
-        point: its own batch does not matter.
-        fits: whether a point fits, as `models.programs.compiled.fits` says.
+        point: any batch; it is replaced.
+        fits: whether a point fits, such as `models.programs.compiled.fits`.
 
     Returns:
-        A multiple of what the layout splits the batch into, to about a thousandth.
+        A multiple of the number of parts that the layout splits the batch into, to about a thousandth; None if not even
+        the smallest batch fits.
     """
     step = step_of_batches(point)
     guess = (largest_batch(point) if point.layout_value.explicit else None) or step
@@ -28,7 +32,7 @@ def max_batch(point: Point, fits: Callable[[Point], bool]) -> int | None:
 
 
 def max_context(point: Point, fits: Callable[[Point], bool]) -> int | None:
-    """The longest context, in steps of `CONTEXT_STEP` or else the shortest, whose step fits; None where none does."""
+    """The longest context whose step fits: a multiple of `CONTEXT_STEP`, or the shortest context; None if none fits."""
     guess = (longest_context(point) if point.layout_value.explicit else None) or CONTEXT_STEP
     least = 1 if point.phase == "decode" else 0
 
@@ -40,14 +44,17 @@ def max_context(point: Point, fits: Callable[[Point], bool]) -> int | None:
 
 
 def _coarse(step: int, guess: int) -> int:
-    """A multiple of the step that is about a thousandth of the guess, or the step."""
+    """The multiple of `step` that is about a thousandth of the guess, at least `step`."""
     return step * max(1, guess // step // 1024)
 
 
 def _last(step: int, guess: int, fits: Callable[[int], bool]) -> int | None:
-    """The largest multiple of `step` that fits, if fitting ends once for all: outwards from the guess, then between."""
+    """The largest multiple of `step` that fits, searched outwards from the guess and then by bisection.
+
+    Everything below a number that fits must fit too.
+    """
     k = min(max(1, guess // step), MOST // step)
-    below, above = 0, MOST // step + 1  # the first fits or is 0, the second does not fit or is out of reach
+    below, above = 0, MOST // step + 1  # `below` fits or is 0; `above` does not fit or is out of range
     stride = max(1, int(k * FIRST_STRIDE))
     up = fits(k * step)
     below, above = (k, above) if up else (below, k)

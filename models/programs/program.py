@@ -1,8 +1,7 @@
-"""Programs: the decoder's real pass under a layout, ready to lower, compile and run.
+"""Programs: the decoder's pass under a layout, ready to lower, compile and run.
 
-Decides what one program is (one pass, or several decode steps in a loop; static sizes, donated cache) and what is read
-off its compiled form. Which collectives it should hold is `partitioning.plan.plan`'s to say, and
-`partitioning.hlo.compare`'s to compare.
+A program is one pass, or several decode steps in a loop, with static sizes and a donated cache. The collectives that it
+should have are in `partitioning.plan.plan`; `partitioning.hlo.compare` compares them with the compiled ones.
 """
 
 import contextlib
@@ -25,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache, abstract_cache, cache_shardings
 from toruslab.models.decoder.decoder import Tokens
-from toruslab.models.decoder.parameters import abstract, shardings
+from toruslab.models.decoder.parameters import abstract, placed, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 GREEDY = Sampler()
@@ -39,13 +39,13 @@ AHEAD = {
     "xla_tpu_overlap_compute_collective_tc": "true",
     "xla_enable_async_all_gather": "true",
 }
-"""Options of XLA:TPU for a layout that prefetches: without them libtpu 0.0.42 gathers before it multiplies, also where
-nothing waits for what is gathered."""
+"""Options of XLA:TPU for a layout that prefetches. Without them libtpu 0.0.42 gathers before it multiplies, even if
+nothing needs the gathered weights yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled program and what it says of itself; bytes are per chip."""
+    """A compiled program with its text, memory and warnings. Bytes are per chip."""
 
     executable: jax.stages.Compiled
     text: str
@@ -58,10 +58,14 @@ class Compiled:
 
     @classmethod
     def of(cls, jitted: Any, arguments: Sequence[Any], mesh: Mesh, *, text: bool = True) -> "Compiled":
-        """`jitted` compiled for shapes with their shardings.
+        """Compiles `jitted` for shapes with their shardings.
+
+        Args:
+            text: read the program's text too, which takes a while.
 
         Raises:
-            jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler knows that the memory will not do.
+            jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED if the compiler knows that the program does not fit the
+                memory.
         """
         started = time.perf_counter()
         with captured_stderr() as said, jax.set_mesh(mesh):
@@ -81,7 +85,7 @@ class Compiled:
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments, results and temporaries together, what is donated counted once."""
+        """Arguments, results and temporaries. Donated buffers count once."""
         return self.argument_bytes + self.output_bytes + self.temporary_bytes - self.aliased_bytes
 
 
@@ -90,11 +94,11 @@ class Program:
     """One pass of a model under a layout on a mesh.
 
     Args:
-        config, layout, pass_: what runs; the layout must be made for the mesh's extents.
-        mesh: devices, of Explicit axes where `layout.explicit`, else of Auto axes.
-        sampler: how tokens are chosen; unused where `pass_.all_logits`. Plans know greedy sampling only.
-        stop: of several steps in a call: a row that has this id gets nothing else from there on, and the call ends
-            when all rows have it. None: all steps are run.
+        config, layout, pass_: what runs; the layout must be made for the mesh's shape.
+        mesh: devices, with Explicit axes if `layout.explicit`, else with Auto axes.
+        sampler: how tokens are chosen; unused with `pass_.all_logits`. Plans know greedy sampling only.
+        stop: with several steps in a call, the id that ends a sequence. An ended sequence repeats it, and the call ends
+            when all sequences have ended. None: all steps run.
 
     Raises:
         ValueError: sizes that the layout cannot divide, or a stop id of a single step.
@@ -119,7 +123,7 @@ class Program:
 
     @property
     def dtype(self):
-        """Of the activations, and of weights and cache that are not int8."""
+        """The dtype of activations, and of weights and cache that are not int8."""
         return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
 
     @property
@@ -131,7 +135,8 @@ class Program:
     def jitted(self) -> Any:
         """`(params, tokens, cache, requests) -> (ids [B] or logits [R, V'], cache)`; the cache is donated.
 
-        Of several steps the ids are [B, steps]: column i is what a call of one step would pick at `starts + i`.
+        With several steps the ids are [B, steps]. Column i has the ids that a call of one step would pick at
+        `starts + i`.
         """
         graph, _ = abstract(self.config, self.dtype, self.int8)
 
@@ -160,52 +165,41 @@ class Program:
             return found, cache
 
         run = one if self.pass_.steps == 1 else several
-        out = None if self.pass_.all_logits else self._sharding(P())
+        out = None if self.pass_.all_logits else NamedSharding(self.mesh, P())
         stored = cache_shardings(self.layout, self.mesh, self.pass_.int8_cache)
         ahead = self.layout.prefetch and self.mesh.devices.flat[0].platform == "tpu"
         options = AHEAD if ahead else None
         return jax.jit(run, donate_argnums=2, out_shardings=(out, stored), compiler_options=options)
 
     def __call__(self, params: nnx.State, tokens: Tokens, cache: Cache, requests: jax.Array):
-        """Runs the pass, compiling it on the first call. The given cache is consumed."""
+        """Runs the pass; the first call compiles it. The cache is consumed."""
         with jax.set_mesh(self.mesh):
             return self.jitted(params, tokens, cache, requests)
 
     def arguments(self) -> tuple[nnx.State, Tokens, Cache, jax.ShapeDtypeStruct]:
         """The arguments as shapes with their shardings; nothing is allocated."""
         _, params = abstract(self.config, self.dtype, self.int8)
-        params = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            params,
-            shardings(params, self.layout, self.mesh),
-        )
-        batch, length = self.pass_.batch, self.pass_.length
+        params = placed(params, shardings(params, self.layout, self.mesh))
+        whole, pass_ = NamedSharding(self.mesh, P()), self.pass_
 
         def integers(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._sharding(P()))
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
 
-        pass_ = self.pass_
-        cache = abstract_cache(self.config, batch, pass_.capacity, self.layout, self.mesh, self.dtype, pass_.int8_cache)
-        tokens = Tokens(integers(batch, length), integers(batch), integers(batch))
-        return params, tokens, cache, integers(batch)
+        sizes = (self.config, pass_.batch, pass_.capacity)
+        cache = abstract_cache(*sizes, self.layout, self.mesh, self.dtype, pass_.int8_cache)
+        by_sequence = integers(pass_.batch)
+        return params, Tokens(integers(pass_.batch, pass_.length), by_sequence, by_sequence), cache, by_sequence
 
     def compile(self, *, text: bool = True) -> Compiled:
-        """Compiles ahead of time, from shapes alone; without its `text`, which takes a while, where that is not wanted.
-
-        Raises:
-            jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED where the compiler knows that the memory will not do.
-        """
+        """The pass, compiled ahead of time from shapes alone. See `Compiled.of`."""
         return Compiled.of(self.jitted, self.arguments(), self.mesh, text=text)
-
-    def _sharding(self, spec: P) -> NamedSharding:
-        return NamedSharding(self.mesh, spec)
 
 
 @contextlib.contextmanager
 def captured_stderr() -> Iterator[list[str]]:
-    """Collects what is written to file descriptor 2, XLA's own warnings included.
+    """Collects the lines written to file descriptor 2, XLA's own warnings included.
 
-    All of it is passed on as it comes, but for notes on rematerialisation: who compiles has them from here.
+    Lines are also passed on as they come, except notes on rematerialisation, which the caller reports.
     """
     lines: list[str] = []
     sys.stderr.flush()

@@ -1,9 +1,9 @@
-"""Training under a layout: the gradient of one program for all layouts, and an optimiser whose state is spread out.
+"""Training under a layout: one program for all layouts, and an optimiser whose state is split over the chips.
 
-The decoder's body runs as the program of one chip (`partitioning.layouts.moves.on_a_chip`), and is differentiated there:
-every move's transpose is a move, an all-gather's a reduce-scatter and the other way round, so that the backward pass
-goes back over the layout's own ladders. A parameter that several chips hold copies of gets its gradient summed, and is
-updated, in parts (`partitioning.layouts.ownership`). Decides what a step computes; leaves text and files to others.
+The decoder's body runs as the program of one chip (`partitioning.layouts.moves.on_a_chip`) and is differentiated there.
+The transpose of every move is a move: an all-gather becomes a reduce-scatter and vice versa. The backward pass thus
+follows the layout's ladders backwards. If several chips hold copies of a parameter, each of them sums the gradient of a
+part and updates that part (`partitioning.layouts.ownership`). Text, checkpoints and the training loop are elsewhere.
 """
 
 import functools
@@ -22,13 +22,13 @@ from jax.sharding import PartitionSpec as P
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.cache import Cache
 from toruslab.models.decoder.loss import cross_entropy
-from toruslab.models.decoder.parameters import abstract, bare, initial, keys_of, specs
+from toruslab.models.decoder.parameters import abstract, bare, initial, keys_of, placed, specs
 from toruslab.models.decoder.sequences import Causal, split_axes
 from toruslab.models.programs.program import Compiled
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.moves import follow
 from toruslab.partitioning.layouts.ownership import copies, gradient_ladder, owned, update_ladder
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.mesh import AXES
 
 NO_CACHE = Cache(None, None, None, None)  # pyright: ignore[reportArgumentType]
@@ -36,12 +36,15 @@ NO_CACHE = Cache(None, None, None, None)  # pyright: ignore[reportArgumentType]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What the optimiser does: AdamW (Loshchilov and Hutter 2019), a linear warm-up, then a cosine.
+    """The optimiser: AdamW (Loshchilov and Hutter 2019) with a linear warm-up and a cosine decay.
 
     Args:
-        steps: of the schedule; `warm_up` of them rise from 0 to `learning_rate`, the others fall to `last` of it.
-        weight_decay: of the matrices, not of the norms' scales.
+        steps: steps of the schedule.
+        warm_up: the first of them, in which the learning rate rises from 0 to `learning_rate`.
+        last: share of `learning_rate` that is left at the end of the cosine.
+        weight_decay: of the matrices; the scales of norms do not decay.
         clip: largest norm of a step's whole gradient.
+        b1, b2: decay of Adam's two moments.
 
     Raises:
         ValueError: field, value and rule.
@@ -57,34 +60,25 @@ class Recipe:
     b2: float = 0.95
 
     def __post_init__(self):
-        for field in ("steps", "warm_up"):
-            value, least = getattr(self, field), 1 if field == "steps" else 0
+        for field, least in (("steps", 1), ("warm_up", 0)):
+            value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{field}={value!r} must be an integer of at least {least}")
-        for field, low, high in (
-            ("learning_rate", 0.0, 10.0),
-            ("last", 0.0, 1.0),
-            ("weight_decay", 0.0, 10.0),
-            ("clip", 0.0, math.inf),
-            ("b1", 0.0, 1.0),
-            ("b2", 0.0, 1.0),
-        ):
-            value = getattr(self, field)
-            zero = field in ("last", "weight_decay", "b1", "b2")
-            if not isinstance(value, int | float) or not (low <= value if zero else low < value) or value > high:
-                raise ValueError(
-                    f"{field}={value!r} must be a number {'from' if zero else 'above'} {low:g} to {high:g}"
-                )
+        ranges = {"learning_rate": 10.0, "last": 1.0, "weight_decay": 10.0, "clip": math.inf, "b1": 1.0, "b2": 1.0}
+        for field, high in ranges.items():
+            value, zero = getattr(self, field), field not in ("learning_rate", "clip")
+            if not isinstance(value, int | float) or not (value >= 0 if zero else value > 0) or value > high:
+                raise ValueError(f"{field}={value!r} must be a number {'from' if zero else 'above'} 0 to {high:g}")
         if self.warm_up >= self.steps:
             raise ValueError(f"warm_up={self.warm_up} must be less than steps={self.steps}")
 
     def schedule(self) -> optax.Schedule:
-        """The learning rate at a step; the first is no less than a step's part of the warm-up."""
+        """The learning rate at a step. Step 0 has the first part of the warm-up, not zero."""
         first, last = self.learning_rate / max(self.warm_up, 1), self.learning_rate * self.last
         return optax.warmup_cosine_decay_schedule(first, self.learning_rate, self.warm_up, self.steps, last)
 
     def optimiser(self) -> optax.GradientTransformation:
-        """Without the clipping, which has to know all chips' gradients (`Trainer`)."""
+        """The optimiser without clipping, which needs the gradients of all chips and is in `Trainer`."""
         return optax.chain(
             optax.scale_by_adam(self.b1, self.b2),
             optax.add_decayed_weights(self.weight_decay, _matrices),
@@ -93,12 +87,17 @@ class Recipe:
 
 
 def _matrices(params: Any) -> Any:
+    """Whether each parameter is a matrix."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in keys_of(path)[-1], params)
 
 
 class TrainState(NamedTuple):
-    """All that a step changes. `params` rest as the layout says, in the activations' dtype; `master`, the same in
-    float32, where they are bfloat16; `moments`: optax's state, float32, which like `master` lies where it is owned."""
+    """All that a step changes.
+
+    - `params`, placed as the layout says, in the activations' dtype.
+    - `master`, the same in float32 if `params` are bfloat16, else None; each chip has the parts that it owns.
+    - `moments`, optax's float32 state, split as `master`.
+    """
 
     step: Any
     params: Any
@@ -107,7 +106,7 @@ class TrainState(NamedTuple):
 
 
 class LossAndNorm(NamedTuple):
-    """Of a step: the mean loss in nats a token, before the update; the norm of the whole gradient, before clipping."""
+    """A step's mean loss in nats per token, before the update, and the norm of its whole gradient, before clipping."""
 
     loss: Any
     norm: Any
@@ -115,15 +114,16 @@ class LossAndNorm(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Programs that train a model under a layout on a mesh: `step`, `evaluate`, and how a state comes to be.
+    """The programs that train a model under a layout on a mesh: `initial`, `step` and `evaluate`.
 
     Args:
-        config, layout, pass_: what runs; `pass_.training` says of how many parts a step's batch is, and what is kept
-            for the gradient. The layout must be made for the mesh's extents.
-        mesh: devices, of Explicit axes where `layout.explicit`, else of Auto axes.
+        config, layout, pass_: what runs; the layout must be made for the mesh's shape. `pass_.training` has the number
+            of parts of a step's batch, and what gradients recompute.
+        mesh: devices, with Explicit axes if `layout.explicit`, else with Auto axes.
+        recipe: the optimiser.
 
     Raises:
-        ValueError: a model whose heads are padded, which training would fill.
+        ValueError: a model with padding heads, because training would make them real heads.
     """
 
     config: ModelConfig
@@ -146,7 +146,7 @@ class Trainer:
 
     @property
     def dtype(self):
-        """Of parameters and activations."""
+        """The dtype of parameters and activations."""
         return jnp.float32 if self.pass_.itemsize == 4 else jnp.bfloat16
 
     @functools.cached_property
@@ -155,15 +155,14 @@ class Trainer:
 
     def abstract(self) -> TrainState:
         """The state as shapes with their shardings; nothing is allocated."""
-        shapes, at = self._shapes, self.shardings()
-        return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, at)
+        return placed(self._shapes, self.shardings())
 
     def shardings(self) -> TrainState:
-        """Where the state lies."""
+        """The state's shardings, in the form of the state."""
         return jax.tree.map(lambda s: NamedSharding(self.mesh, s), self.specs(), is_leaf=_is_spec)
 
     def specs(self) -> TrainState:
-        """`PartitionSpec`s in the form of the state."""
+        """The state's `PartitionSpec`s, in the form of the state."""
         shapes = self._shapes
         resting = specs(shapes.params, self.layout)
         mine = jax.tree.map(self._owned, resting, shapes.params, is_leaf=_is_spec)
@@ -173,15 +172,14 @@ class Trainer:
         return TrainState(P(), resting, mine if shapes.master is not None else None, moments)
 
     def initial(self, seed: int = 0) -> TrainState:
-        """A state to begin with, every shard made on its own device; the same values under every layout and mesh."""
+        """The state of step 0 with random parameters (`models.decoder.parameters.initial`)."""
         return self.begin(initial(self.config, self.layout, self.mesh, seed=seed))
 
     def begin(self, params: nnx.State) -> TrainState:
-        """A state to begin with, of parameters in float32."""
+        """The state of step 0 with these float32 parameters."""
         return jax.jit(self._begin, out_shardings=self.shardings())(params)
 
     def _begin(self, params: nnx.State) -> TrainState:
-        """Of parameters in float32."""
         half = self.dtype != jnp.float32
         return TrainState(
             step=jnp.int32(0),
@@ -199,7 +197,7 @@ class Trainer:
 
     @functools.cached_property
     def step(self) -> Any:
-        """`(state, ids [B, L + 1]) -> (state, LossAndNorm)`; the state is donated, `ids` whole on every chip."""
+        """`(state, ids [B, L + 1]) -> (state, LossAndNorm)`; the state is donated, `ids` are whole on every chip."""
         return self._jitted(self._step, (self.specs(), P()), (self.specs(), LossAndNorm(P(), P())), donate_argnums=0)
 
     def compile(self, *, text: bool = True) -> Compiled:
@@ -210,7 +208,7 @@ class Trainer:
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """`(params, ids [B, L + 1]) -> ` the mean loss in nats a token; any number of rows that the layout divides."""
+        """`(params, ids [b, L + 1]) -> ` the mean loss in nats per token, for every b that the layout can split."""
 
         def run(params: nnx.State, ids: jax.Array) -> jax.Array:
             return self._everywhere(self._loss(params, ids)).loss
@@ -218,7 +216,7 @@ class Trainer:
         return self._jitted(run, (self.specs().params, P()), P())
 
     def _jitted(self, function: Any, ins: Any, outs: Any, **more: Any) -> Any:
-        """`function` as one chip's program, on all of them; of a layout without constraints, as it is."""
+        """`function` as the program of one chip, run on all; unchanged for a layout without constraints."""
         at = jax.tree.map(lambda s: NamedSharding(self.mesh, s), (ins, outs), is_leaf=_is_spec)
         if self.layout.explicit:
             function = jax.shard_map(function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
@@ -245,7 +243,7 @@ class Trainer:
         return TrainState(state.step + 1, params, master, moments), report
 
     def _gradients(self, params: nnx.State, ids: jax.Array) -> tuple[jax.Array, nnx.State]:
-        """This chip's parts of the mean loss and of its gradient, float32, one part of the batch after the other."""
+        """This chip's terms of the mean loss and of its float32 gradient, accumulated over the parts of the batch."""
         training = self.pass_.training
         assert training is not None
         parts = ids.reshape(training.accumulate, -1, ids.shape[1])
@@ -265,15 +263,16 @@ class Trainer:
         return lax.scan(add, nothing, parts)[0]
 
     def _loss(self, params: nnx.State, ids: jax.Array, *, remat: str = "none") -> jax.Array:
-        """This chip's part of the mean loss over `ids` [b, L + 1], each token's from those before it.
+        """This chip's term of the mean loss over `ids` [b, L + 1]; each token is predicted from those before it.
 
-        Chips that hold copies of rows and columns of the logits share them out, so that the sum over all counts once.
+        If several chips hold copies of the same logits, each takes an equal share, so that the sum over all chips
+        counts every token once.
         """
         layout, length = self.layout, ids.shape[1] - 1
         decoder = nnx.merge(abstract(self.config, self.dtype)[0], params)
         x = decoder.embed(ids[:, :-1].reshape(-1), layout)
-        rows = Causal.of(length, self.config)
-        x, _ = decoder.through_layers(x, NO_CACHE, rows, layout, remat=remat)
+        sequences = Causal.of(length, self.config)
+        x, _ = decoder.through_layers(x, NO_CACHE, sequences, layout, remat=remat)
         logits = decoder.logits(x, layout)
         total = cross_entropy(logits, ids[:, 1:].reshape(-1), layout)
         used = split_axes(layout.logits, 0) + split_axes(layout.logits, 1)
@@ -281,7 +280,7 @@ class Trainer:
         return total / (ids.shape[0] * length * same)
 
     def _everywhere(self, loss: jax.Array, squares: jax.Array | int = 0) -> LossAndNorm:
-        """The sums over all chips of their parts of the loss and of the gradient's square, in one collective."""
+        """The sums over all chips of their terms of the loss and of the gradient's square, in one collective."""
         if self.layout.explicit:
             with jax.named_scope("clip"):
                 axes = tuple(a for a in AXES if self.sizes[a] > 1)
@@ -289,7 +288,7 @@ class Trainer:
         return LossAndNorm(loss, jnp.sqrt(squares))
 
     def _along(self, ladder: Any, arrays: Any, resting: Any) -> Any:
-        """Arrays in the form of the parameters, each down the `ladder` of its own."""
+        """Arrays in the form of the parameters, each at the last step of its `ladder`."""
         if not self.layout.explicit:
             return arrays
 
@@ -301,7 +300,7 @@ class Trainer:
         return jax.tree_util.tree_map_with_path(along, resting, arrays, shapes, is_leaf=_is_spec)
 
     def _squares(self, gradients: Any, resting: Any) -> jax.Array:
-        """This chip's part of the sum of squares of a gradient where it is owned; copies count once."""
+        """This chip's term of the sum of squares of the gradient. Elements with several owners count once."""
 
         def of_leaf(spec: P, g: jax.Array, like: Any) -> jax.Array:
             left = copies(self._owned(spec, like), self.sizes) if self.layout.explicit else ()

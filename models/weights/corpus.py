@@ -127,16 +127,16 @@ def windows(ids: ArrayLike, batch: int, length: int, seed: int, step: int) -> To
     return _with_bos(text[starts[:, None] + np.arange(length)])
 
 
-def in_order(ids: ArrayLike, length: int, rows: int) -> TokenIds:
+def in_order(ids: ArrayLike, length: int, n_windows: int) -> TokenIds:
     """A text cut into consecutive windows, in groups. The end that does not fill a group is left out.
 
     Args:
         ids: [n] ids of the text.
         length: L, the tokens of a window; `BOS` is put before them.
-        rows: windows in a group.
+        n_windows: windows in a group.
 
     Returns:
-        [groups, rows, length + 1] int32.
+        [groups, n_windows, length + 1] int32.
 
     Raises:
         ValueError: a text that does not fill one group.
@@ -146,12 +146,11 @@ def in_order(ids: ArrayLike, length: int, rows: int) -> TokenIds:
         [[[256, 0, 1]], [[256, 2, 3]]]
     """
     text = np.asarray(ids, np.int32)
-    groups = text.size // length // rows
+    groups = text.size // length // n_windows
     if groups < 1:
-        raise ValueError(
-            f"a held-out text of {text.size} bytes is shorter than {rows} windows of length={length}; give a longer text"
-        )
-    return _with_bos(text[: groups * rows * length].reshape(groups, rows, length))
+        size = f"a held-out text of {text.size} bytes"
+        raise ValueError(f"{size} is shorter than {n_windows} windows of length={length}; give a longer text")
+    return _with_bos(text[: groups * n_windows * length].reshape(groups, n_windows, length))
 
 
 def _with_bos(windows: TokenIds) -> TokenIds:

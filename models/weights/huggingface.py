@@ -1,11 +1,11 @@
-"""A Llama or Gemma folder of Hugging Face as the decoder's parameters, any part of them by itself.
+"""The decoder's parameters from a Hugging Face folder of Llama or Gemma, any part of them by itself.
 
-Decides which tensor of theirs is which part of a fused matrix, and what of their arithmetic is folded into weights.
-Leaves files to `models.weights.tensor_files`, what a `config.json` says to `models.hf_config` and devices to
-`models.decoder.parameters`. Imports no JAX.
+Their matrices are [out, in], one per layer, and their RoPE is in halves as here. A fused matrix of the decoder is thus
+several of theirs, transposed and interleaved (see `models.weights.packing`). Gemma's norms multiply by 1 + weight; the
+1 is added when a norm is read.
 
-Theirs are matrices [out, in], one for each layer, with RoPE in halves as here, so that a fused matrix is theirs
-turned and interleaved (see `models.weights.packing`). Gemma's norms multiply by 1 + weight: the 1 is added on reading.
+Files are read by `models.weights.tensor_files`, `config.json` by `models.hf_config`, and `models.decoder.parameters`
+places the parts on devices. Imports no JAX.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ EMBED, UNEMBED, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mod
 LAYER = "model.layers.{}.{}.weight"
 NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 BLOCK_ELEMENTS = 2**24
-"""Of two tensors that are compared, so much is held at once."""
+"""Most elements that are held at once when two tensors are compared."""
 
 Index = Sequence[slice]
 Parts = list[tuple[str, int]]
-"""Tensors that are interleaved in the columns of a fused matrix, and how many columns of each stand together."""
+"""The tensors that are interleaved in the columns of a fused matrix, with the number of adjacent columns of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A whole folder, opened and checked; nothing is read yet.
+    """A folder that is opened and checked. Its tensors are not read yet.
 
     Args:
-        config: the model; its heads may be `padded`, the padding is zeros.
+        config: the model. Its heads may be `padded`; padding heads are zeros.
         files: its tensors.
-        norm_offset: what its norms add to their weights.
-        stops: ids that end a text, none if it does not say.
+        norm_offset: the number that its norms add to their weights.
+        stops: ids that end a text; empty if `config.json` has none.
     """
 
     config: ModelConfig
@@ -47,15 +47,15 @@ class Checkpoint:
     stops: tuple[int, ...]
 
     def padded(self, n_heads: int) -> "Checkpoint":
-        """The same with its heads padded, see `ModelConfig.padded`."""
+        """The same folder with its heads padded, see `ModelConfig.padded`."""
         return dataclasses.replace(self, config=self.config.padded(n_heads))
 
     def part(self, keys: Sequence[str], index: Index, dtype) -> np.ndarray:
-        """What `pack` of the whole, in `dtype`, holds at `index`; reads hardly more than that.
+        """A part of one parameter, as `pack` of all weights would have it. Reads hardly more than this part.
 
         Args:
-            keys: of a parameter in `pack`'s nested dict, such as `("attention", "w_in")`.
-            index: from where to where in each of its dimensions, whole numbers.
+            keys: of the parameter in the nested dict of `pack`, such as `("attention", "w_in")`.
+            index: a slice with start and stop for each dimension.
             dtype: of the result.
         """
         *block, name = keys
@@ -75,7 +75,7 @@ class Checkpoint:
         return self.files.read(name, index).astype(np.float32) + np.float32(self.norm_offset)
 
     def _matrix(self, parts: Parts, layer: int, rows: slice, columns: slice) -> np.ndarray:
-        """Rows and columns of one layer's fused matrix; reads whole groups of columns, no other rows."""
+        """Some rows and columns of one layer's fused matrix. Reads these rows only, but whole groups of columns."""
         group = sum(width for _, width in parts)
         first, last = columns.start // group, -(-columns.stop // group)
         read = [self.files.read(LAYER.format(layer, n), slice(first * w, last * w), rows) for n, w in parts]
@@ -84,7 +84,7 @@ class Checkpoint:
         return joined[columns.start - first * group : columns.stop - first * group].T
 
     def _parts(self, keys: Sequence[str]) -> Parts:
-        """Of a matrix; one that is of a single tensor needs no groups."""
+        """The tensors of a fused matrix. A matrix of a single tensor needs no groups."""
         config = self.config
         width = config.d_ff // config.mlp_groups
         return {
@@ -97,11 +97,11 @@ class Checkpoint:
 
 
 def open_folder(folder: str | Path) -> Checkpoint:
-    """A folder with `config.json` and `model.safetensors`, or its shards and their index.
+    """Opens a folder with `config.json` and `model.safetensors`, or with shards and their index.
 
     Raises:
-        ValueError: a model that this decoder does not compute exactly, or tensors that are missing, unknown, of a
-            wrong shape or dtype, or in damaged files. The message names which.
+        ValueError: a model that this decoder does not compute exactly; or tensors that are missing, unknown, of a
+            wrong shape or dtype, or in damaged files. The message names the tensor or file.
     """
     folder = Path(folder)
     config, said = from_hugging_face(folder, exact=True), read_fields(folder)
@@ -109,10 +109,8 @@ def open_folder(folder: str | Path) -> Checkpoint:
     expected = shapes(config)
     if config.tied and UNEMBED in files.shapes:
         expected[UNEMBED] = expected[EMBED]
-    frequencies = {
-        name for name in files.shapes if name.endswith(".rotary_emb.inv_freq")
-    }  # old files; config.json decides
-    files.check(expected, frequencies)
+    # old files have the rotary frequencies too; those of config.json count
+    files.check(expected, {name for name in files.shapes if name.endswith(".rotary_emb.inv_freq")})
     if config.tied and UNEMBED in expected:
         _check_same(files, config)
     stops = said.get("eos_token_id")
@@ -125,7 +123,7 @@ def open_folder(folder: str | Path) -> Checkpoint:
 
 
 def _check_same(files: TensorFiles, config: ModelConfig) -> None:
-    """That an unembedding that a tied model has all the same is the embedding."""
+    """Refuses an unembedding that differs from the embedding although `config.json` says that they are tied."""
     step = max(1, BLOCK_ELEMENTS // config.d_model)
     for begin in range(0, config.vocab, step):
         index = slice(begin, min(begin + step, config.vocab)), slice(0, config.d_model)
@@ -135,7 +133,7 @@ def _check_same(files: TensorFiles, config: ModelConfig) -> None:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a serial, gated model without padding.
+    """Names and shapes of the tensors of a serial, gated model without padding heads.
 
     Example:
         >>> tiny = ModelConfig(n_layers=1, d_model=4, d_ff=6, n_heads=2, d_head=8, vocab=9, block="serial", tied=False)

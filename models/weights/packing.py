@@ -1,9 +1,9 @@
-"""Canonical weights <-> the decoder's fused matrices, in NumPy.
+"""Canonical weights -> the decoder's fused matrices, in NumPy.
 
-Canonical weights are one array per matrix of the literature (`models.decoder.reference` lists them). The decoder fuses what
-shares an input: Q with gate and up, K with V, attention-out with down. A chip must hold matching columns of all of
-them whatever the mesh, so the fused columns are interleaved: by head for attention, by `ModelConfig.mlp_groups` for
-the MLP of a serial block.
+Canonical weights have one array for each matrix of the literature (`models.decoder.reference` lists them). The decoder
+fuses matrices that share an input (Q with gate and up, K with V) or an output (attention-out with down). A chip must
+hold matching columns of all fused matrices on every mesh, so these are interleaved: by head for attention, by
+`ModelConfig.mlp_groups` for the MLP of a serial block.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ Canonical = Mapping[str, np.ndarray]
 
 
 def pack(config: ModelConfig, weights: Canonical) -> dict:
-    """The decoder's parameters, nested by module, from canonical weights; same dtype.
+    """The decoder's parameters, nested by module, from canonical weights. The dtype does not change.
 
     Returns:
         `table` [V', E], `unembed` [V', E] if untied, `final_norm` [E], and per block (`layer`, or `attention` and
-        `mlp`): `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D] (where it attends), `w_out` [n, G, E].
+        `mlp`): `norm` [n, E], `w_in` [n, E, C], `w_kv` [n, E, D] if the block attends, `w_out` [n, G, E].
         V' = `vocab_rows`; the rows past the vocabulary are zero.
     """
     n, e, h, groups = config.n_layers, config.d_model, config.n_heads, config.mlp_groups
@@ -53,41 +53,10 @@ def pack(config: ModelConfig, weights: Canonical) -> dict:
 
 
 def layers(packed: Mapping, first: int, n: int) -> dict:
-    """Packed parameters with so many layers, from the `first` on; what is in no layer is whole."""
+    """Packed parameters with only `n` layers, from layer `first` on. Parameters outside the layers stay."""
     return {
         name: {key: array[first : first + n] for key, array in found.items()} if isinstance(found, Mapping) else found
         for name, found in packed.items()
-    }
-
-
-def unpack(config: ModelConfig, packed: Mapping) -> dict[str, np.ndarray]:
-    """The inverse of `pack`."""
-    n, e, h, q = config.n_layers, config.d_model, config.n_heads, config.d_head
-    groups, f = config.mlp_groups, config.d_ff // config.mlp_groups
-    weights = {"embed": packed["table"][: config.vocab], "final_norm": packed["final_norm"]}
-    if not config.tied:
-        weights["unembed"] = packed["unembed"][: config.vocab]
-    if config.block == "parallel":
-        block = packed["layer"]
-        w_in, w_out = block["w_in"].reshape(n, e, h, -1), block["w_out"].reshape(n, h, -1, e)
-        wq, mlp_in, wo, mlp_out = w_in[..., :q], w_in[..., q:], w_out[:, :, :q], w_out[:, :, q:]
-    else:
-        block, mlp = packed["attention"], packed["mlp"]
-        wq, wo = block["w_in"].reshape(n, e, h, q), block["w_out"].reshape(n, h, q, e)
-        mlp_in, mlp_out = mlp["w_in"].reshape(n, e, groups, -1), mlp["w_out"].reshape(n, groups, f, e)
-        weights["mlp_norm"] = mlp["norm"]
-    kv = block["w_kv"].reshape(n, e, config.n_kv_heads, 2 * q)
-    if config.gated:
-        weights["w_gate"] = mlp_in[..., :f].reshape(n, e, -1)
-        mlp_in = mlp_in[..., f:]
-    return weights | {
-        "norm": block["norm"],
-        "wq": wq,
-        "wk": kv[..., :q],
-        "wv": kv[..., q:],
-        "wo": wo,
-        "w_up": mlp_in.reshape(n, e, -1),
-        "w_down": mlp_out.reshape(n, -1, e),
     }
 
 

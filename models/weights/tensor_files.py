@@ -1,7 +1,7 @@
 """The named tensors of a folder of safetensors files, read piece by piece.
 
-Decides which file holds which tensor, and whether the folder is whole: every header is read when it is opened, no data.
-Leaves what the names mean to `models.weights.huggingface`. Imports no JAX.
+Opening a folder reads the header of every file, but no data, and checks that the folder is whole. The names get their
+meaning in `models.weights.huggingface`. Imports no JAX.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # that NumPy knows bfloat16 by its name, as safetensors asks for it
+import ml_dtypes  # also makes NumPy know the name bfloat16, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -21,11 +21,11 @@ class TensorFiles:
     """`model.safetensors`, or the shards that `model.safetensors.index.json` lists.
 
     Args:
-        folder: where they are.
+        folder: the folder with the files.
 
     Raises:
-        ValueError: neither or both of them, a file that is missing, damaged or shorter than its header says, or an
-            index that does not list what the files hold.
+        ValueError: neither or both of `model.safetensors` and the index; a file that is missing, damaged or shorter
+            than its header says; or an index that does not agree with the files.
     """
 
     def __init__(self, folder: Path):
@@ -54,10 +54,14 @@ class TensorFiles:
         self.shapes: dict[str, tuple[int, ...]] = {n: tuple(s.get_shape()) for n, s in self._slices.items()}
 
     def check(self, expected: Mapping[str, tuple[int, ...]], unread: Collection[str] = ()) -> None:
-        """Compares names, shapes and dtypes with what a model needs; `unread` may be there as well.
+        """Compares names, shapes and dtypes with those that a model needs.
+
+        Args:
+            expected: shape by name of the model's tensors.
+            unread: names that may be in the files as well.
 
         Raises:
-            ValueError: a tensor that is missing, unknown, of another shape, or of a dtype that is not read.
+            ValueError: a tensor that is missing, unknown, of another shape, or of an unsupported dtype.
         """
         have = self.shapes.keys() - set(unread)
         for found, rule in ((expected.keys() - have, "is missing"), (have - expected.keys(), "is not of this model")):
@@ -72,11 +76,11 @@ class TensorFiles:
                 raise ValueError(f"{self._where(name)} has dtype {dtype}; must be one of {', '.join(DTYPES)}")
 
     def read(self, name: str, *index: slice) -> np.ndarray:
-        """A piece of a tensor, in the file's dtype; what lies past its end is zero.
+        """A piece of a tensor, in the file's dtype. Elements past the end of the tensor are zero.
 
         Args:
-            name: of a tensor.
-            index: from where to where, in every dimension.
+            name: of the tensor.
+            index: a slice with start and stop for every dimension.
         """
         dtype = DTYPES[self._slices[name].get_dtype()]
         held = tuple(slice(s.start, min(s.stop, n)) for s, n in zip(index, self.shapes[name], strict=True))
@@ -94,7 +98,7 @@ class TensorFiles:
 
 
 def _listed(index: Path) -> dict[str, str]:
-    """Which file holds each tensor, as the index says."""
+    """The file of each tensor, from the index."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, RecursionError, TypeError, KeyError) as error:

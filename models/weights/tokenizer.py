@@ -1,7 +1,7 @@
-"""How text becomes ids and back: bytes, or the `tokenizer.json` of a checkpoint.
+"""The tokenizer of a checkpoint: its `tokenizer.json`, or bytes.
 
-Decides which of them a folder gets. Leaves the bytes' ids to `models.weights.byte_ids`, and everything that a `tokenizer.json`
-can hold to the package `tokenizers`, where it is installed (the extra `hf`). Imports no JAX.
+A `tokenizer.json` is read by the package `tokenizers`, if it is installed (the extra `hf`). The ids of bytes are in
+`models.weights.byte_ids`. Imports no JAX.
 """
 
 import importlib
@@ -19,9 +19,9 @@ FILE = "tokenizer.json"
 
 
 class Tokenizer(Protocol):
-    """Text as ids of a model's vocabulary.
+    """Text <-> ids of a model's vocabulary.
 
-    `stops`: ids that end a text; the first is the one that a program watches for. `name`: what it is, for people.
+    `stops` are the ids that end a text; programs stop at the first of them. `name` describes the tokenizer to people.
     """
 
     @property
@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """UTF-8 bytes, see `models.weights.byte_ids`; ids past them are shown as U+FFFD.
+    """The byte tokenizer of `models.weights.byte_ids`. Ids outside its vocabulary decode to U+FFFD.
 
     Example:
         >>> Bytes().decode(Bytes().encode("né"))
@@ -48,36 +48,36 @@ class Bytes:
     name: str = "bytes"
 
     def encode(self, said: str) -> byte_ids.TokenIds:
-        """[n] ids, `BOS` first."""
+        """The [n] ids of a text, `BOS` first."""
         return byte_ids.encode(said)
 
     def decode(self, ids: byte_ids.TokenIds) -> str:
         """The text of any ids."""
-        return byte_ids.decode(np.where(ids < byte_ids.VOCAB, ids, 0xFF))  # 0xFF begins no character
+        return byte_ids.decode(np.where(ids < byte_ids.VOCAB, ids, 0xFF))  # 0xFF is in no character
 
 
 @dataclass(frozen=True, kw_only=True)
 class FromFile:
-    """A `tokenizer.json`; it adds what it says has to come first, such as a beginning of text."""
+    """A `tokenizer.json`. It may put ids of its own first, such as a beginning of text."""
 
     held: Any
     stops: tuple[int, ...]
     name: str
 
     def encode(self, said: str) -> byte_ids.TokenIds:
-        """[n] ids."""
+        """The [n] ids of a text."""
         return np.array(self.held.encode(said).ids, np.int32)
 
     def decode(self, ids: byte_ids.TokenIds) -> str:
-        """The text of any ids; unknown ones and specials are left out."""
+        """The text of any ids. Unknown and special ids are left out."""
         return self.held.decode(ids.tolist())
 
 
 def of_bytes(config: ModelConfig) -> Bytes:
-    """Bytes, for a model whose vocabulary holds them.
+    """The byte tokenizer for a model.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the model's vocabulary is too small for the ids of bytes.
     """
     if config.vocab < byte_ids.VOCAB:
         raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the {byte_ids.VOCAB} ids of bytes")
@@ -85,13 +85,16 @@ def of_bytes(config: ModelConfig) -> Bytes:
 
 
 def of_folder(folder: Path, config: ModelConfig, stops: tuple[int, ...]) -> Tokenizer:
-    """The folder's own tokenizer; bytes where it has none or `tokenizers` is not installed, which `name` then says.
+    """The tokenizer of a checkpoint's folder.
+
+    Returns:
+        The folder's own tokenizer; bytes if it has none or `tokenizers` is not installed, and `name` then says which.
 
     Raises:
-        ValueError: a `tokenizer.json` that is damaged or has more ids than the model; or bytes, and too few ids.
+        ValueError: a `tokenizer.json` that is damaged or has more ids than the model; or a vocabulary that is too small
+            for bytes.
     """
-    file = folder / FILE
-    why = ""
+    file, why = folder / FILE, ""
     if not file.is_file():
         why = f"there is no {FILE} in {str(folder)!r}"
     elif importlib.util.find_spec("tokenizers") is None:

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.layouts.layout import axes_of, entries
 from toruslab.partitioning.layouts.moves import Move, moves
-from toruslab.partitioning.plan.plan import TRANSPOSED, Stage, bytes_of, letters, tensors
 from toruslab.partitioning.plan.point import Point
+from toruslab.partitioning.plan.tensors import TRANSPOSED, Tensor, letters, tensors
 from toruslab.partitioning.torus.chip import PLATFORMS
 from toruslab.partitioning.torus.mesh import AXES
 
@@ -70,17 +70,17 @@ def steps(point: Point) -> list[dict]:
     size = letters(config, point.pass_, layout, point.mesh_shape)
     priced = iter(() if point.chip in PLATFORMS else estimate(point).collectives)
     found = []
-    for stage in tensors(layout, config, point.pass_, point.mesh_shape):
-        common = {"scope": stage.scope, "tensor": _what(stage), "shape": [size[d] for d in stage.dims]}
-        common |= {"rides": stage.rides, "in_layer": stage.in_layer}
-        common |= {"part": stage.part} if point.phase == "train" else {}
-        back = stage.part == "backward"
-        if len(stage.ladder) == 1:
-            at = notation(stage.dims, dual(stage.ladder[0], sizes) if back else stage.ladder[0])
-            nothing = {"kind": None, "axes": [], "to": at, "bytes": 0, "seconds": None, "count": stage.count}
+    for tensor in tensors(layout, config, point.pass_, point.mesh_shape):
+        common = {"scope": tensor.scope, "tensor": _what(tensor), "shape": [size[d] for d in tensor.dims]}
+        common |= {"rides": tensor.fused, "in_layer": tensor.in_layer}
+        common |= {"part": tensor.part} if point.phase == "train" else {}
+        back = tensor.part == "backward"
+        if len(tensor.ladder) == 1:
+            at = notation(tensor.dims, dual(tensor.ladder[0], sizes) if back else tensor.ladder[0])
+            nothing = {"kind": None, "axes": [], "to": at, "bytes": 0, "seconds": None, "count": tensor.count}
             found.append({**common, "from": at, **nothing})
-        runs = list(stage.collectives(sizes, size))
-        steps_ = list(moves(stage.ladder))
+        runs = list(tensor.collectives(sizes, size))
+        steps_ = list(moves(tensor.ladder))
         for move in reversed(steps_) if back else steps_:
             parts = [kind for kind, _, _, of in runs if of == move]
             seconds = [c.seconds for _, c in zip(parts, priced, strict=False)]
@@ -88,13 +88,13 @@ def steps(point: Point) -> list[dict]:
             found.append(
                 {
                     **common,
-                    "from": notation(stage.dims, src),
+                    "from": notation(tensor.dims, src),
                     "kind": _kind(move, back),
                     "axes": [a for a in AXES if a in move.axes],
-                    "to": notation(stage.dims, dst),
-                    "bytes": bytes_of(move, stage, size, point.pass_, sizes),
+                    "to": notation(tensor.dims, dst),
+                    "bytes": tensor.bytes(move, point.pass_, size, sizes),
                     "seconds": sum(seconds) if seconds else None,
-                    "count": stage.count,
+                    "count": tensor.count,
                 }
                 | ({"sends": len(parts)} if "collective-permute" in parts else {})
             )
@@ -120,10 +120,10 @@ def _kind(move: Move, back: bool) -> str:
     return "pad" if move.kind == "slice" else TRANSPOSED[move.kind]
 
 
-def _what(stage: Stage) -> str:
-    if stage.rides and stage.scope != "loss":
-        return RIDERS[stage.dims]
-    first, last = stage.scope.split("/")[0], stage.scope.rsplit("/", 1)[-1]
+def _what(tensor: Tensor) -> str:
+    if tensor.fused and tensor.scope != "loss":
+        return RIDERS[tensor.dims]
+    first, last = tensor.scope.split("/")[0], tensor.scope.rsplit("/", 1)[-1]
     if first in ("gradients", "update"):
         return {"gradients": "its sum, to its owner", "update": "new values, to all copies"}[first]
-    return "its gradient" if stage.part == "backward" else WHAT[last]
+    return "its gradient" if tensor.part == "backward" else WHAT[last]

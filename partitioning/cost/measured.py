@@ -1,13 +1,13 @@
 """What a pass takes on a machine that was measured: the plan's collectives and the decoder's own blocks, added up.
 
 The counterpart of `partitioning.cost.forward` for chips that `toruslab calibrate` has written. Nothing in it is fitted to
-steps. Fake devices share their cores, so nothing hides behind anything: all terms add up. Attention to an int8 cache
-is priced as if that were of the activations' dtype, of which there are samples.
+steps. Fake devices share their cores, so nothing hides behind anything and all terms add up. Attention to an int8 cache
+is priced as if the cache had the dtype of the activations, for which there are samples.
 
     step = dispatch + layers x (matmuls + weights out of the stack + attention + the rest + collectives) + both ends
 
-`auto` has no plan: `with_collectives` takes those of its compiled program, and the work of ws2d, whose weights lie
-where its do.
+`auto` has no plan. `with_collectives` takes the collectives of its compiled program and the work of ws2d, whose weights
+rest in the same places.
 """
 
 import functools
@@ -22,7 +22,7 @@ import numpy as np
 from toruslab.partitioning.cost.sizes import PassSizes, matmuls
 from toruslab.partitioning.cost.traffic import PERMUTE, CollectiveCost, splits, transfers
 from toruslab.partitioning.layouts.layout import Layout
-from toruslab.partitioning.layouts.rings import loops
+from toruslab.partitioning.layouts.rings import looped_steps
 from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
@@ -33,13 +33,13 @@ TERMS = ("matmul_s", "weights_s", "attention_s", "other_s", "collective_s", "dis
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Seconds of a pass by what they go into (arrays, one number a point), and what it computes and reads.
+    """Seconds of a pass by what takes them, and what it computes and reads: arrays with one number per pass.
 
     Args:
         seconds: by `TERMS`, of the whole pass; they add up.
-        layers_s: of the layers alone.
-        flops, memory_bytes: of all devices: multiply-adds count two; weights and cache that are read.
-        collectives: with bytes that one device receives and seconds, of one execution.
+        layers_s: seconds of the layers alone.
+        flops, memory_bytes: of all devices. Multiply-adds count two; weights and cache are read.
+        collectives: with bytes and seconds.
     """
 
     seconds: Mapping[str, Any]
@@ -63,11 +63,11 @@ class Terms:
 
 
 @functools.lru_cache(maxsize=4096)
-def cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
+def _cuts(layout: Layout, mesh: Shape) -> Mapping[str, tuple[int, int, int]]:
     """Weight -> into how many pieces the rows, the inner and the outer dimension of its looped matmul are cut."""
     sizes = dict(zip(AXES, mesh, strict=True))
     found = {}
-    for target, loop in loops(layout).items():
+    for target, loop in looped_steps(layout).items():
         k = loop.move.group(sizes)
         if loop.move.kind == "reduce-scatter":
             at, k = 2 * loop.move.target, 2 * k
@@ -84,17 +84,20 @@ def terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machin
         layout: made for the mesh, with a plan.
         block: `parallel` or `serial`.
         mesh: extents.
-        n: the sizes of the passes (`partitioning.cost.sizes.PassSizes`).
+        n: the sizes of the passes.
         machine: what was measured.
+
+    Raises:
+        ValueError: the machine has no samples of a dtype or of a kind of collective.
     """
-    dtypes = [DTYPES[int(w)] for w in np.unique(n.weight)]
-    each = [_terms(layout, block, mesh, n, machine, *dtype) for dtype in dtypes]
+    widths = np.unique(n.weight)
+    each = [_terms(layout, block, mesh, n, machine, *DTYPES[int(w)]) for w in widths]
     if len(each) == 1:
         return each[0]
 
     def pick(*arrays: Any) -> Any:
-        """Of each point the number that belongs to its weights' dtype."""
-        return np.select([np.asarray(n.weight) == w for w in np.unique(n.weight)], np.broadcast_arrays(*arrays))
+        """For each point the number that belongs to the dtype of its weights."""
+        return np.select([np.asarray(n.weight) == w for w in widths], np.broadcast_arrays(*arrays))
 
     return Terms(
         seconds={k: pick(*(t.seconds[k] for t in each)) for k in TERMS},
@@ -106,33 +109,31 @@ def terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machin
 
 
 def _terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machine, weight: str, act: str) -> Terms:
+    """The terms where weights and activations have these dtypes."""
     split, size, n_chips = splits(layout, mesh), n.size, math.prod(mesh)
-    suffixes = ("",) if block == "parallel" else ("", "_mlp")
 
     # the layers' matmuls, and their weights out of the stack
-    layer = dict.fromkeys(TERMS, np.float64(0.0))
     at_rest = [size[a] * size[b] / math.prod(split[w, 0]) * n.weight for a, b, w, _ in matmuls(block)]
     stack = sum(at_rest) * n.n_layers
-    flops = read = np.float64(0.0)
-    pieces = cuts(layout, mesh)
+    matmul_s = weights_s = flops = read = np.float64(0.0)
     for (inner, outer, name, rows), held in zip(matmuls(block), at_rest, strict=True):
         (a, b), t = split[name, -1], size["T"] / split[rows, -1][0]
-        cut = pieces.get(name, (1, 1, 1))
+        cut = _cuts(layout, mesh).get(name, (1, 1, 1))
         one = machine.matmul_s(t / cut[0], size[inner] / a / cut[1], size[outer] / b / cut[2], weight)
-        layer["matmul_s"] = layer["matmul_s"] + math.prod(cut) * one
-        layer["weights_s"] = layer["weights_s"] + machine.copy_s(held, stack, weight)
+        matmul_s = matmul_s + math.prod(cut) * one
+        weights_s = weights_s + machine.copy_s(held, stack, weight)
         flops = flops + 2 * t * size[inner] * size[outer] / (a * b)
         read = read + size[inner] * size[outer] / (a * b) * n.weight
 
     # element by element
+    other_s = np.float64(0.0)
     stream = size["T"] * size["E"] / math.prod(split["x", -1])
-    for s in suffixes:
-        hidden = size["T"] * size["C" + s] / math.prod(split["h", -1])
-        layer["other_s"] = layer["other_s"] + machine.elements_s("norm", stream, act)
-        layer["other_s"] = layer["other_s"] + machine.elements_s("activation", hidden, act)
-    heads = size["H"] / split["q", -1][1]
-    rows = size["T"] / split["q", -1][0]
-    layer["other_s"] = layer["other_s"] + machine.elements_s("rope", rows * heads * size["Q"], act)
+    for suffix in ("",) if block == "parallel" else ("", "_mlp"):
+        hidden = size["T"] * size["C" + suffix] / math.prod(split["h", -1])
+        other_s = other_s + machine.elements_s("norm", stream, act)
+        other_s = other_s + machine.elements_s("activation", hidden, act)
+    heads, rows = size["H"] / split["q", -1][1], size["T"] / split["q", -1][0]
+    other_s = other_s + machine.elements_s("rope", rows * heads * size["Q"], act)
 
     # attention
     seen = n.first + n.length
@@ -140,28 +141,27 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machi
     cache = 2 * size["B"] / b_split * size["K"] / k_split * seen * size["Q"]
     scores = rows * heads * seen
     macs = 2 * scores * size["Q"]
-    sequences = size["B"] / b_split
-    layer["attention_s"] = machine.attention_s(
-        rows=sequences, cache=cache, scores=scores, macs=macs, length=n.length, dtype=act
+    attention_s = machine.attention_s(
+        rows=size["B"] / b_split, cache=cache, scores=scores, macs=macs, length=n.length, dtype=act
     )
     flops, read = flops + 2 * macs, read + cache / size["Q"] * n.cached_bytes(size["Q"])
 
     # collectives
     element = {"act": n.act, "weight": n.weight, "f32": 4.0, "i32": 4.0}
-    found, outside = [], np.float64(0.0)
-    each = [
+    moved = [
         (t, t.factor * element[t.dtype] * math.prod(size[d] for d in t.dims)) for t in transfers(layout, block, mesh)
     ]
-    for t, n_bytes in each:
+    collectives, in_layer_s, outside_s = [], np.float64(0.0), np.float64(0.0)
+    for t, n_bytes in moved:
         columns = size[t.dims[1]] / t.column_parts if len(t.dims) == 2 else 0
-        whole = n_bytes + sum(b for other, b in each if other.fused and other.scope == t.scope)
+        whole = n_bytes + sum(b for other, b in moved if other.fused and other.scope == t.scope)
         args = (t.kind, t.n_group, t.at, whole, columns, "".join(t.axes))
         taken = 0.0 if t.fused else collective_s(machine, *args)
-        found.append((t, n_bytes, taken))
+        collectives.append((t, n_bytes, taken))
         if t.in_layer:
-            layer["collective_s"] = layer["collective_s"] + taken
+            in_layer_s = in_layer_s + taken
         else:
-            outside = outside + taken
+            outside_s = outside_s + taken
 
     # both ends
     v, e = split["table", -1]
@@ -170,26 +170,32 @@ def _terms(layout: Layout, block: str, mesh: Shape, n: PassSizes, machine: Machi
     head = machine.matmul_s(r, head_in, head_out, act)
     ends = machine.elements_s("norm", r * head_in, act)
     ends = ends + machine.elements_s("norm", size["T"] / split["embed", 0][0] * size["E"] / e, act)
-    layers_s = n.n_layers * sum(layer.values())
-    total = {k: n.n_layers * v for k, v in layer.items()}
-    total["matmul_s"] = total["matmul_s"] + head
-    total["other_s"] = total["other_s"] + ends
-    total["collective_s"] = total["collective_s"] + outside
+
     scale = machine.scale(n_chips)
-    total = {k: v * scale for k, v in total.items()}
-    total["dispatch_s"] = machine.of("dispatch", "f32")[0].cost_s * np.ones_like(layers_s) * scale / n.steps
+    layers_s = n.n_layers * (matmul_s + weights_s + attention_s + other_s + in_layer_s)
+    dispatch_s = machine.of("dispatch", "f32")[0].cost_s * np.ones_like(layers_s)
     return Terms(
-        seconds=total,
+        seconds={
+            "matmul_s": (n.n_layers * matmul_s + head) * scale,
+            "weights_s": n.n_layers * weights_s * scale,
+            "attention_s": n.n_layers * attention_s * scale,
+            "other_s": (n.n_layers * other_s + ends) * scale,
+            "collective_s": (n.n_layers * in_layer_s + outside_s) * scale,
+            "dispatch_s": dispatch_s * scale / n.steps,
+        },
         layers_s=layers_s * scale,
         flops=n_chips * (n.n_layers * flops + 2 * r * head_in * head_out),
         memory_bytes=n_chips * (n.n_layers * read + size["V"] * size["E"] / (v * e) * n.act),
-        collectives=tuple(t.cost(n_bytes, taken * scale, n.n_layers) for t, n_bytes, taken in found),
+        collectives=tuple(t.cost(n_bytes, taken * scale, n.n_layers) for t, n_bytes, taken in collectives),
     )
 
 
 def collective_s(machine: Machine, kind: str, k: int, at: str, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
-    """Seconds of a collective. A send goes to one neighbour, however long the ring: the nearest in length that was
-    measured counts. A calibration without sends, as older ones are, takes one for an all-to-all of two, and says so."""
+    """Seconds of a collective over a group of `k`; see `Machine.collective_s`.
+
+    A permute goes to one neighbour, however long the ring. It is priced as on the ring nearest in length that was
+    measured. Older calibrations have no permutes: there an all-to-all of two counts for one, with a warning.
+    """
     if kind == PERMUTE:
         rings = {s.sizes["group"] for s in machine.samples if s.what == kind}
         if rings:
@@ -205,9 +211,9 @@ def collective_s(machine: Machine, kind: str, k: int, at: str, n_bytes: Any, col
 
 
 def with_collectives(found: Terms, collectives: Iterable[Any], machine: Machine, n_chips: int) -> dict[str, float]:
-    """The seconds of a pass, by `TERMS`, with other collectives: those of a compiled program (`hlo.Collective`).
+    """The seconds of a pass, by `TERMS`, with the collectives of a compiled program (`hlo.collectives.Collective`).
 
-    The program does not say along which dimension it gathers and scatters; columns are assumed.
+    The program does not say along which dimension it gathers and scatters: columns are assumed.
     """
     taken = 0.0
     for c in collectives:

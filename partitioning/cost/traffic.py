@@ -16,8 +16,8 @@ from itertools import pairwise
 from typing import Any
 
 from toruslab.partitioning.layouts.layout import Axes, Layout, axes_of, entries
-from toruslab.partitioning.layouts.rings import Loop, before, loops, sends
-from toruslab.partitioning.plan.plan import stages
+from toruslab.partitioning.layouts.rings import LoopedStep, before, looped_steps, sends
+from toruslab.partitioning.plan.tensors import forward_tensors
 from toruslab.partitioning.torus.calibrated import DIMENSIONS
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.links import permute_rate, rate
@@ -112,30 +112,30 @@ def transfers(layout: Layout, block: str, mesh: Shape) -> tuple[Transfer, ...]:
     sizes = dict(zip(AXES, mesh, strict=True))
     vocabulary_parts = _parts(entries(layout.logits[-1])[1:2], sizes)
     found = []
-    for stage in stages(layout, block, 1, True):
+    for tensor in forward_tensors(layout, block, 1, True):
         first = True
-        for kind, axes, share, move in stage.collectives(sizes):
+        for kind, axes, share, move in tensor.collectives(sizes):
             k = move.group(sizes)
             held = entries(move.dst if move.kind == "all-gather" else move.src)
             dim = move.source if move.kind == "all-gather" else move.target
             phases = 2 if move.kind == "all-reduce" else 1
-            repeats = vocabulary_parts if "n" in stage.dims else 1
+            repeats = vocabulary_parts if "n" in tensor.dims else 1
             looped = kind == PERMUTE
             found.append(
                 Transfer(
-                    scope=stage.scope,
+                    scope=tensor.scope,
                     kind=kind,
                     axes=axes,
-                    dims=tuple(d for d in stage.dims if d != "n"),
-                    dtype=stage.dtype,
+                    dims=tuple(d for d in tensor.dims if d != "n"),
+                    dtype=tensor.dtype,
                     factor=phases * (k - 1) / k / _parts(held, sizes) * repeats * float(share),
-                    in_layer=stage.in_layer,
+                    in_layer=tensor.in_layer,
                     n_group=sizes[axes[0]] if looped else k,
                     at=DIMENSIONS[min(max(dim, 0), 1)],
                     column_parts=_parts(held[1:2], sizes),
-                    fused=stage.rides,
-                    starts=int(not stage.rides and (first or not looped)),
-                    ways=stage.ways,
+                    fused=tensor.fused,
+                    starts=int(not tensor.fused and (first or not looped)),
+                    ways=tensor.ways,
                 )
             )
             first = first and not looped
@@ -244,7 +244,7 @@ def coefficients(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap
         looped={
             (WEIGHT[loop.name], suffix): _looped_matmul(loop, layout.rings, sizes)
             for suffix in (("",) if block == "parallel" else ("", "_mlp"))
-            for loop in loops(layout).values()
+            for loop in looped_steps(layout).values()
             if (loop.name, suffix) != ("w_kv", "_mlp")
         },
     )
@@ -266,7 +266,7 @@ def n_messages(t: Transfer) -> int:
 
 def _gathered(layout: Layout, sizes: Mapping[str, int]) -> dict[str, float]:
     found = {}
-    loop_of = {loop.name: loop for loop in loops(layout).values()}
+    loop_of = {loop.name: loop for loop in looped_steps(layout).values()}
     for name in ("w_in", "w_kv", "w_out"):
         shares = [1 / _parts(entries(spec), sizes) for spec in before(layout, name)]
         found[name] = max((held + made for held, made in pairwise(shares)), default=0.0)
@@ -282,7 +282,7 @@ def _looped_with(t: Transfer) -> tuple[str, str] | None:
     return (WEIGHT[t.scope.rsplit("/", 1)[-1]], SUFFIX[t.scope.split("/")[0]]) if t.kind == PERMUTE else None
 
 
-def _looped_matmul(loop: Loop, ways: int, sizes: Mapping[str, int]) -> LoopedMatmul:
+def _looped_matmul(loop: LoopedStep, ways: int, sizes: Mapping[str, int]) -> LoopedMatmul:
     k = loop.move.group(sizes)
     if loop.move.kind == "reduce-scatter":  # the weight's columns (or x's rows) are cut, each piece in halves
         pieces = len(list(sends("reduce-scatter", loop.move.axes, sizes, 2 ** len(AXES), ways))) + 2

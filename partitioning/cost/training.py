@@ -30,9 +30,10 @@ from toruslab.partitioning.cost.sizes import PassSizes, matmuls
 from toruslab.partitioning.cost.traffic import CollectiveCost, coefficients, collective_rate, splits
 from toruslab.partitioning.layouts.layout import axes_of, entries
 from toruslab.partitioning.layouts.ownership import owned
-from toruslab.partitioning.plan.plan import Planned, letters, parameters, plan
+from toruslab.partitioning.plan.plan import Planned, plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.plan.scopes import of_a_layer
+from toruslab.partitioning.plan.tensors import letters, parameters
 from toruslab.partitioning.torus.calibrated import Machine
 from toruslab.partitioning.torus.chip import Chip, chip
 from toruslab.partitioning.torus.mesh import AXES, Slice
@@ -93,7 +94,7 @@ def _from_data_sheet(point: Point, chip_: Chip, constants: Constants | None, ove
     def seconds(p: Planned) -> float:
         one_way = of_a_layer(p.scope) and _is_weight(p) and overlap
         per_byte, hops = collective_rate(p.kind, p.axes, mesh, slice_, chip_, ways=layout.rings, one_way=one_way)
-        start = 0.0 if p.rides else c["collective_s"] + hops * c["hop_s"]
+        start = 0.0 if p.fused else c["collective_s"] + hops * c["hop_s"]
         return p.bytes * per_byte / c["link_efficiency"] + start
 
     planned = plan(layout, config, point.pass_, mesh)
@@ -257,7 +258,7 @@ def _is_weight(c: Planned | CollectiveCost) -> bool:
 def _measured_s(p: Planned, machine: Machine, mesh: Sequence[int]) -> float:
     """Seconds of one execution, from a calibration. The plan does not say along which dimension it gathers: columns are
     assumed."""
-    if p.rides:
+    if p.fused:
         return 0.0
     k = math.prod(mesh[AXES.index(a)] for a in p.axes)
     at = "rows" if p.kind == "all-reduce" else "columns"

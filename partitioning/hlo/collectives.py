@@ -14,27 +14,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, get_args
 
-from toruslab.partitioning.hlo.cycles import Copy, Cycles, async_key, copies, cycles_meanwhile, estimated_cycles, feeds
-from toruslab.partitioning.hlo.groups import mesh_axes, replica_groups
+from toruslab.partitioning.hlo.cycles import async_key, feeds
+from toruslab.partitioning.hlo.groups import mesh_axes
 from toruslab.partitioning.hlo.loops import SAME, Frame, Place, walk
-from toruslab.partitioning.hlo.text import HloError, Instruction, Module, Shape, parse
+from toruslab.partitioning.hlo.text import ArrayShape, HloError, Instruction, Module, parse
 
-__all__ = [
-    "Collective",
-    "Copy",
-    "Cycles",
-    "HloError",
-    "Kind",
-    "Module",
-    "copies",
-    "cycles_meanwhile",
-    "estimated_cycles",
-    "parse",
-    "read",
-    "replica_groups",
-]
-
-Kind = Literal[
+CompiledKind = Literal[
     "all-gather",
     "reduce-scatter",
     "all-reduce",
@@ -43,7 +28,7 @@ Kind = Literal[
     "collective-broadcast",
     "ragged-all-to-all",
 ]
-_KINDS = get_args(Kind)
+_KINDS = get_args(CompiledKind)
 _LIKE_ONE = re.compile(r"all-|reduce-scatter|collective|ragged-all|send$|recv$")
 _LIKE_ONE_CALL = re.compile(r"all.?gather|all.?reduce|reduce.?scatter|all.?to.?all|collective", re.IGNORECASE)
 _ASYNC_MARKS = ("AsyncCollectiveStart", "AsyncCollectiveDone")
@@ -55,7 +40,7 @@ _NARROW = {"bf16", "f16"}
 class Collective:
     """One collective of the program. One that the compiler merged out of several is several: one for each tensor."""
 
-    kind: Kind
+    kind: CompiledKind
     axes: tuple[str, ...]  # mesh axes of size > 1 that it runs over, in mesh order; a permute's: where any pair differs
     bytes: int  # what ONE chip must receive in one execution, rounded up; padding that the compiler added moves too
     dtype: str  # what moves
@@ -76,7 +61,7 @@ class Collective:
     @property
     def logical_bytes(self) -> int:
         """`bytes`, had the collective run in `logical_dtype`."""
-        logical, real = (Shape(dtype=d, dims=(8,)).n_bytes(self.line) for d in (self.logical_dtype, self.dtype))
+        logical, real = (ArrayShape(dtype=d, dims=(8,)).n_bytes(self.line) for d in (self.logical_dtype, self.dtype))
         return -(-self.bytes * logical // real)
 
 

@@ -38,7 +38,7 @@ class HloError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class ArrayShape:
     """One array: dtype as HLO spells it, dims in elements, the layout's text (`1,0:T(8,128)(2,1)S(1)`)."""
 
     dtype: str
@@ -77,7 +77,7 @@ class Instruction:
     is_root: bool
 
     @cached_property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[ArrayShape, ...]:
         """The arrays of the result; a tuple's leaves in order."""
         return tuple(_shape(m, self.line) for m in _LEAF.finditer(self.shape_text))
 
@@ -202,12 +202,12 @@ class Module:
         return self.computations[name]
 
 
-def _shape(found: re.Match[str], line: int) -> Shape:
+def _shape(found: re.Match[str], line: int) -> ArrayShape:
     try:
         dims = tuple(int(d.strip().lstrip("<=")) for d in found[2].split(",") if d.strip())
     except ValueError as error:
         raise HloError(line, f"shape {found[0]!r} has a size that is no number") from error
-    return Shape(dtype=found[1], dims=dims, layout=found[3] or "")
+    return ArrayShape(dtype=found[1], dims=dims, layout=found[3] or "")
 
 
 def _split(text: str, line: int) -> list[str]:

@@ -20,7 +20,7 @@ from toruslab.partitioning.torus.mesh import AXES
 
 LANES, SUBLANES, INT8_SUBLANES = 128, 8, 32
 """A TPU's tile: columns and rows; rows of int8."""
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
+MoveKind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "slice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Move:
         target: the dimension that is scattered, sliced, or that an all-to-all gives the axes to; -1: none.
     """
 
-    kind: Kind
+    kind: MoveKind
     axes: Axes
     source: int
     target: int
@@ -90,7 +90,7 @@ def classify(src: P, dst: P) -> Move:
     tails = all(b[: len(a)] == a[: len(b)] for b, a in zip(before, after, strict=True))
     in_order = tuple(a for a in AXES if a in partial)
 
-    def move(kind: Kind, axes: Axes, source: int = -1, target: int = -1) -> Move:
+    def move(kind: MoveKind, axes: Axes, source: int = -1, target: int = -1) -> Move:
         return Move(kind=kind, axes=axes, source=source, target=target, src=src, dst=dst)
 
     if tails and dst.unreduced <= src.unreduced and len(lost) <= 1 and len(gained) <= 1:
@@ -221,7 +221,7 @@ def _all_to_all(move: Move, shard: jax.Array) -> jax.Array:
     return lax.all_to_all(shard, move.axes, split_axis=move.target, concat_axis=move.source, tiled=True)
 
 
-_RUN: dict[Kind, Callable[[Move, jax.Array], jax.Array]] = {
+_RUN: dict[MoveKind, Callable[[Move, jax.Array], jax.Array]] = {
     "all-gather": _all_gather,
     "reduce-scatter": _reduce_scatter,
     "all-reduce": _all_reduce,

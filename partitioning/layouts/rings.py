@@ -18,7 +18,7 @@ one axis of the mesh. The bytes are always those of the one collective.
 A send and the matmul beside it do not depend on each other. What has arrived is sent on only when the shard before it
 has been multiplied, so that no more than two shards stand in memory beside the chip's own (and those of outer rings).
 
-Decides how a ring runs and what it sends. Which moves run so is the layout's (`Layout.rings`) and `loops`'.
+Decides how a ring runs and what it sends. Which moves run so is the layout's (`Layout.rings`) and `looped_steps`'.
 """
 
 import functools
@@ -36,13 +36,11 @@ from toruslab.partitioning.layouts.moves import Move, moves, on_a_chip
 from toruslab.partitioning.layouts.precision import exact
 from toruslab.partitioning.layouts.variants import LOOPED
 
-Side = Literal["x", "w", "out"]
-"""What is on its way: the rows' side of a matmul x @ w, the weight, or the sums that come out."""
-Step = Callable[[jax.Array | None, jax.Array, jax.Array | int, int], jax.Array]
+OnArrival = Callable[[jax.Array | None, jax.Array, jax.Array | int, int], jax.Array]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ring:
+class RingMatmul:
     """A collective of a matmul [t, n] @ [n, m], looped.
 
     Args:
@@ -53,7 +51,7 @@ class Ring:
         scopes: names for the sends and for the matmuls, as `jax.named_scope`s.
     """
 
-    side: Side
+    side: Literal["x", "w", "out"]
     dim: int
     axes: Axes
     ways: int
@@ -66,7 +64,7 @@ class Ring:
         return gather_matmul(x, w, self)
 
 
-def gather_matmul(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
+def gather_matmul(x: jax.Array, w: jax.Array, ring: RingMatmul) -> jax.Array:
     """`x @ w`, one of the two gathered over `ring.axes` along `ring.dim`: its shards come by, one after the other.
 
     A shard of the contracted dimension (x along 1, w along 0) is multiplied with the part of the other side that it
@@ -95,7 +93,7 @@ def gather_matmul(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
     return _fold(step, None, x if ring.side == "x" else w, ring, ring.axes).astype(x.dtype)
 
 
-def matmul_scatter(x: jax.Array, w: jax.Array, ring: Ring) -> jax.Array:
+def matmul_scatter(x: jax.Array, w: jax.Array, ring: RingMatmul) -> jax.Array:
     """The chip's part, along `ring.dim`, of `x @ w` summed over `ring.axes`.
 
     The sum for a chip starts at its neighbour and gathers terms on its way all round; each chip works out its term
@@ -132,14 +130,16 @@ def _part(array: jax.Array, *, index: jax.Array | int, offset: int, n: int, widt
     return lax.slice_in_dim(part, offset, offset + width, axis=0)
 
 
-def _send(array: jax.Array, axis: str, by: int, ring: Ring) -> jax.Array:
+def _send(array: jax.Array, axis: str, by: int, ring: RingMatmul) -> jax.Array:
     """What the chip `by` places before this one holds."""
     k = lax.axis_size(axis)
     with jax.named_scope(ring.scopes[0]):
         return lax.ppermute(array, axis, [(i, (i + by) % k) for i in range(k)])
 
 
-def _fold(step: Step, acc: jax.Array | None, shard: jax.Array, ring: Ring, axes: Axes, offset: int = 0, index=0):
+def _fold(
+    step: OnArrival, acc: jax.Array | None, shard: jax.Array, ring: RingMatmul, axes: Axes, offset: int = 0, index=0
+):
     """`step(acc, shard, index, offset)` for every shard of the group, the chip's own first, in the order of arrival.
 
     `index`: whose shard it is, row-major over `ring.axes`; `offset`: where in that shard a part of it begins.
@@ -174,7 +174,9 @@ def _fold(step: Step, acc: jax.Array | None, shard: jax.Array, ring: Ring, axes:
     return acc
 
 
-def _sum(x: jax.Array, product: Callable, ring: Ring, axes: Axes, span: tuple[int, int], index: jax.Array | int = 0):
+def _sum(
+    x: jax.Array, product: Callable, ring: RingMatmul, axes: Axes, span: tuple[int, int], index: jax.Array | int = 0
+):
     """This chip's part of the sums over `axes`; `product(x, index, *span)` is its own term for chip `index`.
 
     `span`: where along the dimension it begins in that chip's part, and how long it is.
@@ -244,39 +246,39 @@ def sends(kind: str, axes: Axes, sizes: Mapping[str, int], n: int, ways: int) ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
-    """A move that a layout loops with a matmul: step `rung` of ladder `name`."""
+class LoopedStep:
+    """A move that a layout loops with a matmul: step `step` of ladder `name`."""
 
     name: str
-    rung: int
+    step: int
     move: Move
 
 
 @functools.lru_cache(maxsize=4096)
-def loops(layout: Layout) -> Mapping[str, Loop]:
+def looped_steps(layout: Layout) -> Mapping[str, LoopedStep]:
     """What comes out of a matmul -> the move that the layout loops with it; see `variants.LOOPED`.
 
     A gather is looped if it is the last step of its ladder, a reduce-scatter if it is the first.
     """
-    found: dict[str, Loop] = {}
+    found: dict[str, LoopedStep] = {}
     for target, names in LOOPED.items() if layout.rings else ():
         for name in names:
             steps = moves(getattr(layout, name))
-            rung, wanted = (0, "reduce-scatter") if name == target else (len(steps) - 1, "all-gather")
-            if target not in found and steps and steps[rung].kind == wanted:
-                found[target] = Loop(name=name, rung=rung, move=steps[rung])
+            at, wanted = (0, "reduce-scatter") if name == target else (len(steps) - 1, "all-gather")
+            if target not in found and steps and steps[at].kind == wanted:
+                found[target] = LoopedStep(name=name, step=at, move=steps[at])
     return found
 
 
 def before(layout: Layout, name: str) -> Ladder:
     """What a tensor follows before its matmul: its ladder, without a last step that is looped."""
-    looped = any(loop.name == name for loop in loops(layout).values())
+    looped = any(loop.name == name for loop in looped_steps(layout).values())
     return getattr(layout, name)[:-1] if looped else getattr(layout, name)
 
 
 def after(layout: Layout, name: str) -> Ladder:
     """What follows on the matmul that makes a tensor: its ladder, without a first step that is looped."""
-    loop = loops(layout).get(name)
+    loop = looped_steps(layout).get(name)
     return getattr(layout, name)[1:] if loop and loop.name == name else getattr(layout, name)
 
 
@@ -285,14 +287,14 @@ def multiply(x: jax.Array, w: jax.Array, layout: Layout, names: tuple[str, str, 
 
     Args:
         x: [T, n] where `before(layout, names[0])` ends; w: [n, m] where `before(layout, names[1])` does.
-        names: of the ladders of x, of w and of what comes out, which must be one of `loops(layout)`.
+        names: of the ladders of x, of w and of what comes out, which must be one of `looped_steps(layout)`.
 
     Returns:
         [T, m] where `after(layout, names[2])` begins.
     """
-    loop = loops(layout)[names[2]]
+    loop = looped_steps(layout)[names[2]]
     gathers = loop.move.kind == "all-gather"
-    ring = Ring(
+    ring = RingMatmul(
         side=("x", "w", "out")[names.index(loop.name)],
         dim=loop.move.source if gathers else loop.move.target,
         axes=loop.move.axes,

@@ -13,23 +13,18 @@ from typing import Any, Literal
 
 from jax.sharding import PartitionSpec as P
 
+from toruslab.partitioning.layouts.catalogue import LAYOUTS, Maker, around_attention, kv_axes, ws1d, ws2d
 from toruslab.partitioning.layouts.layout import (
     ATTENTIONS,
-    LAYOUTS,
     WEIGHTS,
     ZY,
     Attention,
     Axes,
     Ladder,
     Layout,
-    Maker,
     NoAxisLeft,
-    around_attention,
     axes_of,
     entries,
-    kv_axes,
-    ws1d,
-    ws2d,
 )
 from toruslab.partitioning.torus.mesh import Shape
 

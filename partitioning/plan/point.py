@@ -14,7 +14,8 @@ from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, Training, check
+from toruslab.partitioning.plan.passes import Pass, Training
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.chip import PLATFORMS, chip
 from toruslab.partitioning.torus.links import rate, segments
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
@@ -40,7 +41,7 @@ class Point:
         weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
         mesh: extents of the mesh where they differ from the slice's.
         accumulate: parts of a training step's batch, one after the other.
-        remat: what a training step works out again for its gradient, see `partitioning.plan.plan.REMAT`.
+        remat: what a training step works out again for its gradient, see `partitioning.plan.passes.REMAT`.
         cache: `int8`, with a scale for each position, where the KV cache is not of the activations' dtype.
         steps_per_call: decode steps in one call of the program; the first has `context`, each later one a token more.
             Whatever is said of the point (seconds, bytes, counts) is of one step, the mean of the call's.

@@ -15,36 +15,6 @@ import numpy as np
 Number: TypeAlias = Any  # a number or an array of them: an array among the arguments makes the answer one
 
 
-def all_gather_s(D_bytes: Number, K: Number, bw: Number) -> Number:
-    """Seconds of an all-gather over K chips: D/bw (K-1)/K [appendix A.1].
-
-    Args:
-        D_bytes: bytes of the output on one chip.
-        K: chips in the group.
-        bw: bytes per second into one chip.
-
-    Example:
-        >>> all_gather_s(270e9, 4, 270e9)
-        0.75
-    """
-    return D_bytes / bw * (K - 1) / K
-
-
-def reduce_scatter_s(D_bytes: Number, K: Number, bw: Number) -> Number:
-    """Seconds of a reduce-scatter over K chips: as `all_gather_s`, D being the input on one chip [appendix A.1]."""
-    return all_gather_s(D_bytes, K, bw)
-
-
-def all_reduce_s(D_bytes: Number, K: Number, bw: Number) -> Number:
-    """Seconds of an all-reduce over K chips: a reduce-scatter, then an all-gather [appendix A.1]."""
-    return reduce_scatter_s(D_bytes, K, bw) + all_gather_s(D_bytes, K, bw)
-
-
-def seconds(volume_elements: Number, bw: Number, bytes_per_element: Number = 2) -> Number:
-    """Seconds to move a volume of elements (bf16 unless said otherwise)."""
-    return volume_elements * bytes_per_element / bw
-
-
 def ws1d_volume(B: Number, L: Number, E: Number) -> Number:
     """Elements of 1D weight-stationary: 2BLE, however many chips there are [section 3.2.1]."""
     return 2 * B * L * E
@@ -60,40 +30,6 @@ def ws2d_volume(B: Number, L: Number, E: Number, F: Number, X: Number, YZ: Numbe
     return 2 * B * L * (E / X + F / YZ)
 
 
-def ws2d_best_X(n: Number, E: Number, F: Number) -> Number:
-    """The X that makes `ws2d_volume` smallest for n = X YZ chips: sqrt(n E/F).
-
-    At F = 4E this is the paper's 0.5 sqrt(n), and YZ = 2 sqrt(n) [appendix A.2.1]. Not rounded to a legal mesh.
-
-    Example:
-        >>> float(ws2d_best_X(64, 16384, 65536))
-        4.0
-    """
-    return np.sqrt(n * E / F)
-
-
-def ws2d_best_volume(B: Number, L: Number, E: Number, F: Number, n: Number) -> Number:
-    """Elements of 2D weight-stationary at `ws2d_best_X`: 4BL sqrt(EF/n), which is 8BLE/sqrt(n) at F = 4E."""
-    return 4 * B * L * np.sqrt(E * F / n)
-
-
-def ws2d_beats_ws1d(n: Number, E: Number, F: Number) -> Number:
-    """Whether 2D at its best X moves less than 1D, as the formulas give it: n > 4F/E.
-
-    The paper states sqrt(n) > F/E (`ws2d_beats_ws1d_as_printed`), which is the same only at F = 4E.
-
-    Example:
-        >>> bool(ws2d_beats_ws1d(32, 1, 4)), bool(ws2d_beats_ws1d(16, 1, 4))
-        (True, False)
-    """
-    return n > 4 * F / E
-
-
-def ws2d_beats_ws1d_as_printed(n: Number, E: Number, F: Number) -> Number:
-    """The same condition as the paper prints it: sqrt(n) > F/E [section 3.2.2]."""
-    return np.sqrt(n) > F / E
-
-
 def wg_volume(B: Number, L: Number, E: Number, F: Number, n: Number, N: Number) -> Number:
     """Elements of weight-gathered over N of n chips: 2EFN/n for weights, 2BLE/N for activations [section 3.2.3].
 
@@ -104,16 +40,6 @@ def wg_volume(B: Number, L: Number, E: Number, F: Number, n: Number, N: Number) 
         4294967296.0
     """
     return 2 * E * F * N / n + _moved(n, N) * 2 * B * L * E / N
-
-
-def wg_best_N(B: Number, L: Number, F: Number, n: Number) -> Number:
-    """The N that makes `wg_volume` smallest: sqrt(BLn/F) [appendix A.2.2]. Not rounded or kept within 1..n."""
-    return np.sqrt(B * L * n / F)
-
-
-def wg_best_volume(B: Number, L: Number, E: Number, F: Number, n: Number) -> Number:
-    """Elements of weight-gathered at `wg_best_N`: 4E sqrt(BLF)/sqrt(n) [appendix A.2.2]."""
-    return 4 * E * np.sqrt(B * L * F / n)
 
 
 def ws2d_to_wg_tokens(E: Number, F: Number, X: Number, YZ: Number, N: Number) -> Number:

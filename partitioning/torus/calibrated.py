@@ -1,8 +1,8 @@
-"""A machine as `toruslab calibrate` measured it: seconds of the decoder's building blocks, read off between samples.
+"""A machine as `toruslab calibrate` measured it: seconds of the decoder's building blocks, interpolated between samples.
 
-Decides how samples become seconds for sizes that were not measured. How they are taken is `benchmarks.calibrate`'s,
-which of them a pass needs `partitioning.cost.measured`'s. Everything was measured with all devices of the machine at
-once; fake devices share the cores, so that the work of all of them adds up (`shared`). Imports no JAX.
+This file turns samples into seconds for sizes that were not measured. `benchmarks.calibrate` takes the samples, and
+`partitioning.cost.measured` knows which of them a pass needs. Everything was measured with all devices of the machine at
+once. Fake devices share the cores, so the work of all of them adds up (`shared`). Imports no JAX.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 DIMENSIONS = ("rows", "columns")
+"""What a collective gathers or scatters of a tensor."""
 NARROW = 512
-"""Columns of the collectives that were measured for all sizes."""
+"""Columns of the tensors on which collectives of all sizes were measured."""
 SOFT = 0.2
-"""Relative residual from which a fit's loss turns from quadratic to linear."""
+"""Relative residual at which the loss of a fit turns from quadratic to linear."""
 NEAR = 2**20
-"""Elements of a KV cache beyond which each costs something else: fitted apart."""
+"""Elements of a KV cache that fit a processor's own cache. Elements beyond them have a coefficient of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,12 @@ class Sample:
         what: the micro-benchmark: `matmul`, `stack`, `copy`, `attention`, `norm`, `activation`, `rope`, `dispatch`, or
             a kind of collective.
         dtype: `f32`, `bf16`, `int8`.
-        sizes: what it was run on, by name; per device.
-        axes, at: of a collective: mesh axes, and whether `rows` or `columns` are gathered or scattered.
-        seconds: median; `low_s`, `high_s`: quartiles; `repeats` of them.
+        sizes: by name, per device.
+        axes, at: mesh axes of a collective, and whether it gathers or scatters `rows` or `columns`.
+        seconds, low_s, high_s: median and quartiles of `repeats` executions.
+
+    Raises:
+        ValueError: an entry that is no number of seconds, no size, or no place.
     """
 
     what: str
@@ -49,8 +53,9 @@ class Sample:
 
     @property
     def cost_s(self) -> float:
-        """What a pass is charged: the first quartile, as other programs on the machine only ever add to a time, but at
-        least half of the median, as little may be left of a difference."""
+        """Seconds that a pass is charged: the first quartile, because other programs on the machine only add to a time.
+
+        At least half of the median, because of a difference of two times little may be left."""
         return max(self.low_s, self.seconds / 2, 1e-9)
 
     def __post_init__(self):
@@ -67,7 +72,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """`fixed_s + sum of s_per[name] x size`, fitted to samples; `residuals` are fitted over measured, less 1."""
+    """Seconds = `fixed_s` + the sum of `s_per[name]` x size. `residuals`: fitted over measured, minus 1, by sample."""
 
     fixed_s: float
     s_per: Mapping[str, float] = field(hash=False)
@@ -80,7 +85,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CollectiveTimes:
-    """Seconds of a collective over bytes received, for tensors of so many columns."""
+    """Seconds of a collective over bytes received, for one group of axes and tensors of one width."""
 
     axes: str
     n_group: int
@@ -94,10 +99,10 @@ class Machine:
     """The samples of one calibration.
 
     Args:
-        n_devices: that ran at once.
-        shared: whether they share the cores of the host (fake CPU devices): then everything takes in proportion to the
-            number of devices, as the work of all adds up.
-        mesh: extents over which the collectives were measured.
+        n_devices: number of devices that ran at once.
+        shared: whether they share the cores of the host (fake CPU devices). The work of all then adds up, so all times
+            are proportional to the number of devices.
+        mesh: extents of the mesh on which the collectives were measured.
         samples: what was measured.
     """
 
@@ -107,11 +112,11 @@ class Machine:
     samples: tuple[Sample, ...]
 
     def scale(self, n_devices: int) -> float:
-        """What seconds are multiplied by for another number of devices."""
+        """The factor on all seconds for another number of devices."""
         return n_devices / self.n_devices if self.shared else 1.0
 
     def of(self, what: str, dtype: str) -> list[Sample]:
-        """Samples of a micro-benchmark.
+        """The samples of a micro-benchmark.
 
         Raises:
             ValueError: there are none of this dtype.
@@ -120,8 +125,6 @@ class Machine:
         if not found:
             raise ValueError(f"the calibration has no {what} in {dtype}; run toruslab calibrate --dtypes {dtype}")
         return found
-
-    # ---- matmuls -------------------------------------------------------------------------------------------------
 
     def matmul_s(self, rows: Any, inner: Any, outer: Any, dtype: str) -> Any:
         """Seconds of a product [rows, inner] x [inner, outer] per device."""
@@ -133,31 +136,32 @@ class Machine:
 
     @functools.cached_property
     def _rates(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By dtype; filled on demand, as the samples of a dtype may be missing."""
+        """By dtype; filled on demand, because the samples of a dtype may be missing."""
         return {}
 
     def copy_s(self, n_bytes: Any, stack_bytes: Any, dtype: str) -> Any:
-        """Seconds to copy weights out of the stacked array, `n_bytes` of a stack of `stack_bytes` per device."""
+        """Seconds to copy a layer's weights, `n_bytes`, out of the array of all layers, `stack_bytes`; per device."""
         found = sorted(self.of("copy", dtype), key=lambda s: s.sizes["stack"])
         stacks = np.log([s.sizes["stack"] for s in found])
         rates = [s.cost_s / s.sizes["bytes"] for s in found]
         return n_bytes * np.interp(np.log(np.maximum(stack_bytes, 1)), stacks, rates)
 
-    # ---- collectives ---------------------------------------------------------------------------------------------
-
     def collective_s(self, kind: str, n_group: int, at: str, n_bytes: Any, columns: Any = 0, axes: str = "") -> Any:
-        """Seconds of a collective.
+        """Seconds of a collective, interpolated between sizes.
 
-        Read off between sizes that were measured over these axes, if more than two were, else over a group of as many
-        devices, else between the groups next in size.
+        The samples are those over the same axes, if there are more than two; else those of groups of as many devices;
+        else the two groups next in size, with an interpolation between them.
 
         Args:
-            kind: of `links.CollectiveKind`.
-            n_group: devices of the group.
-            at: what is gathered or scattered.
-            n_bytes: that every device receives.
-            columns: of the tensor where it is wider.
-            axes: of the group.
+            kind: one of `links.CollectiveKind`.
+            n_group: number of devices in the group.
+            at: what is gathered or scattered: `rows`, `columns`, or empty.
+            n_bytes: bytes that every device receives.
+            columns: width of the tensor; 0 where it does not matter.
+            axes: mesh axes of the group.
+
+        Raises:
+            ValueError: there is no sample of this kind.
         """
         curves = self._curves.get((kind, at), ())
         same = [c for c in curves if c.axes == axes and c.n_group == n_group and len(c.bytes) > 2]
@@ -170,15 +174,15 @@ class Machine:
         table = [_between_widths([c for c in curves if c.n_group == k], n_bytes, columns) for k in sizes]
         if len(sizes) == 1 or n_group < sizes[0]:
             return table[0] * max(1.0, n_group / sizes[0])
-        above = min(next((i for i, k in enumerate(sizes) if k > n_group), len(sizes) - 1), len(sizes) - 1)
-        low, high = sizes[above - 1], sizes[above]  # beyond the largest a straight line on
+        above = next((i for i, k in enumerate(sizes) if k > n_group), len(sizes) - 1)
+        low, high = sizes[above - 1], sizes[above]  # beyond the largest group the line goes on
         return np.maximum(
             table[above - 1] + (table[above] - table[above - 1]) * (n_group - low) / (high - low), table[above - 1]
         )
 
     @functools.cached_property
     def _curves(self) -> dict[tuple[str, str], tuple[CollectiveTimes, ...]]:
-        """By (kind, at): those of other tensors than a kind was measured on are its all."""
+        """By (kind, at). Where a kind was not measured `at` this place, all samples of the kind count."""
         kinds = {s.what for s in self.samples if s.axes}
         found = {}
         for kind, at in itertools.product(kinds, ("", *DIMENSIONS)):
@@ -186,22 +190,28 @@ class Machine:
             found[kind, at] = _curves_of([s for s in some if s.at == at] or some)
         return found
 
-    # ---- the rest ------------------------------------------------------------------------------------------------
-
     def elements_s(self, what: str, elements: Any, dtype: str) -> Any:
-        """Seconds of `norm`, `activation` or `rope` over so many elements per device, read off between sizes."""
+        """Seconds of `norm`, `activation` or `rope` over `elements` per device, interpolated between sizes."""
         found = sorted(self.of(what, dtype), key=lambda s: s.sizes["elements"])
         x, y = np.array([(s.sizes["elements"], s.cost_s) for s in found], float).T
         return _piecewise(x, y, elements)
 
     def attention_s(self, *, rows: Any, cache: Any, scores: Any, macs: Any, length: Any, dtype: str) -> Any:
-        """Seconds to write the cache and attend; decode steps and longer passes have a fit each."""
+        """Seconds to write the cache and attend, per device. Decode steps and longer passes have a fit each.
+
+        Args:
+            rows: sequences.
+            cache: elements of K and V that are read.
+            scores, macs: attention scores, and multiply-adds.
+            length: new tokens of a sequence.
+            dtype: of the activations.
+        """
         sizes = {"rows": rows, "cache": cache, "far": np.maximum(cache - NEAR, 0), "scores": scores, "macs": macs}
         decode, longer = self.attention_fits(dtype)
         return np.where(np.asarray(length) == 1, decode(**sizes), longer(**sizes))
 
     def attention_fits(self, dtype: str) -> tuple[Fit, Fit]:
-        """Of decode steps, and of longer passes. `far` is what of the cache no processor's own cache holds."""
+        """The fits of decode steps and of longer passes. Their size `far` is the part of the cache beyond `NEAR`."""
         if dtype not in self._attention:
             found = self.of("attention", dtype)
             steps = [s for s in found if s.sizes["length"] == 1]
@@ -215,19 +225,19 @@ class Machine:
         return {}
 
     def collective_fit(self, kind: str, axes: str, at: str) -> Fit:
-        """Fixed seconds and seconds per byte of a collective: what the report shows beside the samples."""
+        """Fixed seconds and seconds per byte of a collective, for the tables: passes are priced from the samples."""
         found = [s for s in self.samples if s.what == kind and s.axes == axes and s.at == at and _width(s) == NARROW]
         return fit([{"bytes": s.sizes["bytes"]} for s in found], [s.cost_s for s in found])
 
     def collectives(self) -> list[tuple[str, str, str]]:
-        """(kind, axes, at) of what was measured."""
+        """The measured collectives as (kind, axes, at)."""
         return sorted({(s.what, s.axes, s.at) for s in self.samples if s.axes})
 
 
 def fit(sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Fit:
-    """Least squares of the relative residuals under a soft-L1 loss, so that one disturbed sample does not bend it.
+    """Least squares of the relative residuals under a soft-L1 loss, so that one disturbed sample does not bend the fit.
 
-    No coefficient is below zero: those that would be are left out.
+    No coefficient is negative: sizes whose coefficient would be are left out.
     """
     names = [k for k in sizes[0] if len({s[k] for s in sizes}) > 1]
     y = np.asarray(seconds, float)
@@ -242,7 +252,7 @@ def fit(sizes: Sequence[Mapping[str, int]], seconds: Sequence[float]) -> Fit:
 
 
 def _not_negative(columns: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """x >= 0 with the least weighted squares of `columns @ x - 1`."""
+    """The x >= 0 that minimises the weighted squares of `columns @ x - 1`."""
     scale = np.abs(columns).max(axis=0)
     scale[scale == 0] = 1.0
     kept = list(range(columns.shape[1]))
@@ -257,13 +267,14 @@ def _not_negative(columns: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _width(sample: Sample) -> int:
-    """Columns of a collective's tensor; small messages, of one row, belong to the narrowest."""
+    """Columns of a collective's tensor; small messages, which have one row, count as the narrowest."""
     return max(sample.sizes["columns"], NARROW)
 
 
 def _between_widths(curves: Sequence[CollectiveTimes], n_bytes: Any, columns: Any) -> Any:
-    """The mean of curves of one width, and between two widths a share of each, by logarithm. Where the wider were not
-    measured (small messages) the narrower count."""
+    """The mean of the curves of one width; between two widths an interpolation by the logarithm of the width.
+
+    Messages smaller than any that was measured at the wider one take the narrower."""
     widths = sorted({c.columns for c in curves})
     n_bytes = np.asarray(n_bytes, float)
     by_width = []
@@ -280,7 +291,7 @@ def _between_widths(curves: Sequence[CollectiveTimes], n_bytes: Any, columns: An
 
 
 def _curves_of(samples: Sequence[Sample]) -> tuple[CollectiveTimes, ...]:
-    """One for each group of axes and width."""
+    """One for each group of axes and each width."""
     curves: dict[tuple, list[Sample]] = {}
     for s in sorted(samples, key=lambda s: s.sizes["bytes"]):
         curves.setdefault((s.axes, s.sizes["group"], _width(s)), []).append(s)
@@ -302,7 +313,7 @@ def _attention_fit(samples: Sequence[Sample]) -> Fit:
 
 
 def _rates(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logarithms of rows, of weights, and of the seconds per multiply-add [rows, weights]."""
+    """Logarithms of the numbers of rows, of weights, and of the seconds per multiply-add [rows, weights]."""
     found = {(s.sizes["rows"], s.sizes["inner"] * s.sizes["outer"]): s for s in samples}
     rows, weights = (sorted({key[i] for key in found}) for i in (0, 1))
     table = [[_rate_of(found, r, w, weights) for w in weights] for r in rows]
@@ -310,7 +321,7 @@ def _rates(samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def _rate_of(found: Mapping[tuple[int, int], Sample], r: int, w: int, weights: Sequence[int]) -> float:
-    """The sample's seconds per multiply-add; where there is none, that of the nearest sample of as many rows."""
+    """Seconds per multiply-add of the sample, or of the sample of as many rows that is nearest in weights."""
     if (r, w) in found:
         return found[r, w].cost_s / (r * w)
     near = min((v for v in weights if (r, v) in found), key=lambda v: abs(math.log(v / w)))
@@ -318,7 +329,7 @@ def _rate_of(found: Mapping[tuple[int, int], Sample], r: int, w: int, weights: S
 
 
 def _bilinear(x: np.ndarray, y: np.ndarray, table: np.ndarray, at_x: Any, at_y: Any) -> Any:
-    """`table` [x, y] between its knots; beyond them the value at the border."""
+    """Interpolates `table` [x, y] between its knots; beyond them the value at the border."""
 
     def place(knots: np.ndarray, value: Any):
         if len(knots) == 1:
@@ -335,7 +346,7 @@ def _bilinear(x: np.ndarray, y: np.ndarray, table: np.ndarray, at_x: Any, at_y: 
 
 
 def _piecewise(x: np.ndarray, y: np.ndarray, at: Any) -> Any:
-    """Straight lines between the samples, and on beyond the last; below the first its own value."""
+    """Straight lines between the samples. Beyond the last the line goes on; below the first its value holds."""
     at = np.asarray(at, float)
     if len(x) == 1:
         return y[0] * np.maximum(at / x[0], 1)
@@ -347,7 +358,7 @@ def machine_from(table: Mapping[str, Any]) -> Machine:
     """A machine from the `machine` table of a chip file.
 
     Raises:
-        ValueError: which entry is wrong.
+        ValueError: an entry that is wrong, by name.
     """
     names = {f.name: f for f in dataclasses.fields(Sample)}
     samples = []

@@ -1,8 +1,8 @@
-"""What a chip is: its rates, its memory and its links, every figure with its source.
+"""A chip: its rates, its memory and its links, every figure with its source; which slices of it are legal.
 
-Decides the figures' names, what makes a slice of such chips legal, and how a chip's name or file is found. The
-figures themselves are in `torus/chips/`, one TOML file per chip that a user can copy and name by its path.
-Leaves to others how fast a collective (`partitioning.torus.links`) or a whole step is on it. Imports no JAX.
+The figures are in `torus/chips/`, one TOML file per chip. To describe a chip of your own, copy one and name it by its
+path. How fast a collective is on a chip is in `partitioning.torus.links`, how fast a pass is in `partitioning.cost`.
+Imports no JAX.
 """
 
 import difflib
@@ -23,12 +23,12 @@ _FIGURES = ("hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "n_links", "toru
 _FIGURES += ("max_chips",)
 _OPTIONAL = ("clock_hz",)
 FITTED = ("matmul_efficiency", "hbm_efficiency", "link_efficiency", "collective_s", "hop_s")
-"""The constants of `partitioning.cost.forward` that are fitted to measurements; a chip has all of them or none."""
+"""The constants of `partitioning.cost.forward` that are fitted to measurements. A chip has all of them or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherFigure:
-    """What another source says of one of a chip's figures."""
+    """What another source says about one of a chip's figures."""
 
     field: str
     value: Any
@@ -41,20 +41,20 @@ class Chip:
 
     Args:
         name: as in `v4:4x4x4`.
-        peak_flops_per_s: dense multiply-adds count two, by dtype (`bf16`, `int8`, `f32`, ...).
+        peak_flops_per_s: dense FLOP/s by dtype (`bf16`, `int8`, `f32`, ...); a multiply-add counts two.
         hbm_bytes, hbm_bytes_per_s: memory of one chip and its bandwidth.
-        link_bytes_per_s: one link, one way.
+        link_bytes_per_s: bandwidth of one link, one way.
         n_links: links of one chip; a torus has two per axis.
-        torus_axes: 3 or 2; 0 when the chips hang on a switch.
+        torus_axes: 3, 2 or 1; 0 where the chips are joined by a switch.
         wrap: which axes close to rings: `cubes_of_4` (all, when the slice is made of whole 4x4x4 cubes),
             `axis_of_16` (an axis of exactly 16), `none`, or `switch`.
         hop_s: latency of a message from a chip to its neighbour.
         max_dims, max_chips: the largest slice, per axis and in all.
-        clock_hz: matrix unit's clock, where it can be derived; else None.
+        clock_hz: clock of the matrix units, where it can be derived; else None.
         fitted: constants that were fitted to measurements, by name.
-        machine: what `toruslab calibrate` measured; prices passes instead of the figures above.
-        sources: for each figure (dotted for tables: `peak_flops_per_s.bf16`) where it is from;
-            for a fitted constant, which points it was fitted on.
+        machine: what `toruslab calibrate` measured. It prices passes instead of the figures above.
+        sources: the source of each figure (dotted for tables: `peak_flops_per_s.bf16`); of a fitted constant, the
+            points that it was fitted on.
         others: figures on which other sources differ.
 
     Raises:
@@ -85,13 +85,13 @@ class Chip:
         if self.clock_hz is not None:
             figures["clock_hz"] = self.clock_hz
         for key, value in figures.items():
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            if not _is_number(value) or value == 0:
                 raise ValueError(f"{self.name}: {key}={value!r} must be a positive number")
         if self.fitted and set(self.fitted) != set(FITTED):
             raise ValueError(f"{self.name}: fitted must hold all of {', '.join(FITTED)}, or nothing")
         for key, value in self.fitted.items():
             least = 0.0 if key.endswith("_s") else 1e-3
-            if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
+            if not _is_number(value, least):
                 raise ValueError(f"{self.name}: fitted.{key}={value!r} must be a number of at least {least}")
         if "bf16" not in self.peak_flops_per_s and "f32" not in self.peak_flops_per_s:
             raise ValueError(f"{self.name}: peak_flops_per_s must have bf16 or f32")
@@ -124,10 +124,10 @@ class Chip:
         return self.peak_flops_per_s[dtype]
 
     def check_slice(self, dims: Sequence[int]) -> None:
-        """Accept the extents of a slice, in any order of the axes, or say which rule they break.
+        """Accepts the extents of a slice, in any order of the axes, or says which rule they break.
 
         Args:
-            dims: chips along each axis; axes of 1 may be given or left out.
+            dims: number of chips along each axis; axes of 1 may be given or left out.
 
         Raises:
             ValueError: too many axes, an axis or a slice too long, or a slice that is neither whole 4x4x4 cubes
@@ -165,13 +165,13 @@ class Chip:
 
 
 def names() -> tuple[str, ...]:
-    """Names of the chips that come with the package, in alphabetical order."""
+    """The names of the chips that come with the package, in alphabetical order."""
     files = resources.files("toruslab.partitioning.torus").joinpath("chips").iterdir()
     return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
 
 
 def chip(name_or_path: str | Path) -> Chip:
-    """The chip of this name, or the one that a TOML file describes.
+    """The chip with this name, or the one that a TOML file describes.
 
     Args:
         name_or_path: a name in `names()`, or a path that ends in `.toml` (copy one of `torus/chips/` to start from).
@@ -195,7 +195,7 @@ def chip(name_or_path: str | Path) -> Chip:
 
 @functools.lru_cache(maxsize=64)
 def _read(text: str, changed: int) -> Chip:
-    """A file's chip, read once for each time that the file `changed`."""
+    """The chip of a file that was last `changed` at this time, so that an edited file is read again."""
     del changed
     return _parse(Path(text).read_text(encoding="utf-8"), text)
 
@@ -213,6 +213,10 @@ def _catalogued(name: str) -> Chip:
         raise ValueError(f"chip={name!r} is not known: {hint}known are {', '.join(names())}, or a path to a .toml file")
     file = resources.files("toruslab.partitioning.torus").joinpath("chips", f"{name}.toml")
     return _parse(file.read_text(encoding="utf-8"), f"{name}.toml")
+
+
+def _is_number(value: object, least: float = 0.0) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < math.inf
 
 
 def _parse(text: str, where: str) -> Chip:

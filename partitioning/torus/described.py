@@ -1,7 +1,7 @@
-"""What a program is compiled for: devices that are here, or TPUs that are not.
+"""The devices that a program is compiled for: attached ones, or TPUs that exist only as a description.
 
-Decides which mesh of devices a point compiles on. libtpu holds the real TPU compiler, which needs a description of the
-slice only; nothing that is compiled so can run here.
+libtpu contains the real TPU compiler, and the compiler needs no more than a description of the slice. A program that was
+compiled for a described slice cannot run here.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ from toruslab.partitioning.torus.chip import PLATFORMS
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, attach, place_on_torus
 
 TPUS = {"v4": 2, "v5e": 1, "v5p": 2, "v6e": 1}
-"""Chips that libtpu describes, and the cores of each, which compile as one (megacore)."""
+"""Chips that libtpu describes -> number of cores. Two cores compile as one (megacore)."""
 HOST = (2, 2, 1)
-"""Chips of one host, where the slice has as many along an axis."""
+"""The chips of one host along each axis, if the slice has as many."""
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",  # no cloud machine to ask
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v4-8",  # of the host, which has none; else libtpu complains
+    "TPU_ACCELERATOR_TYPE": "v4-8",  # the host has no accelerator, but libtpu complains without a type
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -31,21 +31,21 @@ _ALONE = {
 
 
 class NoCompiler(ValueError):
-    """A chip that nothing here compiles for."""
+    """There is no compiler here for this chip."""
 
 
 def target(slice_: Slice, shape: Shape, *, explicit: bool = True, attached: bool = False) -> Mesh:
     """The mesh of devices to compile a program for.
 
     Args:
-        slice_: chip and torus. `cpu` and `gpu` are devices that are here; TPUs need not be.
+        slice_: chip and torus. `cpu` and `gpu` must be attached; TPUs need not be.
         shape: extents of the mesh.
         explicit: axes of Explicit type; Auto otherwise (for the layout `auto`).
-        attached: the TPUs that are here, and not a description of such.
+        attached: use attached TPUs instead of a description.
 
     Raises:
         NoCompiler: a chip that libtpu does not describe, or no libtpu.
-        ValueError: extents that no host has, or devices that are not here.
+        ValueError: extents that libtpu refuses, or devices that are not attached.
     """
     if slice_.chip in PLATFORMS or attached:
         return attach(shape, chip=slice_.chip, explicit=explicit)
@@ -55,10 +55,10 @@ def target(slice_: Slice, shape: Shape, *, explicit: bool = True, attached: bool
 
 
 def check(slice_: Slice) -> None:
-    """Refuses what cannot be compiled for here, without touching a backend.
+    """Refuses slices that nothing here compiles for, without touching a backend.
 
     Raises:
-        NoCompiler: which chip, and what to do.
+        NoCompiler: names the chip and says what to do.
     """
     if slice_.chip in PLATFORMS:
         return
@@ -78,7 +78,7 @@ def describe(slice_: Slice) -> list:
 
     Raises:
         NoCompiler: see `check`.
-        ValueError: what libtpu says against the slice.
+        ValueError: libtpu refuses the slice; the message is its own.
     """
     from jax.experimental import topologies
 
@@ -101,7 +101,7 @@ def describe(slice_: Slice) -> list:
 
 
 def mismatch() -> str | None:
-    """One sentence where libtpu is not of the version that JAX was released with; such pairs fail in odd ways."""
+    """A warning if libtpu is not the version that JAX was released with, else None. Such pairs fail in odd ways."""
     for requirement in importlib.metadata.requires("jax") or ():
         found = re.match(r"libtpu==(\S+?)\.\*;", requirement.replace(" ", ""))
         here = importlib.metadata.version("libtpu")
@@ -114,6 +114,6 @@ def mismatch() -> str | None:
 
 
 def versions(slice_: Slice) -> dict[str, str]:
-    """The versions that decide what is compiled."""
+    """The versions of the packages that decide what is compiled."""
     names = ["jax", "jaxlib", "flax"] + (["libtpu"] if slice_.chip in TPUS else [])
     return {name: importlib.metadata.version(name) for name in names}

@@ -1,7 +1,7 @@
-"""The torus: slices of chips, the mesh over them, and the devices that stand in for the chips.
+"""The torus: slices of chips, the mesh over them, and the devices of the mesh.
 
-Decides how `CHIP:DIMS` is read, which device gets which place in the mesh, and the axis types. No other
-module chooses devices or axis types. What is sharded over the axes is decided in `partitioning.layouts.layout`.
+How `CHIP:DIMS` is read, which device has which place in the mesh, and the types of its axes. No other module chooses
+devices or axis types. What is sharded over the axes is decided in `partitioning.layouts.layout`.
 """
 
 import math
@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of chips, `CHIP:DIMS`: the chip's name and the extents of its torus in mesh order (x, y, z).
+    """A slice of chips, `CHIP:DIMS`: the name of the chip and the extents of the torus in mesh order (x, y, z).
 
     Example:
         >>> Slice.parse("v4:4x4x8").n_chips
@@ -34,7 +34,7 @@ class Slice:
         """Reads `v4:4x4x4`, `v5e:4x4`, `cpu:8`, `gpu:1`.
 
         Raises:
-            ValueError: text of another form, or an extent of zero.
+            ValueError: another form, an extent of zero, or too many chips.
         """
         match = re.fullmatch(r"([A-Za-z0-9_.\-/]+):(\d{1,7}(?:x\d{1,7}){0,2})", str(text), re.ASCII)
         if not match:
@@ -58,7 +58,8 @@ def mesh_shape(slice_: Slice, mesh: str | Sequence[int] | None = None) -> Shape:
     """The extents (X, Y, Z) of the mesh over a slice: the slice's own, or `mesh` where it is given.
 
     Raises:
-        ValueError: a mesh that is not one to three positive extents, or that does not cover the slice exactly.
+        ValueError: a mesh that is not one to three positive extents, or that has more or fewer places than the slice
+            has chips.
 
     Example:
         >>> mesh_shape(Slice.parse("v5e:4x4")), mesh_shape(Slice.parse("v5e:4x4"), "2x4x2")
@@ -78,28 +79,28 @@ def mesh_shape(slice_: Slice, mesh: str | Sequence[int] | None = None) -> Shape:
 
 
 FAKE_DEVICE_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_cpu_multi_thread_eigen=false"
-"""Fake devices share the cores, so one of them gains nothing by running its own operations side by side: a decode step
-of 4 layers on 8 devices and 2 cores took 17 to 20 ms without these flags and 13 ms with them."""
+"""Fake devices share the cores, so a device gains nothing from running its own operations in parallel. A decode step of
+4 layers on 8 devices and 2 cores took 17 to 20 ms without these flags and 13 ms with them."""
 
 
 def fake_cpu_devices(n: int) -> None:
-    """Asks for `n` fake CPU devices in this process; to be called before anything touches a JAX backend."""
+    """Asks for `n` fake CPU devices in this process. Call it before anything touches a JAX backend."""
     os.environ["XLA_FLAGS"] = f"{FAKE_DEVICE_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n)
 
 
 def attach(shape: Shape, *, chip: str, explicit: bool = True, first: int = 0) -> Mesh:
-    """A mesh of the devices that are here, over all processes.
+    """A mesh of attached devices, over all processes.
 
     Args:
         shape: extents (X, Y, Z).
         chip: the slice's chip, for the message and to tell CPU and GPU from TPU.
         explicit: axes of Explicit type; Auto otherwise (for the layout `auto`).
-        first: of the devices, the one that it begins with: stages of a pipeline have meshes of their own.
+        first: index of the mesh's first device, because stages of a pipeline have meshes of their own.
 
     Returns:
-        A mesh with axes x, y, z. TPU devices stand in it by their coordinates, so that mesh axes are torus axes.
+        A mesh with axes x, y, z. TPU devices are ordered by their coordinates, so that mesh axes are torus axes.
 
     Raises:
         ValueError: fewer devices than the mesh has places, or devices of another platform.
@@ -120,7 +121,7 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True, first: int = 0) ->
 
 
 def place_on_torus(devices, shape: Shape):
-    """TPU devices by coordinates where the mesh is the slice itself; JAX's own assignment where it folds the axes."""
+    """TPU devices by their coordinates where the mesh is the slice itself; JAX's assignment where it folds the axes."""
     import numpy as np
     from jax.experimental import mesh_utils
 

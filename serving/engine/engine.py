@@ -1,21 +1,22 @@
-"""The engine: batches of the scheduler, run on the partitioned decoder.
+"""The engine runs the scheduler's batches on the partitioned decoder.
 
-Decides how a batch becomes passes of known sizes, and who gets which token. Leaves when and with whom a request runs to
-the scheduler, what a pass computes to `models.decoder.mixed`, and one stage's program to `serving.engine.stage`. All programs are
+It cuts each batch into passes of fixed sizes and hands each request its token. The scheduler decides which requests run
+together, `models.decoder.mixed` defines a pass, `serving.engine.stage` the program of one stage. All programs are
 compiled when the engine is made.
 
-Each stage has a thread that sends its passes off, so that the scheduler never waits for a device. Control data takes
-the host's way: a stage is told of a pass as soon as it is made. Activations go from stage to stage. Only the last
-stage's tokens are waited for [Orca, section 4.2]. What a thread raises comes out of `Engine.finish`. The threads end
-with `Engine.close`, or when nobody holds the engine any more.
+Each stage has a thread that dispatches its passes, so that the scheduler never waits for a device. Control data goes
+from the host to every stage as soon as a pass is made; activations go from stage to stage. The host waits for the
+tokens of the last stage only [Orca, section 4.2]. `Engine.finish` raises what a thread raised. The threads end with
+`Engine.close`, or when the engine is garbage.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -35,14 +36,15 @@ class Sizes:
     """The static sizes of an engine.
 
     Args:
-        rows: requests that hold a row at once, at most: max_bs * n_workers.
-        n_slots: positions that the scheduler reserves at once, at most.
-        longest: positions of one request, at most.
-        singles, pieces: sizes that passes are padded to, tokens that stand alone and pieces of prompts of one part of
-            the list; ascending. A batch that exceeds the last takes several passes.
+        rows: most requests at once: max_bs * n_workers.
+        n_slots: most positions that the scheduler reserves at once.
+        longest: most positions of one request.
+        singles: numbers of single tokens that a part of a pass is padded to, ascending. A batch with more than the last
+            takes several passes.
+        pieces: the same for pieces of prompts.
         length: tokens in a piece.
         page: positions in a page of the cache.
-        held: how requests hold pages.
+        held: when requests take pages, see `serving.engine.pages.Held`.
 
     Raises:
         ValueError: field, value and rule.
@@ -71,39 +73,48 @@ class Sizes:
 
 @dataclass(kw_only=True)
 class Flight:
-    """A batch on its way: the sampled ids of each pass, and where in them whose token is."""
+    """A batch in flight.
+
+    Args:
+        batch: of the scheduler.
+        ids: the sampled ids of each pass.
+        emitting: (request, pass, index in the pass's ids) for each request that gets a token.
+        spans: by pass and stage, from when to when the stage had the pass.
+        tokens: that the passes compute, padding included.
+    """
 
     batch: Batch
     ids: list[Future]
-    emitting: list[tuple[int, int, int]]  # request, pass, place
+    emitting: list[tuple[int, int, int]]
     spans: list[list[Future]]
     tokens: int = 0
 
     @property
     def ready(self) -> bool:
-        """Whether all of its tokens are there."""
+        """Whether all of its tokens have come out."""
         return all(ids.done() for ids in self.ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartWork:
-    """What one part of attention's rows computes in a batch or a pass: tokens that stand alone, pieces of prompts."""
+    """The work of one part in a batch or a pass: single tokens, and pieces of prompts."""
 
     singles: list[Work]
     pieces: list[Work]
 
 
-class Engine:
-    """Stages of one model and the caches of live requests. `with` closes it at the end.
+class Engine(AbstractContextManager["Engine"]):
+    """The stages of one model and the caches of its requests. A context manager that closes itself.
 
     Args:
-        stages: in their order, together all layers; all must split attention's rows over as many parts.
-        packed: the model's parameters, as `models.weights.packing.pack` nests them, quantised where the stages are int8.
+        stages: in their order, together all layers. All of them must split attention's batch into the same number of
+            parts.
+        packed: the model's parameters, nested as `models.weights.packing.pack` does, quantised if the stages are int8.
         sizes: see `Sizes`.
-        compiled: called after each program, with how many are done and how many there are.
+        compiled: called after each compiled program with (programs done, all programs).
 
     Raises:
-        ValueError: stages that do not fit together.
+        ValueError: the stages do not fit together.
     """
 
     def __init__(
@@ -120,7 +131,7 @@ class Engine:
             [ThreadPoolExecutor(1, f"{what}-{i}") for i in range(len(self.stages))] for what in ("send", "watch")
         )
         self._closed = False
-        self._lost: set[int] = set()  # stages of which a pass failed: it may have taken the cache along
+        self._lost: set[int] = set()  # stages with a failed pass, which may have lost the donated cache
         self.clear()
         self._pools = [stage.pool(self.pages.n_pages, sizes.page) for stage in self.stages]
         firsts = itertools.accumulate((stage.config.n_layers for stage in self.stages[:-1]), initial=0)
@@ -131,29 +142,26 @@ class Engine:
         self._programs: dict[MixedForm, list[Any]] = {}
         self._compile(compiled)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads. Passes that have not been sent off never are, others end before. No run can follow."""
+        """Ends the threads, after the passes that were dispatched. No run can follow."""
         self._closed = True
         for thread in (*self._senders, *self._watchers):
             thread.shutdown(cancel_futures=True)
 
     def clear(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        """Forgets all requests; `clock` tells seconds from now on, for the spans of stages.
+        """Forgets all requests. `clock` returns the current time in seconds, for the spans of stages.
 
-        What a run that ended with an error has left in flight is waited for, and a cache that it lost made anew.
+        Waits for passes that a failed run left in flight, and makes a new cache for one that it lost.
 
         Raises:
             RuntimeError: the engine is closed.
         """
         if self._closed:
             raise RuntimeError("the engine is closed; make another one")
-        for thread in (*self._senders, *self._watchers):  # each does one thing after the other
+        for thread in (*self._senders, *self._watchers):  # a thread runs its tasks in order
             thread.submit(lambda: None).result()
         sizes = self.sizes
         self.pages = Pages(
@@ -170,20 +178,15 @@ class Engine:
         self._left_s = [0.0] * len(self.stages)
         self._sending_s = [0.0] * len(self.stages)  # each counted by its own thread
         for i in self._lost:
-            for lost in jax.tree.leaves(self._pools[i]):  # before there is another one
+            for lost in jax.tree.leaves(self._pools[i]):  # free its memory before the new cache takes it
                 lost.delete()
             self._pools[i] = self.stages[i].pool(self.pages.n_pages, sizes.page)
         self._lost.clear()
 
     @property
     def sending_s(self) -> float:
-        """Seconds of the processor that sending passes off took since `clear`, of all stages."""
+        """Processor seconds that dispatching passes took since `clear`, summed over stages."""
         return sum(self._sending_s)
-
-    @property
-    def forms(self) -> list[MixedForm]:
-        """Of all passes that there can be."""
-        return list(self._programs)
 
     def _form(self, singles: int, pieces: int) -> MixedForm:
         sizes = self.sizes
@@ -206,10 +209,10 @@ class Engine:
                 compiled(n * len(self.stages) + i + 1, of)
 
     def admit(self, request: int, prompt: Ids, max_output: int) -> None:
-        """Makes a request known, before it is in a batch.
+        """Registers a request by its id, its prompt [L] and its most output tokens, before it is in a batch.
 
         Raises:
-            ValueError: an empty prompt, or one that with its output exceeds `sizes.longest`.
+            ValueError: the prompt is empty, or prompt and output exceed `sizes.longest`.
         """
         if len(prompt) == 0:
             raise ValueError(f"request {request}: its prompt is empty")
@@ -222,15 +225,15 @@ class Engine:
         self._tokens[request], self._length[request] = tokens, len(prompt)
 
     def tokens(self, request: int, prompt: int) -> Ids:
-        """What came out for a request so far."""
+        """The output ids of a request so far, given the number of prompt tokens."""
         return self._tokens[request][prompt : self._length[request]].copy()
 
     def forget(self, request: int) -> None:
-        """Drops a request's tokens; its pages go when the scheduler releases them."""
+        """Drops a request's tokens. Its pages are freed when the scheduler releases them."""
         del self._tokens[request], self._length[request]
 
     def start(self, batch: Batch) -> Flight:
-        """Sends a batch on its way through the stages."""
+        """Dispatches a batch to the stages and returns at once."""
         for request in batch.released:
             if request in self.pages:
                 self.pages.release(request)
@@ -242,8 +245,8 @@ class Engine:
         for form, control, emitting in self.passes(batch.work):
             flight.emitting += [(request, len(flight.ids), place) for request, place in emitting]
             flight.tokens += form.parts * form.tokens
-            # sent[0] -----> sent[1] -----> sent[2]     a stage starts the pass when the one before has started it,
-            #   `-> left[0]    `-> left[1]    `-> left[2]    and somebody else waits until the pass has left it
+            # sent[0] -----> sent[1] -----> sent[2]          a sender starts the pass when the previous stage has
+            #   `-> left[0]    `-> left[1]    `-> left[2]    started it, a watcher waits until it has left the stage
             sent: list[Future] = []
             left: list[Future] = []
             for i, (sender, watcher) in enumerate(zip(self._senders, self._watchers, strict=True)):
@@ -255,7 +258,7 @@ class Engine:
         return flight
 
     def _send(self, i: int, program: Any, told: np.ndarray, before: Future | None) -> tuple[jax.Array, float]:
-        """Starts a pass on a stage, when the stage before has started it: what will come out, and the time."""
+        """Starts a pass on stage `i` after the previous stage has started it. Returns the output and the start time."""
         stage = self.stages[i]
         x = before.result()[0] if before else None
         began_s, began_cpu_s = self.clock(), time.thread_time()
@@ -265,21 +268,17 @@ class Engine:
         return out, began_s
 
     def finish(self, flight: Flight) -> tuple[dict[int, int], list[Spans]]:
-        """Waits for a batch's tokens.
-
-        Returns:
-            The token of each request that got one; and from when to when each stage computed, pass by pass.
-        """
+        """Waits for a batch. Returns its tokens by request, and by pass the (start, end) of all stages in seconds."""
         ids = [np.asarray(found.result()[2]) for found in flight.ids]
         found = {request: int(ids[n][place]) for request, n, place in flight.emitting}
         for request, token in found.items():
-            if request in self._tokens:  # not forgotten meanwhile
+            if request in self._tokens:  # it may have been cancelled and forgotten
                 self._tokens[request][self._length[request]] = token
                 self._length[request] += 1
         return found, [[span.result()[:2] for span in spans] for spans in flight.spans]
 
     def _watch(self, stage: int, sent: Future) -> tuple[float, float, jax.Array]:
-        """From when to when a stage had a pass, and what came out."""
+        """When a pass started and ended on a stage, and its output."""
         try:
             out, sent_s = sent.result()
             out.block_until_ready()
@@ -290,8 +289,7 @@ class Engine:
         return begin_s, self._left_s[stage], out
 
     def passes(self, work: Iterable[Work]) -> Iterable[tuple[MixedForm, Control, list[tuple[int, int]]]]:
-        """A batch as passes: each one's form, what it is told, and (request, place in the sampled ids) of whoever gets
-        a token from it."""
+        """Cuts a batch into passes: form, control data, and (request, index in the sampled ids) of each token."""
         parts = [PartWork(singles=[], pieces=[]) for _ in range(self.parts)]
         for w in work:
             part = parts[self.pages.of(w.request)[0]]
@@ -309,14 +307,14 @@ class Engine:
             yield self._fill(form, now)
 
     def _next(self, part: PartWork) -> PartWork:
-        """As much as one pass holds, and it leaves the part."""
+        """Removes as much work from the part as one pass holds, and returns it."""
         singles, pieces = self.sizes.singles[-1], self.sizes.pieces[-1]
         now = PartWork(singles=part.singles[:singles], pieces=part.pieces[:pieces])
         del part.singles[:singles], part.pieces[:pieces]
         return now
 
     def _pieces(self, w: Work) -> Iterable[Work]:
-        """A prompt, or a part of one, with its padding, cut up; the last piece with a token gives the request's."""
+        """Cuts a prompt and its padding into pieces. The last piece with a token of the prompt emits."""
         size = self.sizes.length
         for at in range(0, w.padded, size):
             n = min(max(w.length - at, 0), size)
@@ -342,7 +340,7 @@ class Engine:
 
 
 def _check(stages: Sequence[Stage], packed: Mapping[str, Any]) -> int:
-    """The parts that all stages split attention's rows over."""
+    """Refuses stages that do not fit. Returns their number of parts."""
     parts = {stage.parts for stage in stages}
     if len(parts) != 1:
         raise ValueError(f"stages split attention over {sorted(parts)} parts; they must agree")

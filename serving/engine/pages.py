@@ -1,8 +1,8 @@
-"""Pages of the KV cache: who holds which.
+"""Pages of the KV cache, and which request holds which.
 
-A page holds so many consecutive positions of one request. Where the layout splits attention's rows over chips, each
-part has pages of its own, and a request lives in one part. Decides where a request's pages are; the scheduler has
-decided before that there is room.
+A page holds a fixed number of consecutive positions of one request. If the layout splits attention's batch over groups
+of chips, each group is a part with its own pages, and a request stays in one part. The scheduler decides whether there
+is room before a request gets pages here.
 """
 
 from typing import Literal
@@ -10,25 +10,25 @@ from typing import Literal
 import numpy as np
 
 Held = Literal["rows", "pages"]
-"""A request takes all pages that it could ever need when it starts (a row), or each when its first position comes."""
+"""`rows`: a request takes all pages that it may need when it starts. `pages`: it takes each page when it reaches it."""
 
 
 def n_pages(*, rows: int, n_slots: int, page: int, longest: int, held: Held) -> int:
-    """Pages of a part with so many rows; it may have to hold all slots. See `Pages` for the rest."""
+    """Pages of one part for `rows` requests, enough to hold all slots. Arguments: see `Pages`."""
     whole = rows * -(-longest // page)
-    # each request may leave most of its last page empty
+    # each request may leave most of its last page empty, hence one more page for each
     return whole if held == "rows" else min(whole, n_slots // page + rows)
 
 
 class Pages:
-    """Pages of `parts` parts, numbered 0.. in each.
+    """The pages of all parts, numbered from 0 in each part.
 
     Args:
-        parts: see above.
-        rows: requests that are live at once, at most.
-        n_slots: positions that the scheduler reserves at once, at most.
+        parts: groups of chips that attention's batch is split over.
+        rows: most requests at once.
+        n_slots: most positions that the scheduler reserves at once.
         page: positions in a page.
-        longest: positions of a request, at most.
+        longest: most positions of a request.
         held: see `Held`.
     """
 
@@ -37,7 +37,7 @@ class Pages:
         self.per_request = -(-longest // page)
         self.n_pages = n_pages(rows=-(-rows // parts), n_slots=n_slots, page=page, longest=longest, held=held)
         self._free = [list(range(self.n_pages - 1, -1, -1)) for _ in range(parts)]
-        self._at: dict[int, tuple[int, np.ndarray, int]] = {}  # request -> part, its table, pages in it
+        self._at: dict[int, tuple[int, np.ndarray, int]] = {}  # request -> part, page table, pages in the table
         self._rows = [0] * parts
 
     @property
@@ -46,7 +46,7 @@ class Pages:
         return sum(self.n_pages - len(free) for free in self._free)
 
     def admit(self, request: int) -> None:
-        """A row for a request, in the part that has the fewest."""
+        """Puts a request into the part with the fewest requests."""
         part = min(range(len(self._rows)), key=self._rows.__getitem__)
         self._rows[part] += 1
         self._at[request] = (part, np.zeros(self.per_request, np.int32), 0)
@@ -54,7 +54,7 @@ class Pages:
             self.reach(request, self.longest)
 
     def reach(self, request: int, positions: int) -> None:
-        """Pages for so many positions of a request, where it has not got them."""
+        """Gives a request the pages that it lacks for its first `positions` positions."""
         part, table, n = self._at[request]
         wanted = -(-positions // self.page)
         if n >= wanted:
@@ -67,12 +67,12 @@ class Pages:
         self._at[request] = (part, table, wanted)
 
     def of(self, request: int) -> tuple[int, np.ndarray]:
-        """A request's part, and its pages in their order."""
+        """A request's part, and its page table [per_request]: page numbers in the order of positions."""
         part, table, _ = self._at[request]
         return part, table
 
     def release(self, request: int) -> None:
-        """Takes back what a request held."""
+        """Takes back a request's pages."""
         part, table, n = self._at.pop(request)
         self._rows[part] -= 1
         self._free[part].extend(int(p) for p in table[:n][::-1])

@@ -1,6 +1,7 @@
-"""Serving: requests as they arrive, the scheduler, the engine, and what came out.
+"""Plays a trace of requests through the scheduler and the engine.
 
-Decides when the host looks for arrivals, and when it waits. It never waits for tokens while there is a batch to make.
+Decides when the host takes arrivals and when it waits. It never waits for tokens while it can make a batch. Nothing
+here listens to a network: a server is another program.
 """
 
 import time
@@ -18,40 +19,42 @@ from toruslab.serving.scheduling.request import Request
 from toruslab.serving.scheduling.scheduler import Scheduler
 
 POLL_S = 1e-4
-COMPILED = "/jax/core/compile/backend_compile_duration"
-_n = 0
+"""Seconds between two looks at a flight while the host also waits for an arrival."""
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_n_compiled = 0  # programs, by this process
 
 
-def _heard(event: str, duration_secs: float, **details: str | int) -> None:
-    global _n
-    _n += event == COMPILED
+def _count_compilations(event: str, duration_secs: float, **details: str | int) -> None:
+    global _n_compiled
+    _n_compiled += event == _COMPILE_EVENT
 
 
-jax.monitoring.register_event_duration_secs_listener(_heard)
+jax.monitoring.register_event_duration_secs_listener(_count_compilations)
 
 
 class Clock(Protocol):
-    """What time it is, in seconds since the run began."""
+    """Tells the time in seconds since the run began, and waits."""
 
     def now_s(self) -> float: ...
 
     def wait(self, until_s: float, flight: Flight | None) -> bool:
-        """Returns at `until_s`, or when the flight's tokens are there; then True."""
+        """Waits until `until_s` or until the flight's tokens have come out. Returns whether they have."""
         ...
 
 
 class Wall:
-    """The real one."""
+    """The clock on the wall."""
 
     def __init__(self):
         self._began_s = time.perf_counter()
 
     def now_s(self) -> float:
-        """Seconds since it was made."""
+        """Seconds since the clock was made."""
         return time.perf_counter() - self._began_s
 
     def wait(self, until_s: float, flight: Flight | None) -> bool:
-        """See `Clock`. Where nothing but the flight can come, its tokens are left to be waited for."""
+        """See `Clock`. Returns True at once if nothing else can happen before the flight's tokens."""
         while flight is None or until_s < float("inf"):
             left_s = until_s - self.now_s()
             if left_s <= 0 or (flight and flight.ready):
@@ -62,15 +65,16 @@ class Wall:
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """What a run was.
+    """The totals of a run.
 
     Args:
-        end_s: when the last batch returned.
-        batches, tokens: iterations, and tokens of requests that they computed.
-        computed: tokens that passes computed, with all that fills them up.
-        host_s: seconds of the host's own work: scheduling, filling in passes, taking tokens back.
-        sending_s: of the threads that send passes off, for all stages; seconds of their processor.
-        compilations: while it ran; a measurement must have none.
+        end_s: when the last batch returned, seconds.
+        batches: iterations.
+        tokens: tokens of requests that were computed.
+        computed: tokens that the passes computed, padding included.
+        host_s: seconds in which the host scheduled, described passes and took tokens back.
+        sending_s: processor seconds of the threads that dispatch passes, summed over stages.
+        compilations: programs compiled during the run. A measurement must have none.
     """
 
     end_s: float
@@ -97,20 +101,20 @@ def serve(
     """Serves all requests to their end.
 
     Args:
-        requests: in order of arrival, taken one by one, when they are due by the clock.
-        scheduler, engine: without requests; `scheduler.max_bs * n_workers` must not exceed the engine's rows, its
-            `n_slots` and `model_max` not the engine's.
-        prompt: a request's token ids.
-        clock: a new `Wall` if None.
-        stop: an id that ends a request.
-        observers: are told everything.
-        returned: gets each request that goes back, with its new ids.
-        cancelled: (seconds, id), in order: requests to be cancelled then.
+        requests: in order of arrival. Each is taken when it is due by the clock.
+        scheduler: holds no requests. Its `max_bs * n_workers`, `n_slots` and `model_max` must fit the engine's sizes.
+        engine: forgets earlier requests.
+        prompt: returns a request's token ids [prompt].
+        clock: None: a new `Wall`.
+        stop: id of the token that ends a request.
+        observers: get all events.
+        returned: called with each request that returns and its output ids.
+        cancelled: (seconds, request id) in order of time: requests to cancel.
 
     Raises:
-        ValueError: scheduler and engine that do not fit, a prompt that is not as long as its request says, or what
-            `Scheduler.arriving` or `Engine.admit` refuse.
-        Exception: what a stage raised. The engine can serve again afterwards, with another scheduler.
+        ValueError: the scheduler does not fit the engine, a prompt has another length than its request says, or
+            `Scheduler.arriving` or `Engine.admit` refuses a request.
+        Exception: a stage raised it. The engine can serve again with another scheduler.
     """
     _check(scheduler, engine)
     clock = clock or Wall()
@@ -119,12 +123,16 @@ def serve(
     coming = next(arrivals, None)
     flights: deque[Flight] = deque()
     batches = tokens = computed = 0
-    host_s, compilations = 0.0, Compilations()
+    host_s, compiled_before = 0.0, _n_compiled
     while True:
         mark = time.perf_counter()
         now_s = clock.now_s()
         while coming is not None and coming.arrival_s <= now_s:
-            _submit(scheduler, engine, coming, prompt)
+            if scheduler.offer(coming):
+                ids = prompt(coming)
+                if len(ids) != coming.prompt:
+                    raise ValueError(f"request {coming.id}: prompt={coming.prompt} tokens, but {len(ids)} ids came")
+                engine.admit(coming.id, ids, coming.max_output)
             for observer in observers:
                 observer.arrived(coming)
             coming = next(arrivals, None)
@@ -175,26 +183,12 @@ def serve(
         computed=computed,
         host_s=host_s,
         sending_s=engine.sending_s,
-        compilations=compilations.n,
+        compilations=_n_compiled - compiled_before,
     )
 
 
-def _submit(scheduler: Scheduler, engine: Engine, request: Request, prompt: Callable[[Request], np.ndarray]) -> None:
-    """Refusals are part of a run; any other error is not."""
-    try:
-        scheduler.submit(request)
-    except ValueError:
-        if request.state != "refused":
-            raise
-        return
-    ids = prompt(request)
-    if len(ids) != request.prompt:
-        raise ValueError(f"request {request.id}: prompt={request.prompt} tokens, but {len(ids)} ids came")
-    engine.admit(request.id, ids, request.max_output)
-
-
 def _check(scheduler: Scheduler, engine: Engine) -> None:
-    if held := scheduler.n_waiting + scheduler.n_rows:
+    if held := scheduler.n_waiting + scheduler.n_started:
         raise ValueError(f"the scheduler holds {held} requests of another run; it must hold none")
     sizes = engine.sizes
     rows = scheduler.max_bs * scheduler.n_workers
@@ -204,15 +198,3 @@ def _check(scheduler: Scheduler, engine: Engine) -> None:
         raise ValueError(f"n_slots={scheduler.n_slots} exceeds the engine's n_slots={sizes.n_slots}")
     if scheduler.model_max > sizes.longest:
         raise ValueError(f"model_max={scheduler.model_max} exceeds the engine's longest={sizes.longest}")
-
-
-class Compilations:
-    """Compilations of this process since it was made."""
-
-    def __init__(self):
-        self._before = _n
-
-    @property
-    def n(self) -> int:
-        """How many there were."""
-        return _n - self._before

@@ -1,7 +1,7 @@
-"""A stage of the pipeline: some of the layers, on a mesh of its own, under a layout of its own.
+"""A pipeline stage: some of the model's layers under a layout on a mesh.
 
-Decides what one stage's program is: from token ids, or the residual stream of the stage before, to the residual stream,
-or the sampled tokens. Which tokens these are comes from the host, in one small array for each pass.
+Defines the program of one stage. Its input is token ids (first stage) or the residual stream of the previous stage, its
+output the residual stream or sampled tokens (last stage). The host describes each pass in one small array.
 """
 
 import functools
@@ -22,7 +22,8 @@ from toruslab.models.decoder.parameters import abstract, put, shardings
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, local
-from toruslab.partitioning.plan.plan import Pass, check
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 GREEDY = Sampler()
@@ -33,16 +34,17 @@ class Stage:
     """Layers of a model under a layout on a mesh.
 
     Args:
-        config: of the stage: its `n_layers` are those that it has.
+        config: of the stage, with the stage's number of layers.
         layout: made for the mesh's extents.
-        mesh: of Explicit axes where `layout.explicit`, else of Auto axes.
-        first, last: whether it begins with token ids, and whether it ends with sampled tokens.
-        itemsize: bytes per element of activations and cache, and of weights that are not int8: 4 or 2.
-        int8: whether the matrices are int8.
-        sampler: how the last stage chooses tokens.
+        mesh: with Explicit axes if `layout.explicit`, else with Auto axes.
+        first: whether the input is token ids.
+        last: whether the output is sampled tokens.
+        itemsize: bytes per element of activations, of the cache and of weights that are not int8: 4 or 2.
+        int8: whether the weight matrices are int8.
+        sampler: chooses the tokens of the last stage.
 
     Raises:
-        ValueError: sizes that the layout cannot divide.
+        ValueError: the layout cannot divide the model's sizes.
     """
 
     config: ModelConfig
@@ -61,7 +63,7 @@ class Stage:
 
     @property
     def parts(self) -> int:
-        """Groups of chips that attention's rows are split over, each with requests of its own."""
+        """Groups of chips that attention's batch is split over. Each group has its own requests."""
         return self._extent() if self.layout.explicit else 1
 
     @property
@@ -69,27 +71,28 @@ class Stage:
         return jnp.float32 if self.itemsize == 4 else jnp.bfloat16
 
     def pool(self, n_pages: int, page: int) -> Cache:
-        """An empty cache of `n_pages` pages in each part."""
+        """An empty cache with `n_pages` pages in each part."""
         split = self._extent()
-        total = -(-n_pages * self.parts // split) * split  # XLA splits that of `auto` into equal parts, too
+        total = -(-n_pages * self.parts // split) * split  # XLA splits the cache of `auto` into equal parts, too
         return empty_cache(self.config, total, page, self.layout, self.mesh, self.dtype)
 
     def params(self, packed: Any) -> nnx.State:
-        """Its parameters on their devices, out of those of its layers (`models.weights.packing.layers`), quantised if int8."""
+        """Puts the parameters of its layers (`models.weights.packing.layers`), quantised if `int8`, on its devices."""
         return put(packed, self._abstract[1], self.layout, self.mesh)
 
     def control(self, whole: np.ndarray) -> jax.Array:
-        """What a pass is told, on the stage's devices."""
+        """The description of a pass (`Control.whole`), on the stage's devices."""
         return jax.device_put(whole, NamedSharding(self.mesh, P()))
 
     def receive(self, x: jax.Array) -> jax.Array:
-        """The residual stream of the stage before, from its devices to these."""
+        """The residual stream, moved from the previous stage's devices to this stage's."""
         return jax.device_put(x, self._stream)
 
     def compile(self, form: MixedForm, pool: Cache) -> "jax.stages.Compiled":
-        """`(params, ids' or stream, control, pool) -> (sampled ids [parts * segments], or stream; pool)`, of one form.
+        """Compiles `program(params, x, control, pool) -> (y, pool)` for passes of one form. The pool is donated.
 
-        The pool is donated. The first stage takes its ids from `control`, and None in the place of a stream.
+        x is the residual stream [parts * tokens, E], or None in the first stage, which reads the ids from `control`. y
+        is the residual stream, or in the last stage the sampled ids [parts * segments].
         """
         graph, params = self._abstract
         layout, config = self.layout, self.config
@@ -133,12 +136,12 @@ class Stage:
         return NamedSharding(self.mesh, self.layout.x[0] if self.layout.explicit else P())
 
     def _extent(self) -> int:
-        """Of the axes that the cache's pages are split over."""
+        """Number of chips that the cache's pages are split over."""
         return int(np.prod([self.mesh.shape[a] for a in axes_of(entries(self.layout.cache)[0])], dtype=int))
 
 
 def _parts(at: tuple[P, ...], whole: jax.Array) -> tuple[P, ...]:
-    """`whole` [parts, width], to where the rows of T are."""
+    """The ladder that moves `whole` [parts, width] to the chips that hold each part's tokens."""
     if not at:
         return ()
     rows = entries(at[0])[0]

@@ -1,4 +1,4 @@
-"""Many numbers in little memory: exact while they are few, counted in narrow buckets when they are many."""
+"""A distribution of many numbers in little memory: exact for few numbers, narrow buckets for many."""
 
 import math
 from array import array
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 EXACT = 65536
-"""So many values are kept as they are."""
-_PER_OCTAVE = 128  # buckets from a value to its double: each is 0.54% wide
+"""Most values that are kept exactly."""
+_PER_OCTAVE = 128  # buckets between a value and its double: each is 0.54% wide
 
 
 @dataclass(frozen=True, kw_only=True)
 class Percentiles:
-    """A distribution in six numbers."""
+    """A distribution in six numbers: `median`, `p90` and `p99` are percentiles."""
 
     n: int
     mean: float
@@ -25,10 +25,10 @@ class Percentiles:
 
 
 class Distribution:
-    """Values of at least 0 in no particular order.
+    """Collects values of at least 0, in any order.
 
-    Up to `EXACT` of them quantiles are exact (between two values: linear). Beyond, each is the middle of a bucket,
-    within 0.3% of a value of that rank; n, mean and max stay exact.
+    Up to `EXACT` values, quantiles are exact, with linear interpolation. Beyond that, a quantile is the middle of a
+    bucket, within 0.3% of the value of that rank. n, mean and max stay exact.
 
     Example:
         >>> values = Distribution()
@@ -58,7 +58,7 @@ class Distribution:
             self._fold()
 
     def quantile(self, share: float) -> float | None:
-        """The value below which this share of the values is; None of no values."""
+        """The value below which this share of the values is. None if there are no values."""
         if not self.n:
             return None
         if not self._n_folded:
@@ -74,7 +74,7 @@ class Distribution:
         return self._max
 
     def percentiles(self) -> Percentiles | None:
-        """The distribution in six numbers; None of no values."""
+        """The distribution in six numbers. None if there are no values."""
         mean, median, p90, p99 = self.mean, self.quantile(0.5), self.quantile(0.9), self.quantile(0.99)
         if mean is None or median is None or p90 is None or p99 is None:
             return None

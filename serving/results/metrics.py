@@ -1,15 +1,20 @@
-"""What a run was worth: latencies, throughput, waste, memory. Each word is defined here, once.
+"""Metrics of a run: latencies, throughput, waste and memory. This file defines each of these words.
 
 Queue delay   first scheduled - arrival
 TTFT          first token - arrival
-TPOT          (last - first token) / (n - 1), requests of n >= 2 tokens
-ITL           every gap between two tokens of a request, pooled over tokens
+TPOT          (last - first token) / (n - 1), for requests of n >= 2 tokens
+ITL           every gap between two tokens of a request, pooled over all requests
 E2E           returned - arrival
 normalised    E2E / output tokens (Orca states its median, vLLM its mean)
 
-All of it is of a steady window of time, without warm-up and drain: latencies of requests that arrived in it (whenever
-they returned), throughput from requests that returned in it, waste and occupancy of batches that were made in it, slots
-and stages by the time in it. Memory does not grow with the run.
+All metrics are of a steady window of time, without warm-up and drain:
+
+- latencies: of requests that arrived in the window, whenever they returned;
+- throughput: of requests that returned in the window;
+- waste and occupancy: of batches that were made in the window;
+- slots and stages: over the time in the window.
+
+The memory needed does not grow with the run.
 """
 
 import math
@@ -22,10 +27,12 @@ from toruslab.serving.scheduling.batch import Batch
 from toruslab.serving.scheduling.observer import Observer
 from toruslab.serving.scheduling.request import Request
 
+LATENCIES = ("queue_delay_s", "ttft_s", "tpot_s", "itl_s", "e2e_s", "normalised_s")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a client accepts: TTFT and TPOT in seconds. A request of one token has no TPOT to miss."""
+    """The TTFT and TPOT that a client accepts, in seconds. A request of one token has no TPOT."""
 
     ttft_s: float
     tpot_s: float
@@ -33,22 +40,23 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """A run's figures; None: there was nothing to measure.
+    """The metrics of a run. None: there was nothing to measure.
 
     Attributes:
-        window_s: from, to.
-        arrived, refused, cancelled, returned: requests, of the whole run; what is missing still runs.
-        offered_per_s: requests that arrived in the window, over its length; refused ones included.
-        throughput_per_s: requests that returned in it, over its length.
-        tokens_per_s: their output tokens, over its length.
+        window_s: start and end of the window.
+        arrived, refused, cancelled, returned: requests of the whole run.
+        offered_per_s: requests that arrived in the window (including refused ones) per second.
+        throughput_per_s: requests that returned in the window per second.
+        tokens_per_s: output tokens of these requests per second of the window.
         queue_delay_s ... normalised_s: see the module.
-        within_limits: share of the window's requests that met the limits; refused ones missed them, cancelled ones do
-            not count.
-        batches: batches.
-        occupancy: live requests in a batch over max_bs, mean over batches.
-        padding_share, dead_share: of all tokens computed, those of padding, and those of rows that had ended.
+        within_limits: share of the window's requests that met the limits. Refused requests missed them, cancelled ones
+            do not count.
+        batches: made in the window.
+        occupancy: requests of a batch that have not ended over max_bs, mean over batches.
+        padding_share: share of padding in all computed tokens.
+        dead_share: share of dead places in all computed tokens.
         slots_reserved, slots_used: mean over time.
-        slots_reserved_peak, slots_used_peak: the most at any time.
+        slots_reserved_peak, slots_used_peak: maximum over time.
         stage_busy: for each stage, the share of the time in which it computed.
     """
 
@@ -79,15 +87,15 @@ class Summary:
 
 
 class Metrics(Observer):
-    """An `Observer` that adds up.
+    """An observer that computes the metrics of a run.
 
     Args:
-        max_bs: the scheduler's, for occupancy.
-        window_s: steady window, seconds, both ends included; by default the whole run.
+        max_bs: of the scheduler, for the occupancy.
+        window_s: start and end of the steady window, both included, seconds. Default: the whole run.
         limits: for `within_limits`.
 
     Raises:
-        ValueError: a window that ends before it begins.
+        ValueError: the window ends before it begins.
     """
 
     def __init__(self, *, max_bs: int, window_s: tuple[float, float] = (0.0, math.inf), limits: Limits | None = None):
@@ -98,8 +106,7 @@ class Metrics(Observer):
         self._arrived = self._refused = self._cancelled = self._returned = 0
         self._arrived_inside = self._refused_inside = self._returned_inside = self._tokens_inside = 0
         self._judged = self._met = 0
-        self._queue_delay, self._ttft, self._tpot = Distribution(), Distribution(), Distribution()
-        self._itl, self._e2e, self._normalised = Distribution(), Distribution(), Distribution()
+        self._latencies = {name: Distribution() for name in LATENCIES}
         self._batches = self._rows = self._computed = self._padding = self._dead = 0
         self._reserved, self._used = _Level(window_s), _Level(window_s)
         self._busy_s: list[float] = []
@@ -146,7 +153,7 @@ class Metrics(Observer):
                 self._judge(request)
 
     def summary(self) -> Summary:
-        """The figures so far."""
+        """The metrics so far."""
         start_s, end_s = self._window_s[0], min(self._window_s[1], self._end_s)
         length_s = end_s - start_s
         judged = self._judged + self._refused_inside
@@ -159,12 +166,7 @@ class Metrics(Observer):
             offered_per_s=_ratio(self._arrived_inside, length_s),
             throughput_per_s=_ratio(self._returned_inside, length_s),
             tokens_per_s=_ratio(self._tokens_inside, length_s),
-            queue_delay_s=self._queue_delay.percentiles(),
-            ttft_s=self._ttft.percentiles(),
-            tpot_s=self._tpot.percentiles(),
-            itl_s=self._itl.percentiles(),
-            e2e_s=self._e2e.percentiles(),
-            normalised_s=self._normalised.percentiles(),
+            **{name: distribution.percentiles() for name, distribution in self._latencies.items()},
             within_limits=_ratio(self._met, judged) if self._limits else None,
             batches=self._batches,
             occupancy=_ratio(self._rows, self._batches * self._max_bs),
@@ -182,13 +184,14 @@ class Metrics(Observer):
         token_s, arrival_s, n = request.token_s, request.arrival_s, request.n_tokens
         ttft_s = token_s[0] - arrival_s
         tpot_s = (token_s[-1] - token_s[0]) / (n - 1) if n > 1 else None
-        self._queue_delay.add((request.scheduled_s - arrival_s,))
-        self._ttft.add((ttft_s,))
+        e2e_s = request.returned_s - arrival_s
+        self._latencies["queue_delay_s"].add((request.scheduled_s - arrival_s,))
+        self._latencies["ttft_s"].add((ttft_s,))
         if tpot_s is not None:
-            self._tpot.add((tpot_s,))
-            self._itl.add([after - before for before, after in pairwise(token_s)])
-        self._e2e.add((request.returned_s - arrival_s,))
-        self._normalised.add(((request.returned_s - arrival_s) / n,))
+            self._latencies["tpot_s"].add((tpot_s,))
+            self._latencies["itl_s"].add([after - before for before, after in pairwise(token_s)])
+        self._latencies["e2e_s"].add((e2e_s,))
+        self._latencies["normalised_s"].add((e2e_s / n,))
         self._judged += 1
         if self._limits:
             self._met += ttft_s <= self._limits.ttft_s and (tpot_s is None or tpot_s <= self._limits.tpot_s)
@@ -205,14 +208,14 @@ class Metrics(Observer):
 
 
 def goodput(runs: Iterable[tuple[float, float]], share: float = 0.9) -> float | None:
-    """The highest offered rate at which `share` of the requests met their limits.
+    """The highest offered rate at which a share of the requests met their limits.
 
     Args:
-        runs: (rate, within_limits) of each.
-        share: of the requests.
+        runs: (rate, within_limits) of each run.
+        share: of the requests that must meet the limits.
 
     Returns:
-        One of the rates; None: no rate was low enough. Nothing is interpolated.
+        One of the rates, not interpolated. None if no rate was low enough.
 
     Example:
         >>> goodput([(1.0, 1.0), (2.0, 0.93), (4.0, 0.4)])
@@ -222,7 +225,7 @@ def goodput(runs: Iterable[tuple[float, float]], share: float = 0.9) -> float | 
 
 
 class _Level:
-    """A number that holds until it is set again; its integral over the window, and its peak inside it."""
+    """A number that changes in steps: its integral over the window, and its peak inside the window."""
 
     def __init__(self, window_s: tuple[float, float]):
         self._window_s, self._since_s, self._value, self._total, self.peak = window_s, 0.0, 0, 0.0, 0

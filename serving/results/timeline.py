@@ -1,7 +1,7 @@
-"""A run as a picture: Chrome's trace-event JSON, which Perfetto (ui.perfetto.dev) opens.
+"""A run as a timeline: Chrome's trace-event JSON, which Perfetto (ui.perfetto.dev) opens.
 
-One track for each pipeline stage with its batches, one for each request that is there at a time, counters of the slots
-reserved and used. Every event is kept: for runs of some thousand requests, not of a million.
+It has a track for each pipeline stage with its batches, tracks for the requests, and counters of reserved and used
+slots. It keeps every event, which is fine for thousands of requests, not for a million.
 """
 
 import heapq
@@ -17,7 +17,7 @@ _STAGES, _REQUESTS, _SLOTS = 1, 2, 3
 
 
 class Timeline(Observer):
-    """Draws requests when they have returned and all of their times are known."""
+    """An observer that keeps the events of a timeline. It draws returned requests only."""
 
     def __init__(self):
         self._events: list[dict[str, Any]] = []
@@ -42,7 +42,7 @@ class Timeline(Observer):
         self._back += back
 
     def to_json(self) -> dict[str, Any]:
-        """The trace; times in whole microseconds."""
+        """The timeline, with times in whole microseconds."""
         spans, n_tracks = self._requests()
         names = [_name("process_name", _STAGES, 0, "pipeline"), _name("process_name", _REQUESTS, 0, "requests")]
         names += [_name("process_name", _SLOTS, 0, "KV cache")]
@@ -51,18 +51,18 @@ class Timeline(Observer):
         return {"traceEvents": names + self._events + spans, "displayTimeUnit": "ms"}
 
     def write(self, path: str | Path) -> None:
-        """Writes the trace to a file."""
+        """Writes the timeline to a file."""
         Path(path).write_text(json.dumps(self.to_json(), allow_nan=False))
 
     def _slots(self, now_s: float, reserved: int, used: int) -> None:
-        # Two nested counters would be drawn as a stack, hence the difference.
+        # Perfetto stacks the values of a counter, hence the difference.
         args = {"used": used, "reserved, not used": reserved - used}
         self._events.append(
             {"name": "slots", "ph": "C", "ts": _microseconds(now_s), "pid": _SLOTS, "tid": 0, "args": args}
         )
 
     def _requests(self) -> tuple[list[dict[str, Any]], int]:
-        """Spans of the returned requests, and the tracks they take: two never overlap on one."""
+        """Spans of the returned requests, and the number of tracks. Requests on one track never overlap."""
         spans: list[dict[str, Any]] = []
         free: list[int] = []
         busy: list[tuple[float, int]] = []
@@ -94,7 +94,7 @@ def _span(name: str, pid: int, tid: int, start_s: float, end_s: float, args: dic
 
 
 def _microseconds(seconds: float) -> int:
-    """Whole ones, so that a span ends exactly where the next begins: viewers drop what overlaps on a track."""
+    """Whole microseconds: a span ends exactly where the next begins, since viewers drop overlapping spans."""
     return round(seconds * 1e6)
 
 

@@ -1,4 +1,7 @@
-"""A batch: what one iteration computes, for whom. Engine and simulator need to know nothing else."""
+"""A batch: what one iteration of the model computes, and for which requests.
+
+The engine and the simulator get batches and nothing else from the scheduler.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -7,15 +10,17 @@ from toruslab.serving.scheduling.request import Request
 
 
 class Work(NamedTuple):
-    """One request's part of an iteration. A named tuple: one is made for every token, and a dataclass costs more.
+    """One request's part of an iteration.
+
+    It is a named tuple because one is made for every token, and a dataclass costs more.
 
     Attributes:
-        request: id.
-        start: position of its first token, which is the number of tokens that its cache held before.
-        length: tokens of the request that are really computed; their K and V stay in its cache.
-        padded: tokens that have to be computed for it, `length` and padding; nothing of the padding is kept.
-        emits: whether a token comes out, from position start + length - 1.
-        dead: the request has ended and its batch carries it on: `length` 0, `padded` 1.
+        request: its id.
+        start: position of the first token. The request's cache holds that many tokens already.
+        length: tokens of the request. Their K and V stay in its cache.
+        padded: tokens computed for the request: `length` and padding. The cache keeps nothing of the padding.
+        emits: whether the request gets a token, sampled at position start + length - 1.
+        dead: whether the request has ended and its batch still carries it; then `length` is 0 and `padded` 1.
     """
 
     request: int
@@ -27,13 +32,12 @@ class Work(NamedTuple):
 
     @classmethod
     def decode(cls, request: Request) -> Self:
-        """The last token of a request goes in, the next one comes out."""
+        """A decode step: computes the request's last token and emits the next one."""
         return cls(request.id, request.cached, 1, 1, True, False)
 
     @classmethod
     def prompt(cls, request: Request, length: int, padded: int | None = None) -> Self:
-        """The next `length` tokens of a request's prompt, padded to `padded`; None: not at all. With the prompt's last
-        token one comes out.
+        """The next `length` tokens of a request's prompt, padded to `padded` tokens. Emits if it ends the prompt.
 
         Example:
             >>> Work.prompt(Request(id=0, arrival_s=0.0, prompt=9, max_output=1), 4)
@@ -44,7 +48,7 @@ class Work(NamedTuple):
 
     @classmethod
     def carried(cls, request: Request) -> Self:
-        """The dead row of a request that has ended."""
+        """The dead place of a request that has ended."""
         return cls(request.id, request.cached, 0, 1, False, True)
 
 
@@ -53,12 +57,12 @@ class Batch:
     """One iteration of the model.
 
     Args:
-        number: 0, 1, ... in the order in which batches were made, and in which they return.
-        made_s: when it was made, seconds.
-        work: one entry for each request, each request once.
-        released: requests whose rows came free since the batch before was made; no batch in flight has work for them.
-        reserved: slots that are reserved, this batch's included.
-        used: slots that hold a token, this batch's included.
+        number: 0, 1, ... Batches are made in this order and return in this order.
+        made_s: when the batch was made, seconds.
+        work: one entry for each request in the batch.
+        released: requests that gave up their places since the previous batch. No batch in flight has work for them.
+        reserved: reserved slots, including this batch's.
+        used: slots that hold a token, including this batch's.
     """
 
     number: int
@@ -70,20 +74,20 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Tokens of requests."""
+        """Tokens of requests, without padding."""
         return sum([work.length for work in self.work])
 
     @property
     def computed(self) -> int:
-        """Tokens that have to be computed: of requests, of padding, and of dead rows."""
+        """Tokens that the iteration computes: those of requests, padding, and one for each dead place."""
         return sum([work.padded for work in self.work])
 
     @property
     def dead(self) -> int:
-        """Rows of requests that have ended; each is a token computed for nothing."""
+        """Places of requests that have ended. Each computes one token that nobody needs."""
         return sum([work.dead for work in self.work])
 
     @property
     def padding(self) -> int:
-        """Tokens computed to fill up prompts."""
+        """Tokens computed to pad prompts."""
         return self.computed - self.tokens - self.dead

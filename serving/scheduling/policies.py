@@ -1,7 +1,7 @@
-"""Who runs next, and how much of each prompt: Orca, the request-level baselines, chunked prompts.
+"""Policies: which requests run next, and how many tokens of each prompt. Orca, its baselines, chunked prompts.
 
-A policy is a value; what it decides with is its line-up, which holds the requests that have started and are not in
-flight. Queue, slots, clock and the order of batches are the scheduler's.
+A policy is a value. It makes a line-up, which holds the started requests that are not in flight and picks the next
+batch from them. The scheduler keeps the queue, the slots, the clock and the order of batches.
 """
 
 from collections import deque
@@ -15,24 +15,24 @@ from toruslab.serving.scheduling.batch import Work
 from toruslab.serving.scheduling.request import Request
 
 Admit = Callable[[], Request | None]
-"""The next waiting request, its slots now reserved; None where none waits, or the first does not fit."""
+"""Takes the first request of the queue and reserves its slots. None if the queue is empty or the first does not fit."""
 
 _ORDER = attrgetter("order")
 
 
 class LineUp(Protocol):
-    """Requests that have started and are not in flight."""
+    """The requests that have started and are not in flight."""
 
     def pick(self, admit: Admit) -> list[Work]:
-        """Work of the next batch, and these requests leave the line-up. Empty: nothing to run."""
+        """The work of the next batch, or [] if nothing can run. The requests leave the line-up."""
         ...
 
     def settle(self, members: list[Request]) -> list[Request]:
-        """Takes back the requests of a returned batch, in the order of its work; answers those whose rows are free."""
+        """Takes back a returned batch's requests, in the order of its work. Returns those that give up their places."""
         ...
 
     def drop(self, request: Request) -> list[Request]:
-        """A request in the line-up was cancelled; answers those whose rows are free now."""
+        """Drops a cancelled request. Returns the requests that give up their places."""
         ...
 
 
@@ -41,10 +41,10 @@ class Policy:
     """A way to make batches.
 
     Args:
-        name: for people.
-        line_up: from `max_bs` and `n_workers`, an empty line-up.
-        early_return: whether a request that has ended goes back at once, not when its row is free.
-        token_budget: tokens in one batch at most; None: no limit but `max_bs` prompts.
+        name: as a command line spells it.
+        line_up: called with `max_bs` and `n_workers`; returns an empty line-up.
+        early_return: whether a request returns to its client as soon as it ends, before it gives up its place.
+        token_budget: most tokens in one batch; None: limited by `max_bs` alone.
     """
 
     name: str
@@ -54,11 +54,12 @@ class Policy:
 
 
 class WholePrompts:
-    """Orca's selection (its Algorithm 1): in order of arrival, prompts whole."""
+    """Orca's selection (its Algorithm 1): requests in order of arrival, each prompt in one piece."""
 
     def __init__(self, max_bs: int, n_workers: int):
         self._max_bs = max_bs
-        self._ready: list[Request] = []  # at most max_bs * n_workers: a new one starts only where all of these go along
+        # At most max_bs * n_workers: a request starts only in a batch that has room left after all of these.
+        self._ready: list[Request] = []
 
     def pick(self, admit: Admit) -> list[Work]:
         ready, max_bs = self._ready, self._max_bs
@@ -79,7 +80,7 @@ class WholePrompts:
 
 
 class ChunkedPrompts(WholePrompts):
-    """Decodes first, then prompts in chunks, begun ones before new ones, as far as a budget of tokens goes."""
+    """Fills a budget of tokens: first with decodes, then with chunks of started prompts, then with new prompts."""
 
     def __init__(self, max_bs: int, n_workers: int, *, budget: int):
         super().__init__(max_bs, n_workers)
@@ -103,7 +104,7 @@ class ChunkedPrompts(WholePrompts):
 
 
 class Together:
-    """Request-level: a batch keeps its requests until all have ended; up to n_workers such batches live at a time."""
+    """Request-level selection: a batch keeps its requests until all have ended. At most n_workers batches live."""
 
     def __init__(self, max_bs: int, n_workers: int, *, prompts: Literal["padded", "shortest"]):
         self._max_bs, self._places, self._prompts = max_bs, n_workers, prompts
@@ -138,14 +139,14 @@ class Together:
         return members
 
     def drop(self, request: Request) -> list[Request]:
-        return []  # its batch carries it on, and notices when it returns that nobody is left
+        return []  # its batch still carries it; `settle` frees the batch when all of its requests have ended
 
 
 def chunked(token_budget: int) -> Policy:
-    """The modern control: a budget of tokens for each iteration.
+    """The modern policy, for comparison: each iteration has a budget of tokens.
 
     Raises:
-        ValueError: a budget below one token.
+        ValueError: the budget is below one token.
 
     Example:
         >>> chunked(256).name
@@ -166,8 +167,8 @@ REQUEST_LEVEL = Policy(name="request-level", line_up=_padded, early_return=False
 REQUEST_LEVEL_EARLY = Policy(name="request-level-early", line_up=_padded)
 SHORTEST_PROMPT = Policy(name="shortest-prompt", line_up=_shortest, early_return=False)
 SHORTEST_PROMPT_EARLY = Policy(name="shortest-prompt-early", line_up=_shortest)
-"""The rule of the paper's baseline: an initiation takes of each prompt as many tokens as the batch's shortest prompt
-has; what is left of the longer ones goes in one token an iteration, and nothing comes out of those meanwhile."""
+"""The paper's baseline. The first iteration takes as many tokens of each prompt as the batch's shortest prompt has.
+Longer prompts continue with one token an iteration, and emit nothing until they end."""
 
 POLICIES = {
     policy.name: policy for policy in (SHORTEST_PROMPT, SHORTEST_PROMPT_EARLY, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, ORCA)
@@ -175,10 +176,10 @@ POLICIES = {
 
 
 def policy(name: str) -> Policy:
-    """The policy of this name; `chunked-N` has a budget of N tokens.
+    """The policy with this name. `chunked-N` has a budget of N tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no policy has the name.
 
     Example:
         >>> policy("orca").early_return, policy("chunked-64").token_budget

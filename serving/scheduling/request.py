@@ -1,6 +1,6 @@
-"""A request: what was asked, how far it is, and when each thing happened.
+"""A request: what its client asked for, its state, and the times of its events.
 
-Decides the states of a request and which may follow which. Leaves when they change to the scheduler.
+Defines the states and their order. The scheduler decides when a state changes.
 """
 
 from dataclasses import dataclass, field
@@ -17,20 +17,26 @@ NEXT: dict[State, tuple[State, ...]] = {
     "cancelled": (),
     "refused": (),
 }
-"""Orca's states, and what may follow: `initiation` has never run, `running` is in flight, `increment` waits between two
-iterations. A batch may carry a `finished` request on; to its client it goes when it is `returned`."""
+"""Orca's states, and which ones may follow each.
+
+- `initiation`: has never run.
+- `running`: is in a batch in flight.
+- `increment`: waits between two iterations.
+- `finished`: has its last token; a request-level batch may still carry it.
+- `returned`: went back to its client.
+"""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Request:
-    """One prompt and the tokens wanted for it.
+    """A prompt and the tokens that its client wants for it.
 
     Args:
-        id: its name, unlike that of any other request that a scheduler holds.
-        arrival_s: when it came, seconds.
+        id: unique among the requests that a scheduler holds.
+        arrival_s: when it arrived, seconds.
         prompt: tokens of the prompt.
-        max_output: tokens after which it is stopped, as its sender declared.
-        output: tokens that it will produce, where a trace says so; None: until a stop token, or `max_output`.
+        max_output: most output tokens, declared by the client.
+        output: output tokens, if a trace gives them; None: until a stop token or `max_output`.
 
     Raises:
         ValueError: field, value and rule.
@@ -50,12 +56,12 @@ class Request:
     output: int | None = None
     state: State = field(default="initiation", init=False)
     order: int = field(default=-1, init=False)
-    """Its number in the order of arrival; the scheduler gives it."""
+    """Its number in the order of arrival, set by the scheduler."""
     slots: int = field(default=0, init=False)
-    """Slots that it reserves from its first iteration until its row is given back."""
+    """Slots that it reserves from its first iteration until it gives up its place."""
     cached: int = field(default=0, init=False)
-    """Tokens whose K and V its cache holds, those of an iteration in flight included. Not 0 before its first iteration
-    where they came from elsewhere (`serving.simulation.disaggregated`)."""
+    """Tokens whose K and V are in its cache, including those of an iteration in flight. Above 0 at the start if another
+    slice ran the prompt (`serving.simulation.disaggregated`)."""
     scheduled_s: float | None = field(default=None, init=False)
     token_s: list[float] = field(default_factory=list, init=False)
     finished_s: float | None = field(default=None, init=False)
@@ -71,24 +77,24 @@ class Request:
 
     @property
     def target(self) -> int:
-        """Tokens after which it ends without a stop token."""
+        """Output tokens after which it ends if no stop token comes earlier."""
         return self.max_output if self.output is None else self.output
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that have come out."""
+        """Output tokens so far."""
         return len(self.token_s)
 
     @property
     def ended(self) -> bool:
-        """No further token will come out."""
+        """Whether it will get no further token."""
         return self.state not in ("initiation", "running", "increment")
 
     def move(self, state: State) -> None:
         """Changes the state.
 
         Raises:
-            ValueError: the state may not follow the present one.
+            ValueError: the state may not follow the current one.
         """
         if state not in NEXT[self.state]:
             follows = ", ".join(NEXT[self.state]) or "nothing"
@@ -96,17 +102,17 @@ class Request:
         self.state = state
 
     def run(self, now_s: float, length: int) -> None:
-        """An iteration with `length` tokens of it was scheduled."""
+        """Notes that an iteration with `length` of its tokens was scheduled at `now_s`."""
         self.move("running")
         self.cached += length
         if self.scheduled_s is None:
             self.scheduled_s = now_s
 
     def emit(self, now_s: float) -> None:
-        """A token came out.
+        """Notes an output token.
 
         Raises:
-            ValueError: it is not running, or has had its last token.
+            ValueError: the request is not running, or has its last token already.
         """
         if self.state != "running":
             raise ValueError(f"request {self.id} is {self.state}: only one that is running emits a token")
@@ -115,11 +121,11 @@ class Request:
         self.token_s.append(now_s)
 
     def finish(self, now_s: float) -> None:
-        """Its last token is out."""
+        """Notes that it has its last token."""
         self.move("finished")
         self.finished_s = now_s
 
     def give_back(self, now_s: float) -> None:
-        """It goes back to its client."""
+        """Notes that it returned to its client."""
         self.move("returned")
         self.returned_s = now_s

@@ -1,8 +1,11 @@
-"""How many slots a request reserves before its first iteration. A slot holds the K and V of one token.
+"""Rules for the number of slots that a request reserves before its first iteration.
 
-Orca reserves what a request may at most need, by its own declared maximum. The other rules show what that costs: two
-know what a request will really need, one looks at the model only (so do re-implementations of Orca that are weaker than
-the paper's).
+A slot holds the K and V of one token. The rules:
+
+- `own` (Orca): the prompt and the maximum that the request declares.
+- `oracle`: the prompt and the output that the request will really have.
+- `pow2`: the same, with the output rounded up to a power of two.
+- `model-max`: the model's maximum, for every request. Re-implementations of Orca weaker than the paper's do this.
 """
 
 from collections.abc import Callable
@@ -16,8 +19,8 @@ class Reservation:
     """A rule.
 
     Args:
-        name: for people.
-        slots: from a request and the model's maximum (positions), how many.
+        name: as a command line spells it.
+        slots: called with a request and the model's maximum in positions; returns the number of slots.
     """
 
     name: str
@@ -42,10 +45,10 @@ RESERVATIONS = {rule.name: rule for rule in (OWN, ORACLE, POW2, MODEL_MAX)}
 
 
 def reservation(name: str) -> Reservation:
-    """The rule of this name.
+    """The rule with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no rule has the name.
 
     Example:
         >>> request = Request(id=0, arrival_s=0.0, prompt=100, max_output=128, output=25)

@@ -1,8 +1,8 @@
-"""The scheduler: requests in, batches out, batches back, requests out. Engine and simulator drive this one object.
+"""The scheduler takes requests, makes batches, takes batches back and returns requests.
 
-Decides who waits, what is reserved, and that batches return in the order in which they were made. Leaves to the policy
-which requests run together, to its caller the clock and the model. Work for each batch grows with the requests that are
-live (at most max_bs * n_workers), never with those that wait or are gone.
+The engine and the simulator drive the same object. It keeps the queue and the slots, and lets batches return in the
+order in which it made them. The policy decides which requests run together. The caller has the clock and the model.
+The time to make a batch grows with the started requests (at most max_bs * n_workers), not with waiting or past ones.
 """
 
 import math
@@ -16,18 +16,18 @@ from toruslab.serving.scheduling.reservation import OWN, Reservation
 
 
 class Scheduler:
-    """Iteration-level scheduling [Orca, section 4.2], or what a baseline does in its place.
+    """Iteration-level scheduling [Orca, section 4.2], or a baseline's scheduling, as the policy says.
 
     Args:
-        max_bs: requests in one batch at most.
-        n_slots: slots of the KV cache; a slot holds the K and V of one token.
-        n_workers: batches in flight at most, the stages of the pipeline.
-        policy: which requests run together; see `serving.scheduling.policies`.
-        reservation: slots that a request takes before it first runs.
-        model_max: positions that a request may have at most; None: n_slots.
+        max_bs: most requests in one batch.
+        n_slots: slots of the KV cache. A slot holds the K and V of one token.
+        n_workers: most batches in flight: the number of pipeline stages.
+        policy: decides which requests run together; see `serving.scheduling.policies`.
+        reservation: decides how many slots a request reserves before its first iteration.
+        model_max: most positions of a request; None: n_slots.
 
     Raises:
-        ValueError: a size below one.
+        ValueError: a size is below one.
 
     Example:
         >>> scheduler = Scheduler(max_bs=2, n_slots=20)
@@ -59,8 +59,8 @@ class Scheduler:
         self.max_bs, self.n_slots, self.n_workers, self.model_max = max_bs, n_slots, n_workers, model_max
         self.policy, self.reservation = policy, reservation
         self._line_up = policy.line_up(max_bs, n_workers)
-        self._queue: deque[Request] = deque()  # with cancelled ones, until they come to the head
-        self._held: dict[int, Request] = {}  # waiting, live, or still in a row
+        self._queue: deque[Request] = deque()  # cancelled requests stay until they are first
+        self._held: dict[int, Request] = {}  # waiting or started
         self._in_flight: deque[tuple[Batch, list[Request]]] = deque()
         self._released: list[int] = []
         self._n_submitted = self._n_batches = self._n_waiting = 0
@@ -73,7 +73,7 @@ class Scheduler:
 
     @property
     def used(self) -> int:
-        """Slots that hold a token now, those that a batch in flight is filling included."""
+        """Slots that hold a token now, including those that a batch in flight fills."""
         return self._used
 
     @property
@@ -82,20 +82,20 @@ class Scheduler:
         return self._n_waiting
 
     @property
-    def n_rows(self) -> int:
-        """Requests that hold a row: live, or ended and still carried by their batch. At most max_bs * n_workers."""
+    def n_started(self) -> int:
+        """Requests that hold a place: not yet ended, or still carried by their batch. At most max_bs * n_workers."""
         return len(self._held) - self._n_waiting
 
     @property
     def n_in_flight(self) -> int:
-        """Batches that were made and have not returned."""
+        """Batches that have not returned."""
         return len(self._in_flight)
 
     def arriving(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """The requests of a run as they are taken, one by one, each looked at before its time has come.
+        """Yields the requests of a run one by one, each checked before its time has come.
 
         Raises:
-            ValueError: arrivals that fall, or are not finite; an output that the reservation must know, and does not.
+            ValueError: arrivals are not in order or not finite, or the reservation needs an output that is None.
         """
         before_s = 0.0
         for request in requests:
@@ -112,8 +112,8 @@ class Scheduler:
         """Puts a request at the end of the queue.
 
         Raises:
-            ValueError: it can never run, and is now `refused`; or it was submitted before, or has an output that the
-                reservation must know, and does not: then it is as it was.
+            ValueError: the request can never run; its state is now `refused`. Or it was submitted before, or the
+                reservation needs an output that is None; its state is unchanged.
         """
         if request.state != "initiation" or request.order >= 0 or request.id in self._held:
             raise ValueError(f"request {request.id} was submitted before; a new one needs an id of its own")
@@ -136,11 +136,21 @@ class Scheduler:
         self._held[request.id] = request
         self._queue.append(request)
 
+    def offer(self, request: Request) -> bool:
+        """Submits a request of a run. Returns False if it was refused; raises any other error."""
+        try:
+            self.submit(request)
+        except ValueError:
+            if request.state != "refused":
+                raise
+            return False
+        return True
+
     def next_batch(self, now_s: float) -> Batch | None:
-        """The next iteration; its requests are running from now on.
+        """Makes the batch of the next iteration. Its requests are running from now on.
 
         Returns:
-            The batch, or None where nothing can run, or n_workers batches are in flight.
+            The batch. None if no request can run or n_workers batches are in flight.
         """
         if len(self._in_flight) >= self.n_workers:
             return None
@@ -170,15 +180,15 @@ class Scheduler:
         """Takes back the oldest batch in flight.
 
         Args:
-            batch: the oldest one.
+            batch: the oldest batch in flight.
             now_s: when its tokens came out.
-            stopped: requests whose token of this batch was a stop token; it counts as a token of theirs.
+            stopped: requests that got a stop token in this batch. The stop token counts as output.
 
         Returns:
-            Requests that go back to their clients now, in the order of the batch.
+            The requests that return to their clients now, in the order of the batch.
 
         Raises:
-            ValueError: it is not the oldest batch in flight.
+            ValueError: the batch is not the oldest in flight.
         """
         if not self._in_flight or self._in_flight[0][0] is not batch:
             oldest = self._in_flight[0][0].number if self._in_flight else "none"
@@ -187,7 +197,7 @@ class Scheduler:
         early = self.policy.early_return
         back: list[Request] = []
         for part, request in zip(batch.work, members, strict=True):
-            if request.state != "running":  # a dead row, or cancelled in flight
+            if request.state != "running":  # dead, or cancelled in flight
                 continue
             if not part.emits:
                 request.move("increment")
@@ -211,11 +221,13 @@ class Scheduler:
         return back
 
     def cancel(self, id: int) -> Request | None:
-        """Ends a request, wherever it is. A row in flight is free when its batch returns, that of a request-level batch
-        when all of the batch have ended; no other request is touched.
+        """Ends a request in any state. Other requests are unaffected.
+
+        A request in flight gives up its place when its batch returns. A request-level batch keeps it until all of the
+        batch have ended.
 
         Returns:
-            The request, if it was still here; None after it was returned, too.
+            The request. None if it is unknown, or was returned or cancelled before.
         """
         request = self._held.get(id)
         if request is None or request.state in ("returned", "cancelled"):

@@ -1,8 +1,11 @@
-"""Prompts on one slice, tokens on another: two pipelines, and K and V sent between them.
+"""Disaggregated serving: one server runs the prompts, another decodes.
 
-The first slice runs each prompt and gives the first token; K and V of the prompt then go over the links, one request
-after another; the second slice goes on from there. Nothing comes back, so that the first runs to its end before the
-second begins; it is never held up by a second one that is full. Needs memory for every request.
+1. The prefill server runs each prompt and emits the first token.
+2. The prompt's K and V are sent to the decode server, one request after another.
+3. The decode server emits the other tokens.
+
+Nothing flows back, so that the whole prefill server is simulated before the decode server. A full decode server never
+holds up the prefill server. The simulation keeps all requests in memory.
 """
 
 from collections import deque
@@ -23,40 +26,40 @@ def simulate_disaggregated(
     transfer_s: Callable[[int], float],
     observers: Sequence[Observer] = (),
 ) -> tuple[Simulation, Simulation]:
-    """Runs all requests through both slices; their times end up in the requests themselves.
+    """Simulates all requests on both servers, and writes the times of their events into them.
 
     Args:
-        requests: in order of arrival, none of which has run.
-        prefill, decode: the slices; policies that take whole prompts or pieces of them.
-        transfer_s: from tokens of a prompt, the seconds in which its K and V are sent.
-        observers: are told of the second slice's batches and slots, of the stages of both, the first slice's first, and
-            of requests from their arrival at the first to their return; one that ends with its first token is told of
-            with the next batch that returns from the second.
+        requests: in order of arrival. None of them has run.
+        prefill, decode: the servers. Their policies must be Orca's or chunked.
+        transfer_s: called with a prompt's tokens; returns the seconds to send its K and V.
+        observers: get the arrivals and returns of requests, the batches and slots of the decode server, and the stages
+            of both servers, numbered from the first stage of the prefill server. A request that ends with its first
+            token is reported with the decode server's next batch that returns.
 
     Returns:
-        The runs of the first and of the second slice.
+        The totals of the prefill and of the decode server.
     """
     here: dict[int, Request] = {}
     decode_scheduler = decode.scheduler()
-    first = _First(observers, here)
+    prefilled = _Prefill(observers, here)
     before = simulate(
         _prompts(requests, decode_scheduler, observers, here),
         prefill.scheduler(),
         prefill.times,
         host_s=prefill.host_s,
-        observers=[first],
+        observers=[prefilled],
     )
-    second = _Second(observers, here, first.n_stages, first.ended)
-    clones = _clones(first.ready, here, transfer_s)
-    after = simulate(clones, decode_scheduler, decode.times, host_s=decode.host_s, observers=[second])
-    second.flush(max(before.end_s, after.end_s))
+    decoded = _Decode(observers, here, prefilled.n_stages, prefilled.ended)
+    continued = _continued(prefilled.ready, here, transfer_s)
+    after = simulate(continued, decode_scheduler, decode.times, host_s=decode.host_s, observers=[decoded])
+    decoded.flush(max(before.end_s, after.end_s))
     return before, after
 
 
 def _prompts(
     requests: Iterable[Request], decode: Scheduler, observers: Sequence[Observer], here: dict[int, Request]
 ) -> Iterator[Request]:
-    """Of each request what the first slice does: its prompt, and one token."""
+    """Yields each request as the prefill server sees it: with one output token."""
     for request in requests:
         fits = request.prompt + request.max_output <= decode.model_max
         if not fits or decode.reservation.slots(request, decode.model_max) > decode.n_slots:
@@ -68,10 +71,10 @@ def _prompts(
         yield Request(id=request.id, arrival_s=request.arrival_s, prompt=request.prompt, max_output=1, output=1)
 
 
-def _clones(
+def _continued(
     ready: Iterable[Request], here: dict[int, Request], transfer_s: Callable[[int], float]
 ) -> Iterator[Request]:
-    """Of each request what is left for the second slice, in the order in which K and V arrive there."""
+    """Yields each request as the decode server sees it, in the order in which K and V arrive."""
     free_s = 0.0
     for done in ready:
         request = here[done.id]
@@ -88,8 +91,8 @@ def _clones(
         yield left
 
 
-class _First(Observer):
-    """Listens to the first slice."""
+class _Prefill(Observer):
+    """Listens to the prefill server."""
 
     def __init__(self, observers: Sequence[Observer], here: dict[int, Request]):
         self._observers, self._here, self.n_stages = observers, here, 0
@@ -121,8 +124,8 @@ class _First(Observer):
 
 
 @dataclass
-class _Second(Observer):
-    """Listens to the second slice."""
+class _Decode(Observer):
+    """Listens to the decode server."""
 
     observers: Sequence[Observer]
     here: dict[int, Request]
@@ -150,7 +153,7 @@ class _Second(Observer):
             observer.completed(batch, now_s, originals, reserved, used)
 
     def flush(self, now_s: float) -> None:
-        """Tells of those that ended with their first token after the last batch of the second slice."""
+        """Reports the requests that ended with their first token after the decode server's last batch."""
         batch = self.last or Batch(number=0, made_s=now_s, work=())
         if originals := self._before(now_s):
             for observer in self.observers:

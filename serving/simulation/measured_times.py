@@ -1,137 +1,33 @@
-"""Stage times of our own engine, from batches that it has run: what a simulation of this very engine needs.
-
-A stage takes for a pass what passes of its form take (`serving.engine.engine` pads them to few forms), and more for every
-position that attention reads: of single tokens, and of pieces of prompts, each token of which reads them. A batch takes
-the sum over its passes. Fitted by least squares, nothing below zero.
-"""
+"""Stage times from a table of measurements, in place of the analytic model."""
 
 import json
-import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from toruslab.serving.scheduling.batch import Batch
 
-Form = tuple[int, int]
-"""Single tokens and pieces of a pass."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Padding:
-    """How an engine whose attention is not split over the batch pads passes; see `serving.engine.engine.Sizes`."""
-
-    singles: tuple[int, ...]
-    pieces: tuple[int, ...]
-    length: int
-
-    def passes(self, batch: Batch) -> list[Form]:
-        """The forms of a batch's passes.
-
-        Example:
-            >>> from toruslab.serving.scheduling.batch import Work
-            >>> work = (Work(0, 9, 1, 1, True, False), Work(1, 0, 70, 70, True, False))
-            >>> batch = Batch(number=0, made_s=0.0, work=work)
-            >>> Padding(singles=(4, 8), pieces=(0, 2, 4), length=16).passes(batch)
-            [(4, 4), (4, 2)]
-        """
-        singles = sum(work.padded == 1 for work in batch.work)
-        pieces = sum(-(-work.padded // self.length) for work in batch.work if work.padded > 1)
-        n = max(-(-singles // self.singles[-1]), -(-pieces // self.pieces[-1]))
-        found = []
-        for i in range(n):
-            here = min(max(singles - i * self.singles[-1], 0), self.singles[-1])
-            there = min(max(pieces - i * self.pieces[-1], 0), self.pieces[-1])
-            found.append((next(s for s in self.singles if s >= here), next(p for p in self.pieces if p >= there)))
-        return found
-
-
-def reads(batch: Batch) -> tuple[float, float]:
-    """Positions that attention reads, thousands: for single tokens, and for all tokens of prompts."""
-    singles = sum(work.start + 1 for work in batch.work if work.padded == 1 and not work.dead)
-    pieces = sum(work.length * (work.start + work.length / 2) for work in batch.work if work.padded > 1)
-    return singles / 1e3, pieces / 1e3
-
-
-class MeasuredTimes:
-    """`serving.simulation.simulator.StageTimes` of one stage.
-
-    Args:
-        padding: the engine's.
-        samples: batches, and the seconds that the stage took for each.
-
-    Raises:
-        ValueError: no samples.
-    """
-
-    def __init__(self, padding: Padding, samples: Iterable[tuple[Batch, float]]):
-        self.padding, samples = padding, list(samples)
-        if not samples:
-            raise ValueError("samples must be at least one batch")
-        forms = sorted({form for batch, _ in samples for form in padding.passes(batch)})
-        at = {form: i for i, form in enumerate(forms)}
-        rows = np.zeros((len(samples), len(forms) + 2))
-        for row, (batch, _) in zip(rows, samples, strict=True):
-            for form in padding.passes(batch):
-                row[at[form]] += 1
-            row[len(forms) :] = reads(batch)
-        seconds = np.array([taken for _, taken in samples])
-        fitted = _least_squares(rows, seconds)
-        self._form_s = dict(zip(forms, fitted[: len(forms)].tolist(), strict=True))
-        self._single_s, self._piece_s = fitted[len(forms) :].tolist()
-        off, spread = seconds - rows @ fitted, seconds - seconds.mean()
-        self.explained = 1 - float((off @ off) / max(spread @ spread, 1e-300))
-        """Share of the samples' variance."""
-
-    def __call__(self, batch: Batch) -> Sequence[float]:
-        singles, pieces = reads(batch)
-        passes_s = math.fsum(map(self._of, self.padding.passes(batch)))
-        return (passes_s + singles * self._single_s + pieces * self._piece_s,)
-
-    def _of(self, form: Form) -> float:
-        """A form that was never met takes as long as the nearest larger one; where none is, in proportion to the one
-        with the most tokens, and not less than a smaller one."""
-        if form not in self._form_s:
-            larger = [s for f, s in self._form_s.items() if f[0] >= form[0] and f[1] >= form[1]]
-            tokens = {f: f[0] + f[1] * self.padding.length for f in self._form_s}
-            most = max(tokens, key=tokens.__getitem__)
-            wanted = form[0] + form[1] * self.padding.length
-            smaller = [s for f, s in self._form_s.items() if f[0] <= form[0] and f[1] <= form[1]]
-            beyond = max([self._form_s[most] * wanted / tokens[most], *smaller])
-            self._form_s[form] = min(larger) if larger else beyond
-        return self._form_s[form]
-
-
-def _least_squares(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """With no factor below zero: what would be is left out, the lowest first."""
-    kept = list(range(rows.shape[1]))
-    while True:
-        found = np.linalg.lstsq(rows[:, kept], seconds, rcond=None)[0]
-        if found.min() >= 0 or len(kept) == 1:
-            fitted = np.zeros(rows.shape[1])
-            fitted[kept] = np.maximum(found, 0)
-            return fitted
-        kept.pop(int(found.argmin()))
-
-
 FIELDS = ("stage", "tokens", "context", "seconds")
 
 
 class StageTable:
-    """`serving.simulation.simulator.StageTimes` from measurements.
+    """`serving.simulation.simulator.StageTimes` from a table of measurements.
 
-    For each number of tokens a straight line over the context (least squares; flat where there is one context only, and
-    where it would fall), between two numbers of tokens a straight line; fewer tokens than the fewest take as long as
-    these, more than the most go on as between the last two.
+    A row is one measurement: `{"stage": 0, "tokens": 33, "context": 9000, "seconds": 0.012}`. `tokens` are all computed
+    tokens of the batch, with padding and dead places. `context` is the number of positions that attention reads, summed
+    over the requests of the batch, their own tokens included.
+
+    For each number of tokens, the seconds are a line over the context: by least squares, not falling, flat if there is
+    only one context. Lines are interpolated between two numbers of tokens, and extrapolated above the last. Fewer
+    tokens than the fewest cost the same as the fewest.
 
     Args:
         rows: objects with `FIELDS`.
 
     Raises:
-        ValueError: field, value and rule; or a stage without rows.
+        ValueError: a field breaks a rule, or a stage has no rows.
 
     Example:
         >>> from toruslab.serving.scheduling.batch import Work
@@ -146,7 +42,7 @@ class StageTable:
     def __init__(self, rows: Iterable[Mapping[str, Any]]):
         found: dict[int, dict[int, list[tuple[float, float]]]] = {}
         for number, row in enumerate(rows, 1):
-            _check_row(number, row)
+            _check(number, row)
             found.setdefault(row["stage"], {}).setdefault(row["tokens"], []).append((row["context"], row["seconds"]))
         if sorted(found) != list(range(len(found))) or not found:
             raise ValueError(f"stages {sorted(found)} must be 0, 1, ... without a gap")
@@ -164,7 +60,7 @@ class StageTable:
         """From JSON lines.
 
         Raises:
-            ValueError: a line that is no such row.
+            ValueError: a line is not JSON, or not a row.
         """
         rows = []
         for number, line in enumerate(lines, 1):
@@ -195,13 +91,14 @@ class StageTable:
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Intercept and slope, by least squares."""
     x, y = np.array(points, float).T
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / max(((x - x.mean()) ** 2).sum(), 1e-300))
     slope = max(slope, 0.0) if x.max() > x.min() else 0.0
     return float(y.mean() - slope * x.mean()), slope
 
 
-def _check_row(number: int, row: Any) -> None:
+def _check(number: int, row: Any) -> None:
     if not isinstance(row, Mapping) or not all(field in row for field in FIELDS):
         raise ValueError(f"row {number} must be an object with {', '.join(FIELDS)}")
     for field in FIELDS:

@@ -1,15 +1,18 @@
-"""What a mixed batch costs on every stage of a pipeline, by the analytic model. Touches no device.
+"""Prices a mixed batch on every stage of a pipeline, by the analytic model. Uses no device.
 
-A batch holds whole prompts, pieces of them and single tokens of many requests, each with a context of its own. All that
-has weights is priced by the tokens of the batch, collectives too; attention by each request's own tokens and context:
+A batch holds whole prompts, pieces of prompts and single tokens of many requests, each with its own context. T, the
+batch's tokens, prices matmuls, vector work and collectives. Each request's tokens and context price attention:
 
-    layer = hypot(matmuls(T) + vector work(T) + attention, gathers under them) + exposed collectives(T)
+    layer = hypot(matmuls(T) + vector work(T) + attention, overlapped gathers) + exposed collectives(T)
     attention = sum over requests of max(multiply-adds ~ tokens x mean context, cache read ~ context)
 
-The seconds for each T are those of `partitioning.cost.forward`, tabulated once; a batch of equal requests costs what `estimate`
-says of it. [assumed]: T is padded to what the layout can divide; where attention is split over the batch, the fullest
-chip decides; a stage's residual stream goes to the next stage from every chip over one link, and is waited for; the
-first stage has the embedding's collectives, the last one the unembedding.
+The seconds for each T come from `partitioning.cost.forward` and are tabulated once, so that a batch of equal requests
+costs the same as in `estimate`. [assumed]:
+
+- T is padded to a multiple that the layout can divide.
+- If attention is split over the batch, the fullest chip decides.
+- Every chip sends its part of the residual stream to the next stage over one link, and the stage waits for it.
+- The first stage has the embedding's collectives, the last stage the unembedding.
 """
 
 import dataclasses
@@ -33,17 +36,17 @@ from toruslab.partitioning.torus.mesh import Shape, Slice, mesh_shape
 from toruslab.serving.scheduling.batch import Batch
 
 MOST_TOKENS = 2**20
-"""A batch has no more, padding included."""
+"""Most tokens of a batch, padding included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A model cut into stages of equally many layers, each on a slice of its own.
+    """A model cut into stages with the same number of layers, each on its own slice.
 
     Args:
         model: a preset or a path to a Hugging Face `config.json`.
         slice: of one stage, `CHIP:DIMS`.
-        stages: how many.
+        stages: number of stages.
         layout, attention, weights, mesh, cache: see `partitioning.plan.point.Point`.
 
     Raises:
@@ -94,7 +97,7 @@ class Pipeline:
 
     @property
     def step(self) -> int:
-        """What the tokens of a batch are padded to a multiple of."""
+        """The tokens of a batch are padded to a multiple of this number."""
         return batch_step(self.made, self.config.block, self.shape)
 
     @property
@@ -102,14 +105,12 @@ class Pipeline:
         return self.stages * Slice.parse(self.slice).n_chips
 
     def decode(self, sequences: int, context: int) -> Point:
-        """A decode step of all layers on one stage's slice, with sequences padded to what the layout divides."""
-        made = layout(self.layout, self.attention, self.shape, self.config.n_kv_heads)
-        step = batch_step(made, self.config.block, self.shape)
+        """A decode step of all layers on one stage's slice, with the sequences padded to a multiple of `step`."""
         return Point(
             model=self.model,
             slice=self.slice,
             phase="decode",
-            batch=-(-sequences // step) * step,
+            batch=-(-sequences // self.step) * self.step,
             context=context,
             layout=self.layout,
             attention=self.attention,
@@ -119,10 +120,10 @@ class Pipeline:
         )
 
     def numbers(self, tokens: Any, *, capacity: Any = 1.0, rows: Any = None) -> PassSizes:
-        """Sizes of passes of one stage's layers over single tokens, which are all at position 0."""
+        """Sizes of passes of one stage's layers over single tokens, all of them at position 0."""
         row = model_sizes(self.config) | {"n_layers": self.config.n_layers // self.stages}
         if self.stages > 1:
-            row["tied"] = 1  # the first stage has one table, the last one another
+            row["tied"] = 1  # a stage has one table at most: the embedding in the first, the unembedding in the last
         found = PassSizes.join(
             row,
             batch=np.asarray(tokens, float),
@@ -137,16 +138,20 @@ class Pipeline:
     def cost(
         self, numbers: PassSizes, constants: Constants | None = None, *, overlap: bool = True, detail: bool = False
     ):
-        """`partitioning.cost.forward.price` of such passes."""
+        """`partitioning.cost.forward.price` of the passes that `numbers` describes."""
         slice_ = Slice.parse(self.slice)
         options = {"overlap": overlap, "detail": detail}
         return price(self.made, self.config.block, slice_, self.shape, numbers, constants, **options)
 
     def slots(self, most_tokens: int, rows: int) -> int:
-        """Tokens whose K and V fit beside weights, and the activations of a batch of so many tokens and requests.
+        """Tokens whose K and V fit into a chip's memory beside the weights and a batch's activations.
+
+        Args:
+            most_tokens: most tokens of a batch.
+            rows: most requests of a batch.
 
         Raises:
-            ValueError: not even the weights fit.
+            ValueError: the weights and activations alone do not fit.
         """
         tokens = -(-most_tokens // self.step) * self.step
         held = self.cost(self.numbers(tokens, capacity=0.0, rows=-(-rows // self.step) * self.step))
@@ -160,13 +165,13 @@ class Pipeline:
 
     @property
     def slot_bytes(self) -> float:
-        """Bytes a chip that one token's K and V take on a stage, tiles filled up."""
+        """Bytes per chip of one token's K and V on a stage, padding of tiles included."""
         far, near = (self.cost(self.numbers(self.step, capacity=2.0**n)).hbm_bytes_per_chip for n in (21, 20))
         return float(np.ravel(far - near)[0]) / (self.step * 2**20)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of one token's K and V in all layers, as they are sent: without tiles."""
+        """Bytes of one token's K and V in all layers as they are sent, without padding of tiles."""
         config = self.config
         width = config.d_head + 2 if self.cache == "int8" else config.d_head * (4 if self.weights == "f32" else 2)
         return 2 * config.n_layers * config.n_kv_heads * width
@@ -176,13 +181,13 @@ class Pricing:
     """`serving.simulation.simulator.StageTimes` of a pipeline.
 
     Args:
-        pipeline: what is priced.
-        constants: the fitted ones of the chip (`partitioning.torus.chip.FITTED`); its own by default.
-        overlap: see `partitioning.cost.forward.estimate`.
-        slowdown: all seconds times that, for an engine that is slower by so much.
-        send: whether stages wait for what they send.
+        pipeline: the pipeline to price.
+        constants: fitted constants of the chip (`partitioning.torus.chip.FITTED`); None: the chip's own.
+        overlap: see `partitioning.cost.estimate.estimate`.
+        slowdown: factor on all seconds, for an engine slower than the model.
+        send: whether stages wait for the residual stream to be sent.
 
-    Example: a batch of 32 single tokens, each with 300 tokens before it, and one prompt of 272 tokens.
+    Example: a batch of 32 single tokens, each after 300 tokens, and one prompt of 272 tokens.
         >>> from toruslab.serving.scheduling.batch import Work
         >>> work = [Work(i, 300, 1, 1, True, False) for i in range(32)] + [Work(32, 0, 272, 272, True, False)]
         >>> orca = Pricing(Pipeline(model="orca-175b", slice="a100-40:8", stages=2, layout="ws1d", attention="heads"))
@@ -207,7 +212,7 @@ class Pricing:
         plan = coefficients(made, pipeline.config.block, Slice.parse(pipeline.slice), pipeline.shape, overlap)
         self._parts = plan.splits["cache", -1][0]
         unit = self._cost(np.array([1.0])).parts
-        # seconds of one layer for one token at one position: multiply-adds; reading, or converting, that position
+        # seconds of one layer for one token and one position: multiply-adds, and reading (or converting) the position
         self._product_s, self._position_s = (float(np.ravel(unit[k])[0]) for k in ("attention_s", "cache_s"))
         self._position_s = max(self._position_s, float(np.ravel(unit["converted_s"])[0]))
         heads = self._cost(np.array([0.0, 1.0])).parts
@@ -216,7 +221,7 @@ class Pricing:
         self._head_s, self._embed_s = float(memory[0]), float(memory[1] - memory[0])
         sent = pipeline.config.d_model * (4 if pipeline.weights == "f32" else 2) / math.prod(pipeline.shape)
         self._send_s = (sent / chip_.link_bytes_per_s if send else 0.0, chip_.hop_s if send else 0.0)
-        self._body: list[float] = []  # by T / step, as are the next three
+        self._body: list[float] = []  # seconds by T / step, like the next three
         self._open: list[float] = []
         self._first: list[float] = []
         self._last: list[float] = []

@@ -1,7 +1,7 @@
-"""One way to serve, and one run of it: pipeline, policy, memory; a trace in, figures out.
+"""A scenario: one server, or a prefill and a decode server, and what a workload shows of it.
 
-Decides what is measured: a run at a rate, the throughput when requests never run out, and the highest rate that keeps
-its promises. Draws and prints nothing. Imports no JAX backend.
+Computes the metrics of a run at a rate, the throughput when requests never run out, and the highest rate that keeps a
+promise. Nothing here prints, and no JAX backend is initialised.
 """
 
 import math
@@ -19,19 +19,22 @@ from toruslab.serving.traffic.arrivals import GivenTimes
 from toruslab.serving.traffic.workload import Workload
 
 SHARE = 0.9
-"""Of the requests that must keep within the limits."""
+"""Share of the requests that must meet the limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """What serves: one server, or one for prompts and another for what follows.
+    """One server for everything, or a prefill server and a decode server.
 
     Args:
-        server: for everything; of two, for the tokens after the first.
-        prefill: for prompts; None: none apart.
-        kv_bytes: of one token's K and V in all layers.
-        kv_bytes_per_s: between the two servers.
-        kv_start_s: seconds before the first byte of a request arrives.
+        server: the server, or the decode server if there is a prefill server.
+        prefill: the prefill server; None: `server` runs the prompts too.
+        kv_bytes: bytes of one token's K and V in all layers.
+        kv_bytes_per_s: bandwidth between the two servers.
+        kv_start_s: latency of a transfer, seconds.
+
+    Raises:
+        ValueError: a policy that cannot continue prompts of another server.
     """
 
     server: Server
@@ -52,11 +55,11 @@ class Scenario:
         return self.server.n_chips + (self.prefill.n_chips if self.prefill else 0)
 
     def transfer_s(self, tokens: int) -> float:
-        """Seconds in which K and V of a prompt go from one server to the other."""
+        """Seconds to send the K and V of a prompt of so many tokens to the decode server."""
         return self.kv_start_s + tokens * self.kv_bytes / self.kv_bytes_per_s
 
     def simulate(self, workload: Workload, observers: Sequence[Observer] = ()) -> tuple[Simulation, ...]:
-        """Runs a trace; of two servers, both runs."""
+        """Runs a workload. Returns the totals of each server, the prefill server first."""
         if self.prefill is None:
             server = self.server
             requests, scheduler = workload.requests(), server.scheduler()
@@ -71,13 +74,19 @@ class Scenario:
         limits: Limits | None = None,
         observers: Sequence[Observer] = (),
     ) -> tuple[Summary, tuple[Simulation, ...]]:
-        """Figures of the steady window (`Workload.window_s`), and of the whole run."""
+        """Runs a workload. Returns the metrics of its steady window and the totals of each server."""
         metrics = Metrics(max_bs=self.server.max_bs, window_s=workload.window_s(warm_up), limits=limits)
         runs = self.simulate(workload, [metrics, *observers])
         return metrics.summary(), runs
 
     def peak_per_s(self, workload: Workload, observers: Sequence[Observer] = ()) -> float:
-        """Requests per second when all are there from the beginning, from the first fifth of them to the last."""
+        """Throughput when all requests are there from the start: requests per second.
+
+        The first and the last fifth of the returned requests are left out.
+
+        Raises:
+            ValueError: the slots are too few for any request.
+        """
         returns = _Returns()
         at_once = replace(workload, arrivals=GivenTimes(times_s=(0.0,) * workload.n))
         self.simulate(at_once, [returns, *observers])
@@ -92,7 +101,7 @@ class Scenario:
 
 
 class _Returns(Observer):
-    """Keeps when requests return."""
+    """Keeps the times at which requests return."""
 
     def __init__(self):
         self.times_s: list[float] = []
@@ -102,12 +111,15 @@ class _Returns(Observer):
 
 
 def highest_rate(good: Callable[[float], bool], top: float, *, precision: float = 0.01) -> float | None:
-    """The highest rate that is good, by bisection between a hundredth of `top` and `top`.
+    """The highest good rate, by bisection between `top / 100` and `top`.
 
     Args:
-        good: whether a rate is; rates above a bad one are taken to be bad.
-        top: the highest that is tried.
-        precision: the answer is good, and this share more is not, or is `top`.
+        good: says whether a rate is good. Rates above a bad rate are taken to be bad.
+        top: the highest rate to try.
+        precision: relative precision of the answer.
+
+    Returns:
+        A good rate. None if `top / 100` is not good.
 
     Example:
         >>> round(highest_rate(lambda rate: rate < 3.0, 10.0), 1), highest_rate(lambda rate: False, 10.0)

@@ -1,7 +1,7 @@
-"""A run on a virtual clock: the scheduler as it is, and a pipeline whose stages only take time.
+"""The simulator: a run of the real scheduler on a virtual clock, over a pipeline whose stages only take time.
 
-Decides when things happen, from the seconds that each stage takes for a batch. Where these come from is the caller's
-matter. The same input gives the same run to the last bit.
+It computes when batches are made and return. The caller provides the seconds that each stage takes for a batch. The
+same input gives the same run to the last bit.
 """
 
 import math
@@ -17,18 +17,19 @@ from toruslab.serving.scheduling.reservation import OWN, Reservation
 from toruslab.serving.scheduling.scheduler import Scheduler
 
 StageTimes = Callable[[Batch], Sequence[float]]
-"""Seconds that each stage takes for a batch, in the order of the pipeline; as many for every batch."""
+"""Returns the seconds that each stage takes for a batch, in the order of the pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """A slice, or several in a row, and how it is scheduled.
+    """A simulated server: a pipeline of one or more slices, and its scheduler's settings.
 
     Args:
         times: see `StageTimes`.
-        n_stages, n_chips: of the whole pipeline.
+        n_stages: pipeline stages.
+        n_chips: chips of all stages.
         max_bs, slots, policy, reservation: see `serving.scheduling.scheduler.Scheduler`.
-        in_flight: batches in flight at most; None: one for each stage.
+        in_flight: most batches in flight; None: one for each stage.
         host_s: seconds of host work for each batch.
     """
 
@@ -43,10 +44,10 @@ class Server:
     host_s: float = 0.0
 
     def scheduler(self) -> Scheduler:
-        """An empty one.
+        """A new, empty scheduler with these settings.
 
         Raises:
-            ValueError: a size below one.
+            ValueError: a size is below one.
         """
         return Scheduler(
             max_bs=self.max_bs,
@@ -59,13 +60,13 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """What was run.
+    """The totals of a run.
 
     Args:
-        end_s: when the last batch returned.
+        end_s: when the last batch returned, seconds.
         batches: iterations.
-        tokens: tokens of requests that were scheduled, prompts and outputs.
-        works: parts of batches that were scheduled: one for each request and iteration, dead rows included.
+        tokens: scheduled tokens of prompts and outputs.
+        works: scheduled `Work` entries: one for each request and iteration, dead places included.
     """
 
     end_s: float
@@ -82,21 +83,21 @@ def simulate(
     host_s: float = 0.0,
     observers: Sequence[Observer] = (),
 ) -> Simulation:
-    """Runs all requests to their end.
+    """Simulates all requests to their end.
 
-    A batch enters a stage when it has left the one before and that stage is free, the first one after the host has
-    prepared it; the host prepares one batch at a time, in `host_s` seconds. At equal times requests arrive and batches
-    return before the next batch is made.
+    The host prepares one batch at a time, in `host_s` seconds. A batch enters a stage when it has left the previous one
+    and the stage is free. At equal times, requests arrive and batches return before the next batch is made.
 
     Args:
-        requests: in order of arrival; taken one by one. Each needs an `output`, or runs to its maximum.
-        scheduler: an empty one.
+        requests: in order of arrival. A request without an `output` runs to its maximum.
+        scheduler: holds no requests.
         stage_times: see `StageTimes`.
         host_s: seconds of host work for each batch.
-        observers: are told everything.
+        observers: get all events.
 
     Raises:
-        ValueError: what `Scheduler.arriving` refuses; stage times that are negative, none, or not as many as before.
+        ValueError: `Scheduler.arriving` refuses a request, or stage times are negative, missing, or not one for each
+            stage.
     """
     arrivals = scheduler.arriving(requests)
     coming = next(arrivals, None)
@@ -108,7 +109,7 @@ def simulate(
         returns_s = flying[0][1] if flying else math.inf
         now_s = returns_s if coming is None else min(coming.arrival_s, returns_s)
         while coming is not None and coming.arrival_s == now_s:
-            _submit(scheduler, coming)
+            scheduler.offer(coming)
             for observer in observers:
                 observer.arrived(coming)
             coming = next(arrivals, None)
@@ -134,14 +135,5 @@ def simulate(
                 for observer in observers:
                     observer.stage(batch, stage, start_s, left_s)
             flying.append((batch, left_s))
-    assert scheduler.n_waiting == scheduler.n_rows == 0, "requests are left, and nothing runs"
+    assert scheduler.n_waiting == scheduler.n_started == 0, "requests are left, and nothing runs"
     return Simulation(end_s=now_s, batches=batches, tokens=tokens, works=works)
-
-
-def _submit(scheduler: Scheduler, request: Request) -> None:
-    """Refusals are part of a run; any other error is not."""
-    try:
-        scheduler.submit(request)
-    except ValueError:
-        if request.state != "refused":
-            raise

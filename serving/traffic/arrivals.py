@@ -1,4 +1,4 @@
-"""When requests come: Poisson, bursty, or at given times. Open loop: nothing waits for an answer."""
+"""Arrival processes: Poisson, bursty (gamma), and given times. Open loop: no arrival waits for an answer."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,26 +10,26 @@ from numpy.typing import NDArray
 
 _BLOCK = 1024
 LEAST_CV, MOST_CV = 0.01, 100.0
-"""Beyond, gaps are all the same, or nearly all of them 0."""
+"""Bounds of `Gamma.cv`. Below, all gaps are equal; above, nearly all are 0."""
 
 
 class Arrivals(Protocol):
-    """A process of arrivals."""
+    """An arrival process."""
 
     def times(self, generator: np.random.Generator) -> Iterator[float]:
-        """Seconds, not falling, from 0 on."""
+        """Yields the times of arrivals: seconds from 0 on, in order."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Poisson:
-    """Exponential gaps.
+    """Exponential gaps between arrivals.
 
     Args:
         rate: requests per second.
 
     Raises:
-        ValueError: a rate that is not positive.
+        ValueError: the rate is not positive.
     """
 
     rate: float
@@ -43,15 +43,15 @@ class Poisson:
 
 @dataclass(frozen=True, kw_only=True)
 class Gamma:
-    """Gaps from a gamma distribution.
+    """Gaps between arrivals from a gamma distribution.
 
     Args:
         rate: requests per second.
-        cv: standard deviation of the gaps over their mean; 1 is Poisson, more is bursty. Azure 2023: conversation 1.09,
-            code 13.
+        cv: standard deviation of the gaps over their mean. 1 is Poisson, above 1 is bursty. Azure 2023: conversation
+            1.09, code 13.
 
     Raises:
-        ValueError: a rate that is not positive, a cv that is not `LEAST_CV` to `MOST_CV`.
+        ValueError: the rate is not positive, or the cv is not `LEAST_CV` to `MOST_CV`.
     """
 
     rate: float
@@ -68,13 +68,13 @@ class Gamma:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenTimes:
-    """At these times.
+    """Arrivals at given times.
 
     Args:
-        times_s: seconds, not falling, from 0 on.
+        times_s: seconds from 0 on, in order.
 
     Raises:
-        ValueError: they fall, or begin before 0.
+        ValueError: the times are not in order, or begin before 0.
     """
 
     times_s: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""How long prompts and outputs are: uniform, fixed, or by quantiles of a public trace."""
+"""Distributions of prompt and output lengths: uniform, fixed, mixed, or by the quantiles of a public trace."""
 
 import math
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ Ints = NDArray[np.int64]
 
 
 class Lengths(Protocol):
-    """A distribution of tokens."""
+    """A distribution of lengths in tokens."""
 
     def draw(self, generator: np.random.Generator, n: int) -> Ints:
-        """[n] lengths, each at least 1."""
+        """Draws [n] lengths, each at least 1."""
         ...
 
     @property
     def longest(self) -> int:
-        """No length is longer."""
+        """The longest length that can be drawn."""
         ...
 
     def scaled(self, factor: float) -> "Lengths":
-        """The same shape, `factor` times as long, for a smaller model; no length falls below 1."""
+        """The distribution with lengths times `factor`, for a smaller model. No length falls below 1."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Each integer from `low` to `high`, both included.
+    """Each integer from `low` to `high`, both included, equally often.
 
     Raises:
         ValueError: not 1 <= low <= high.
@@ -59,10 +59,10 @@ class Uniform:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """Always the same.
+    """Always the same length.
 
     Raises:
-        ValueError: below 1.
+        ValueError: the length is below 1.
     """
 
     tokens: int
@@ -84,14 +84,14 @@ class Fixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantiles:
-    """Published quantiles, joined by straight lines (a piecewise-linear inverse of the distribution function).
+    """Published quantiles with linear interpolation between them (a piecewise-linear inverse distribution function).
 
-    The tails are not published: the first and the last line go on to 0 and 100%, the first not below one token. The
-    longest requests of the real trace are longer than that.
+    The tails are not published. The first and the last segment are extended to 0 and 100%, but not below one token. The
+    real trace has requests longer than the longest here.
 
     Args:
-        shares: rising, between 0 and 1, both excluded.
-        tokens: not falling, at least 1.
+        shares: of requests, ascending, between 0 and 1, both excluded.
+        tokens: of the quantile of each share, ascending, at least 1.
 
     Raises:
         ValueError: field, value and rule.
@@ -113,7 +113,7 @@ class Quantiles:
             raise ValueError(f"tokens={self.tokens} must be positive and not fall")
 
     def at(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[n] tokens, not rounded, below which these shares of the requests are."""
+        """[n] quantiles of these shares [n], in tokens, not rounded."""
         p, v = self.shares, self.tokens
         first = max(min(1.0, v[0]), v[0] - p[0] * (v[1] - v[0]) / (p[1] - p[0]))
         last = v[-1] + (1 - p[-1]) * (v[-1] - v[-2]) / (p[-1] - p[-2])
@@ -132,14 +132,15 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed:
-    """Mostly one, now and then the other.
+    """A mixture of two distributions.
 
     Args:
-        often, seldom: the two.
-        share: of the requests that take `seldom`.
+        often: distribution of most requests.
+        seldom: distribution of the others.
+        share: of the requests that draw from `seldom`.
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: the share is outside [0, 1].
 
     Example:
         >>> mixed = Mixed(often=Fixed(tokens=8), seldom=Fixed(tokens=400), share=0.1)
@@ -174,7 +175,7 @@ def _tokens(tokens: int, factor: float) -> int:
 
 
 ORCA_PROMPT, ORCA_OUTPUT = Uniform(low=32, high=512), Uniform(low=1, high=128)
-"""Yu et al., OSDI 2022, section 6.1; a request never stops before its maximum."""
+"""Yu et al., OSDI 2022, section 6.1. A request never stops before its maximum."""
 
 _DECILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
 AZURE_CONVERSATION_PROMPT = Quantiles(shares=_DECILES, tokens=(207, 387, 403, 703, 1020, 1071, 1130, 1315, 2734))
@@ -183,4 +184,4 @@ AZURE_CONVERSATION_OUTPUT = Quantiles(shares=_DECILES, tokens=(54, 77, 91, 103, 
 
 AZURE_CODE_PROMPT = Quantiles(shares=(0.1, 0.5, 0.9), tokens=(147, 1469, 5187))
 AZURE_CODE_OUTPUT = Quantiles(shares=(0.1, 0.5, 0.9), tokens=(7, 13, 55))
-"""The same, code; three quantiles."""
+"""Three quantiles of the public Azure LLM inference trace of 2023, code."""

@@ -1,4 +1,4 @@
-"""Traces by name, as a command line spells them: how long requests are, and when they come."""
+"""Traces (lengths of requests) and patterns (arrivals of requests) by the names that a command line takes."""
 
 import functools
 import hashlib
@@ -25,13 +25,13 @@ from toruslab.serving.traffic.lengths import (
 ARRIVALS = """poisson, gamma:CV, or a file with a time in seconds on each line, the first
 of them for --requests: as they are, or stretched to --rates if given"""
 LEAST_RATE, MOST_RATE = 1e-6, 1e9
-"""Requests per second of a file."""
+"""Bounds of a file's requests per second."""
 _LONGEST_LINE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Lengths of prompts and outputs, drawn independently of each other."""
+    """Distributions of prompt and output lengths, drawn independently of each other."""
 
     name: str
     prompt: Lengths
@@ -39,11 +39,11 @@ class Trace:
 
     @property
     def longest(self) -> int:
-        """Positions that a request may need."""
+        """Most positions that a request may need."""
         return self.prompt.longest + self.output.longest
 
     def scaled(self, prompt: float, output: float) -> "Trace":
-        """Lengths times these factors."""
+        """The trace with prompt and output lengths times these factors."""
         return Trace(name=self.name, prompt=self.prompt.scaled(prompt), output=self.output.scaled(output))
 
 
@@ -53,7 +53,7 @@ TRACES = {
         Trace(name="orca", prompt=ORCA_PROMPT, output=ORCA_OUTPUT),
         Trace(name="azure-conversation", prompt=AZURE_CONVERSATION_PROMPT, output=AZURE_CONVERSATION_OUTPUT),
         Trace(name="azure-code", prompt=AZURE_CODE_PROMPT, output=AZURE_CODE_OUTPUT),
-        # made up: whoever decodes is held up whenever one of the long prompts runs whole
+        # made up: a long prompt in one piece holds up every request that decodes
         Trace(
             name="long-mix",
             prompt=Mixed(often=Uniform(low=32, high=128), seldom=Uniform(low=1536, high=2048), share=0.1),
@@ -64,10 +64,10 @@ TRACES = {
 
 
 def trace(name: str) -> Trace:
-    """The trace of this name; `fixed:P:O` has prompts of P tokens and outputs of O.
+    """The trace with this name. `fixed:P:O` has prompts of P tokens and outputs of O tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no trace has the name.
 
     Example:
         >>> trace("fixed:8:3").longest, trace("orca").scaled(1 / 4, 1 / 2).longest
@@ -83,13 +83,13 @@ def trace(name: str) -> Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Pattern:
-    """When requests come, but for how many a second.
+    """A family of arrival processes, one for each rate.
 
     Args:
-        name: as it is spelled.
-        at: the arrivals at a rate, in requests per second.
-        rate: its own, where it has one: `at(rate)` is then as it was written down.
-        digest: of the times of a file, which may change under its name.
+        name: as a command line spells it.
+        at: called with a rate in requests per second; returns the arrivals.
+        rate: of a file's own times, in requests per second; None: no file.
+        digest: hash of a file's times, since a file may change under its name.
     """
 
     name: str
@@ -98,17 +98,18 @@ class Pattern:
     digest: str | None = None
 
     def to_json(self) -> dict[str, str]:
-        """As rows hold it."""
+        """The fields of a row of results."""
         return {"arrivals": self.name} | ({"arrivals_digest": self.digest} if self.digest else {})
 
 
 def arrivals(name: str, n: int) -> Pattern:
-    """`poisson`, `gamma:CV` (or `gamma-CV`), or the first `n` times of a file, one a line, in seconds from 0 on.
+    """The pattern with this name: `poisson`, `gamma:CV` (or `gamma-CV`), or a file.
 
-    A file's own rate is n over the last of its times; at another rate they are all stretched alike.
+    A file has one time per line, in seconds from 0 on; the first `n` are read. Its own rate is n over its n-th time. At
+    another rate all times are stretched by the same factor.
 
     Raises:
-        ValueError: another name, a CV out of bounds, a file with fewer times, or with some that are not finite,
+        ValueError: the name is unknown, the CV is out of bounds, the file has fewer times, or its times are not finite,
             negative, out of order, or all 0.
 
     Example:
@@ -145,7 +146,7 @@ def _stretched(times_s: tuple[float, ...], rate: float, wanted: float) -> GivenT
 
 
 def _times(name: str, n: int) -> tuple[float, ...]:
-    """The first n of a file; nothing behind them is read."""
+    """The first n times of a file. The rest is not read."""
     found: list[float] = []
     number = 0
     with open(name, encoding="utf-8-sig", errors="replace") as file:

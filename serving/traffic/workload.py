@@ -1,12 +1,12 @@
-"""Traffic: which requests come when, drawn from a seed, and the text of their prompts.
+"""A workload: requests with arrival times and lengths drawn from a seed, and the text of their prompts.
 
-Requests are made one after another, so that a million need no list, and the first of them are the same however many
-follow. Arrivals, prompts and outputs have random streams of their own: the same lengths come at any rate.
+Requests are made one by one, so that a million need no list. The first requests do not depend on how many follow.
+Arrivals, prompts and outputs have separate random streams, so that every rate gets the same lengths.
 """
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -22,14 +22,15 @@ _BLOCK = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A trace, as a value.
+    """A run's requests, as a value.
 
     Args:
-        n: requests.
-        arrivals: when they come.
-        prompt, output: how long they are; `output` is what a request will produce.
-        max_output: what every request declares as its maximum, and where longer outputs are cut; None: each declares
-            what it will produce, as in Orca's trace.
+        n: number of requests.
+        arrivals: the arrival process.
+        prompt: lengths of prompts, tokens.
+        output: lengths of outputs, tokens.
+        max_output: maximum that every request declares, and at which longer outputs are cut; None: each request
+            declares its own output, as in Orca's trace.
         seed: of all random streams.
 
     Raises:
@@ -38,8 +39,9 @@ class Workload:
     Example:
         >>> from toruslab.serving.traffic.arrivals import GivenTimes
         >>> from toruslab.serving.traffic.lengths import Fixed
-        >>> trace = Workload(n=2, arrivals=GivenTimes(times_s=(0.0, 1.5)), prompt=Fixed(tokens=8), output=Fixed(tokens=3))
-        >>> [(request.id, request.arrival_s, request.prompt, request.output) for request in trace.requests()]
+        >>> times = GivenTimes(times_s=(0.0, 1.5))
+        >>> two = Workload(n=2, arrivals=times, prompt=Fixed(tokens=8), output=Fixed(tokens=3))
+        >>> [(request.id, request.arrival_s, request.prompt, request.output) for request in two.requests()]
         [(0, 0.0, 8, 3), (1, 1.5, 8, 3)]
     """
 
@@ -59,11 +61,11 @@ class Workload:
             raise ValueError(f"n={self.n} must be at most the number of times, {len(self.arrivals.times_s)}")
 
     def requests(self) -> Iterator[Request]:
-        """The requests in order of arrival, with ids 0, 1, ...; the same ones on every call."""
+        """Yields the requests in order of arrival, with ids 0, 1, ... Every call yields the same."""
         arrivals, prompts, outputs = self._streams()
         times = self.arrivals.times(arrivals)
         for start in range(0, self.n, _BLOCK):
-            # Whole blocks, so that the numbers of one do not depend on n.
+            # Whole blocks, so that a request does not depend on n.
             prompt = self.prompt.draw(prompts, _BLOCK).tolist()
             output = self.output.draw(outputs, _BLOCK).tolist()
             for i in range(min(_BLOCK, self.n - start)):
@@ -77,38 +79,32 @@ class Workload:
                 )
 
     def last_arrival_s(self) -> float:
-        """When the last request comes."""
+        """When the last request arrives, seconds."""
         return next(islice(self.arrivals.times(self._streams()[0]), self.n - 1, None))
 
     def window_s(self, warm_up: float = 0.2) -> tuple[float, float]:
-        """A steady window: without the first share `warm_up` of the time in which requests come, and without the drain
-        after the last of them.
+        """The steady window (start, end) in seconds. It ends at the last arrival, so that it excludes the drain.
+
+        Args:
+            warm_up: share of the time until the last arrival that comes before the window.
 
         Raises:
-            ValueError: a share outside [0, 1).
+            ValueError: the share is outside [0, 1).
         """
         if not 0 <= warm_up < 1:
             raise ValueError(f"warm_up={warm_up} must be a share of the time, 0 <= warm_up < 1")
         last_s = self.last_arrival_s()
         return warm_up * last_s, last_s
 
-    def scaled(self, factor: float) -> "Workload":
-        """The same traffic with all lengths times `factor`, for a smaller model."""
-        cap = self.max_output
-        return replace(
-            self,
-            prompt=self.prompt.scaled(factor),
-            output=self.output.scaled(factor),
-            max_output=cap if cap is None else max(1, round(cap * factor)),
-        )
-
     def _streams(self) -> list[np.random.Generator]:
         return [np.random.default_rng(seed) for seed in np.random.SeedSequence(self.seed).spawn(3)]
 
 
 def prompt_ids(request: Request, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """[prompt] int32: a window of English text, the request's own whatever else runs. Ids are bytes (`models.weights.byte_ids`); a
-    prompt longer than the corpus goes on at its beginning.
+    """[prompt] int32: the ids of a request's prompt, a window of English text.
+
+    The text depends on the seed and the request's id only. Ids are bytes (`models.weights.byte_ids`). A prompt longer
+    than the corpus wraps around.
 
     Example:
         >>> ids = prompt_ids(Request(id=3, arrival_s=0.0, prompt=5, max_output=1))

@@ -11,7 +11,8 @@ import pytest
 from tests.points import POINT
 from toruslab.benchmarks import bench as step_latency
 from toruslab.benchmarks import cli, explain, generate
-from toruslab.benchmarks.report import groups, markdown, write
+from toruslab.benchmarks.reports.bench_report import markdown, write
+from toruslab.benchmarks.reports.cells import groups
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs.grid import grid
 from toruslab.benchmarks.runs.rows import DamagedResults, RowFile

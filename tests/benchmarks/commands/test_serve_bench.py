@@ -9,8 +9,8 @@ import pytest
 
 from toruslab.benchmarks import cli, serve_bench
 from toruslab.benchmarks.measure import serving_run as serve_runs
-from toruslab.benchmarks.reports.serve_curves import MULTIPLE, Curve, findings, good
-from toruslab.benchmarks.reports.serve_figures import markdown
+from toruslab.benchmarks.reports.serving_curves import MULTIPLE, LatencyCurve, findings, good
+from toruslab.benchmarks.reports.serving_report import markdown
 from toruslab.benchmarks.runs import serving_setting
 
 ENGINE = ["--model", "toy-s-1l", "--slice", "cpu:2x1x1", "--max-bs", "2", "--trace", "fixed:5:3", "--scale", "1"]
@@ -275,8 +275,8 @@ def test_the_ratio_is_of_throughputs_at_the_same_latency():
     of += [row("request-level", 1.0, 2, 9.0, 0.2)]  # of a run that was interrupted: it has no rate of 4
     found = findings(of)
     assert found and found.latency_s == pytest.approx(limit) and found.strongest == "request-level"
-    orca = Curve(points=((1.0, 1.0, 0.1), (4.0, 4.0, 2 * limit)))
-    base = Curve(points=((1.0, 1.0, 0.2), (4.0, 1.5, 9.9))).at(limit).per_s
+    orca = LatencyCurve(points=((1.0, 1.0, 0.1), (4.0, 4.0, 2 * limit)))
+    base = LatencyCurve(points=((1.0, 1.0, 0.2), (4.0, 1.5, 9.9))).at(limit).per_s
     assert found.ratio and found.ratio[1:] == pytest.approx((orca.at(limit).per_s / base, 4.0 / base))
     assert found.ratio_bound == "≥"  # with seed 0 Orca never passes the latency
     assert [line.bound for line in found.lines] == ["≤", "", "≥"]

@@ -9,7 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from toruslab.benchmarks import cli, simulate
-from toruslab.benchmarks.reports.simulate_figures import draw_front, draw_ladder
+from toruslab.benchmarks.reports.figures import front
+from toruslab.benchmarks.reports.style import sheets
 from toruslab.benchmarks.studies import orca as orca_figure
 from toruslab.serving.simulation.pricing import Pipeline, Pricing
 from toruslab.serving.simulation.scenario import highest_rate
@@ -58,7 +59,7 @@ def test_the_ladder_only_lacks_its_second_batch_rule():
 
 def test_other_panels_follow_from_the_weights():
     found = {(r["figure"], r["what"][:4]): r["simulated"] for r in orca_figure.predict(["orca-341b"], 60)[6:8]}
-    pricing = orca_figure.scenario(orca_figure.CONTENDERS[3], "orca-341b").server.times
+    pricing = orca_figure.scenario(orca_figure.SYSTEMS[3], "orca-341b").server.times
     assert isinstance(pricing, Pricing) and pricing.pipeline.n_chips == 32
     weights_s = 341e9 * 2 / (8 * 1.555e12 * orca_figure.FITTED["hbm_efficiency"])
     assert found["orca-341b", "late"] == pytest.approx(weights_s * 1e3, rel=0.15)
@@ -92,7 +93,10 @@ def test_labels_of_the_pictures_are_plain_and_do_not_touch(capsys):
         | {"chip_s_per_token": 0.1 / i}
         for i in (1, 2, 3)
     ]
-    for figure, axes in ((draw_ladder(steps), "x"), (draw_front(runs), "xy")):
+    for figure, axes in (
+        (sheets(orca_figure.ladder_picture(steps))["ladder"], "x"),
+        (sheets(front(runs))["pareto"], "xy"),
+    ):
         FigureCanvasAgg(figure).draw()
         panel = figure.axes[0]
         for name in axes:

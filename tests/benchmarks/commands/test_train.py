@@ -12,7 +12,7 @@ import pytest
 from toruslab.benchmarks import cli, generate, serve_bench, train
 from toruslab.benchmarks.measure import serving_run as serve_runs
 from toruslab.benchmarks.measure import training_run
-from toruslab.benchmarks.reports.train_figure import picture
+from toruslab.benchmarks.reports.figures import loss
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import serving_setting
 from toruslab.benchmarks.runs.training_options import TrainingSetting
@@ -131,7 +131,7 @@ def test_a_run_is_rows_a_picture_and_text(capsys, manual, tmp_path, monkeypatch)
     assert [row["step"] for row in rows if "loss_nats_per_byte" in row] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "held_out_nats_per_byte" in row] == [2, 4, 6]
     assert len(rows[-1]["written"]) == 2 and rows[-1]["held_out_bytes"] == 1984
-    assert picture([head, *rows]).name == "loss"
+    assert loss([head, *rows]).name == "loss"
 
 
 def test_json_is_the_rows(capsys, manual, tmp_path):

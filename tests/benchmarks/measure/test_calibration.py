@@ -1,4 +1,4 @@
-"""The micro-benchmarks: every block runs and does what it is priced as. Chip files and their tables."""
+"""The micro-benchmarks: every block runs the operation that it is priced as. Data sheets and tables."""
 
 import io
 
@@ -48,7 +48,7 @@ def test_one_device_has_no_collectives():
 
 
 def test_blocks_hold_the_collective_that_they_are_named_after(mesh):
-    """And the bytes: a block's program, read back."""
+    """Kind and bytes, read back from the block's program."""
     from toruslab.partitioning.hlo.collectives import read
 
     small = [b for b in blocks(mesh, ["f32"], "cpu") if b.sample.axes and b.sample.sizes["bytes"] < 10**5]
@@ -78,7 +78,7 @@ def test_every_small_block_runs(mesh):
 
 
 def test_what_is_taken_off_is_the_same_block_without_it(mesh):
-    """Quartile by quartile, of times that were made up."""
+    """Quartile by quartile, with invented times."""
     empty = Block(
         sample=Sample(what="norm", dtype="f32", sizes={"elements": 1}, seconds=0.0, low_s=0.0, high_s=0.0, repeats=0),
         turn=lambda x, i: x * 1.5,
@@ -92,7 +92,7 @@ def test_what_is_taken_off_is_the_same_block_without_it(mesh):
 
 
 def test_the_collective_and_the_work_between_stay_in_the_loop(mesh):
-    """XLA could hoist what does not depend on the turn before."""
+    """XLA could hoist whatever does not depend on the previous turn."""
     block = next(b for b in blocks(mesh, ["f32"], "cpu") if b.sample.what == "all-reduce")
     text = Timed(block, mesh).run.as_text() or ""
     body = next(part for part in text.split("\n\n") if "all-reduce" in part and "ENTRY" not in part)
@@ -123,7 +123,7 @@ def test_devices_have_data_sheets(kind, name):
 
 
 def test_one_chip_is_held_against_its_data_sheet():
-    """A GPU is not here: a machine that reaches half of everything stands for it."""
+    """There is no GPU here: an invented machine reaches half of every rate."""
     sheet, shape = chip("h200"), {"inner": 4096, "outer": 16384}
     times = {
         4096: 2 * 4096 * 4096 * 16384 / (sheet.peak("bf16") / 2),

@@ -1,4 +1,4 @@
-"""Profiles: the time of overlapping operations, what operations are for, and real traces of fake CPU devices."""
+"""Profiles: the time of overlapping operations, their purposes, and real traces of fake CPU devices."""
 
 import dataclasses
 import io
@@ -16,7 +16,7 @@ from toruslab.benchmarks.measure.profiling import KINDS, Profile, attribute, pro
 from toruslab.benchmarks.runs.options import InputError
 from toruslab.models.programs.compiled import planned
 from toruslab.models.weights import corpus
-from toruslab.partitioning.hlo.operations import Operation, operations
+from toruslab.partitioning.hlo.purposes import Operation, operations
 from toruslab.partitioning.plan.point import Point
 
 MESH = {"x": 2, "y": 2, "z": 2}
@@ -31,11 +31,11 @@ POINT = {
     "weights": "f32",
 }
 KNOWN = {
-    "while": Operation(scope="", work="other", contains=True),
-    "call": Operation(scope="", work="other", contains=True),
-    "dot": Operation(scope="layer/h", work="matmul"),
-    "add": Operation(scope="layer", work="other"),
-    "gather": Operation(scope="layer/x", work="collective", collective="all-gather", axes=("y", "z")),
+    "while": Operation(scope="", purpose="other", contains=True),
+    "call": Operation(scope="", purpose="other", contains=True),
+    "dot": Operation(scope="layer/h", purpose="matmul"),
+    "add": Operation(scope="layer", purpose="other"),
+    "gather": Operation(scope="layer/x", purpose="collective", collective="all-gather", axes=("y", "z")),
 }
 RANKS = {"while": 0, "call": 0, "dot": 2, "add": 2, "gather": 1}
 
@@ -68,7 +68,7 @@ def test_what_contains_others_keeps_what_they_leave():
 
 
 def test_a_loop_that_ends_before_its_body_hides_nothing():
-    """Another thread has taken the loop over."""
+    """Another thread continues the loop."""
     moved = [ran("while", 0, 40), ran("dot", 10, 40), ran("dot", 45, 90)]
     assert lengths(exclusive(moved, RANKS)) == {"while": 10, "dot": 75}
 
@@ -161,12 +161,12 @@ def test_the_kinds_of_the_decoder(measured):
 )
 def test_weights_that_are_dequantised_or_gathered(more, expected):
     found = operations(contender(**more).text, MESH)
-    moved = {o.scope for o in found.values() if o.work == "weights"}
+    moved = {o.scope for o in found.values() if o.purpose == "weights"}
     assert moved >= expected
     assert not any("attend" in scope or "norm" in scope for scope in moved)
-    matmuls = {o.scope for o in found.values() if o.work == "matmul"}
+    matmuls = {o.scope for o in found.values() if o.purpose == "matmul"}
     assert matmuls == {"layer/h", "layer/kv", "layer/out", "logits"}
-    assert any(o.work == "attention" for o in found.values())
+    assert any(o.purpose == "attention" for o in found.values())
 
 
 def test_a_profile_is_json_and_a_table(measured):

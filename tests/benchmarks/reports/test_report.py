@@ -8,9 +8,9 @@ import pytest
 
 from tests.points import POINT
 from toruslab.benchmarks import cli, report
-from toruslab.benchmarks.report import load, markdown, objects, show, write
-from toruslab.benchmarks.reports import compare as report_compare
-from toruslab.benchmarks.reports import torus as report_torus
+from toruslab.benchmarks.report import load, objects
+from toruslab.benchmarks.reports import bench_report, mesh_picture, side_by_side
+from toruslab.benchmarks.reports.bench_report import markdown, show, write
 from toruslab.benchmarks.reports.cells import groups, traced
 from toruslab.benchmarks.reports.html_page import Cell, table
 from toruslab.benchmarks.runs.rows import RowFile
@@ -73,7 +73,7 @@ def no_sheets(monkeypatch):
         path.write_text("a sheet")
         return [path]
 
-    monkeypatch.setattr(report, "save", saved)
+    monkeypatch.setattr(bench_report, "save", saved)
 
 
 class Page(HTMLParser):
@@ -254,8 +254,8 @@ def test_runs_are_compared_point_by_point(drawn, other, tmp_path, capsys):
 
 def test_runs_are_called_by_what_tells_them_apart(tmp_path):
     a, b = tmp_path / "a" / "bench", tmp_path / "b" / "bench"
-    assert report_compare.names([a, b]) == ["a/bench", "b/bench"]
-    assert report_compare.names([a, tmp_path / "other"]) == ["bench", "other"]
+    assert side_by_side.names([a, b]) == ["a/bench", "b/bench"]
+    assert side_by_side.names([a, tmp_path / "other"]) == ["bench", "other"]
 
 
 def test_load_gives_the_rows_of_a_folder(drawn):
@@ -278,15 +278,15 @@ def test_tables_sort_by_numbers_and_escape():
     ],
 )
 def test_the_torus_has_the_meshs_extents(point, shape):
-    assert report_torus.mesh_of(point) == shape
+    assert mesh_picture.mesh_of(point) == shape
 
 
 def test_the_torus_weighs_axes_by_what_runs_over_them():
     lines = groups(one("wgxy", 1.0, 1.0))
     (line,) = next(iter(lines.values()))
-    used = report_torus.of_a_layer(line.collectives)
-    assert report_torus.by_axis(used) == {"x": 4096, "y": 4096, "z": 512}
-    assert [p.title for p in report_torus.torus(lines).panels] == ["wgxy/batch"]
+    used = mesh_picture.of_a_layer(line.collectives)
+    assert mesh_picture.by_axis(used) == {"x": 4096, "y": 4096, "z": 512}
+    assert [p.title for p in mesh_picture.torus(lines).panels] == ["wgxy/batch"]
 
 
 def test_a_profiles_collectives_stand_beside_their_price():

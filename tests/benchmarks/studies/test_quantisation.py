@@ -56,8 +56,8 @@ def test_layers_one_after_the_other_are_the_model():
 
 
 def test_loss_is_that_of_the_reference():
+    from tests.canonical import unpack
     from toruslab.models.decoder.reference import logits as reference_logits
-    from toruslab.models.weights.packing import unpack
 
     config, ids = CONFIGS["parallel"], quantisation.held_out(3, 9, "held out " * 100)
     params = parameters(config)

@@ -1,4 +1,4 @@
-"""Attention on one device: in blocks as in one piece, and against a few lines of NumPy."""
+"""Attention on one device: blocks equal one piece, and both equal a few lines of NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from toruslab.models.decoder.cache import _write_rows, pad_width, write
 
 
 def plain(q, k, v, starts):
-    """[b, L, h, Q], k and v [b, k, S, Q]: row by row, head by head."""
+    """q [b, L, h, Q], k and v [b, k, S, Q] -> attention, sequence by sequence and head by head."""
     b, length, h, width = q.shape
     out = np.zeros_like(q)
     for i in range(b):
@@ -74,7 +74,7 @@ def test_rows_are_written_where_they_start(rows):
 
 
 def test_a_cache_wider_than_the_heads_changes_nothing():
-    """As TPUs store it: a head of 6 in whole tiles."""
+    """A head of 6 in whole tiles, as TPUs store it."""
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 3, 4, 6), (2, 2, 2, 9, 6), (2, 2, 2, 9, 6)))
     starts = jnp.asarray([2, 5], jnp.int32)

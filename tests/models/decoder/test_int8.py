@@ -1,5 +1,5 @@
-"""int8 weights: the decoder computes with exactly the values that integers times scales stand for; and int8 halves what
-chips hold and what they receive: in the plan, in programs, and in arrays."""
+"""int8 weights: the decoder computes with exactly the integers times the scales. int8 halves the bytes that chips hold
+and receive, in the plan, in programs and in arrays."""
 
 import dataclasses
 
@@ -19,7 +19,8 @@ from toruslab.models.weights.packing import pack
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
 from toruslab.partitioning.hlo.collectives import read
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES
 
@@ -50,7 +51,7 @@ def test_error_against_float_is_of_the_size_of_a_step():
 
 @pytest.mark.parametrize("name", ["wgx", "wgxy", "wgxyz"])
 def test_weights_are_gathered_as_int8(name):
-    """In the plan a quarter of float32's bytes and half of bfloat16's, and in the program integers, of these bytes."""
+    """The plan has a quarter of float32's bytes and half of bfloat16's. The program moves integers of these bytes."""
     bench = Bench(model("parallel", 1), name, "batch", (2, 2, 2))
     sizes = Pass(batch=BATCH, length=TOTAL, capacity=CAPACITY, weight_itemsize=1)
     found = {}
@@ -163,7 +164,7 @@ def test_compiled_for_tpus_weights_halve_at_rest_and_on_the_wire(name, length):
     ],
 )
 def test_compiled_for_tpus_an_int8_cache_is_in_place_and_costs_what_is_said(changes):
-    """The arguments of the program, weights and cache, are what differs: by what the price says."""
+    """Only the program's arguments, weights and cache, differ, by as many bytes as the price says."""
     point = on_v4(**{"model": "palm-540b-h64-3l"} | changes)
     wide, narrow = (evidence(dataclasses.replace(point, cache=cache)) for cache in (None, "int8"))
     assert narrow.findings == () and narrow.cache_copies == 0

@@ -1,4 +1,4 @@
-"""The int8 KV cache: every layout attends to exactly what its own integers and scales stand for."""
+"""The int8 KV cache: every layout attends to exactly its integers times its scales."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +54,7 @@ def test_integers_are_within_half_a_step_also_where_the_scale_is_coarse(dtype):
 @settings(deadline=None)
 @given(st.integers(0, 63), st.integers(1, 40), st.integers(0, 2), st.integers(0, 3))
 def test_whole_tiles_hold_what_single_updates_write(start, length, layer, row):
-    """Over tiles' edges and at the end, where the last tiles slide back."""
+    """Updates across the edges of tiles, and at the end, where the last tiles slide back."""
     start = min(start, 64 - length)
     rng = np.random.default_rng(0)
     held = jnp.asarray(rng.integers(-127, 128, (3, 4, 1, 64, 8)), jnp.int8)

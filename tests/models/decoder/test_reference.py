@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.canonical import pad_heads
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder import reference
 
@@ -56,7 +57,7 @@ def comparable(config: ModelConfig, weights: reference.Weights) -> reference.Wei
 
 
 def error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference, as a share of the largest logit."""
+    """The largest difference as a share of the largest logit."""
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
@@ -159,7 +160,7 @@ def test_equals_published_decoders(config: ModelConfig, tied: bool, monkeypatch:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("config", CONFIGS, ids=by_name)
 def test_the_published_decoders_would_show_a_mistake(config: ModelConfig, monkeypatch: pytest.MonkeyPatch):
-    """Each mistake that the agreement is to exclude moves a logit far beyond the tolerance."""
+    """Each mistake that the agreement excludes moves a logit far beyond the tolerance."""
     weights = comparable(config, reference.init(config, seed=1))
     theirs = their_logits(their_model(config, weights, monkeypatch), TOKENS)
     n_heads, n_kv_heads = config.n_heads, config.n_kv_heads
@@ -220,7 +221,7 @@ def test_order_matters(config: ModelConfig):
 def test_padding_heads_contribute_exactly_nothing(config: ModelConfig):
     weights = reference.init(config, seed=4)
     n_heads = 8 if config.n_heads == 4 else 5
-    padded, padded_weights = reference.pad_heads(config, weights, n_heads)
+    padded, padded_weights = pad_heads(config, weights, n_heads)
     assert padded.n_heads == n_heads and padded.n_padding_heads == n_heads - config.n_heads
     assert padded_weights["wk"].shape[2] == padded.n_kv_heads == (1 if config.n_kv_heads == 1 else n_heads)
     assert padded.n_params == config.n_params
@@ -230,12 +231,12 @@ def test_padding_heads_contribute_exactly_nothing(config: ModelConfig):
     for name in padded_weights:
         np.testing.assert_array_equal(again[name], padded_weights[name], err_msg=name)
     with pytest.raises(ValueError, match=f"n_heads={config.n_heads} is less than the {n_heads} heads"):
-        reference.pad_heads(padded, padded_weights, config.n_heads)
+        pad_heads(padded, padded_weights, config.n_heads)
 
 
 def test_grouped_heads_cannot_be_padded():
     with pytest.raises(ValueError, match="n_padding_heads=2 with n_kv_heads=2"):
-        reference.pad_heads(LLAMA, reference.init(LLAMA, seed=0), 8)
+        pad_heads(LLAMA, reference.init(LLAMA, seed=0), 8)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=by_name)
@@ -263,7 +264,7 @@ def test_wrong_shapes_are_refused(size: str):
     with pytest.raises(ValueError, match=r"weights\['\w+'\] has shape \(.*\); must be \[.*\] = \("):
         reference.logits(other, weights, TOKENS)
     with pytest.raises(ValueError, match="has shape"):
-        reference.pad_heads(other, weights, other.n_heads)
+        pad_heads(other, weights, other.n_heads)
 
 
 def test_missing_and_unknown_weights_are_refused():

@@ -48,7 +48,7 @@ def test_every_layout_picks_the_same(name, attention, sampler, logits):
 
 
 def test_a_stream_belongs_to_its_request_and_position(logits):
-    """Whoever shares the batch, and in whatever row: the same request at the same position draws the same."""
+    """A request at a position draws the same token, whatever its place in the batch and the other requests."""
     sampler = Sampler(temperature=1.0)
     expected = sample(sampler, logits, REQUESTS, POSITIONS)
     order = np.random.default_rng(0).permutation(ROWS)
@@ -58,7 +58,7 @@ def test_a_stream_belongs_to_its_request_and_position(logits):
 
 
 def draws(sampler, row, n=4096):
-    """Token frequencies of one row of logits over many positions."""
+    """Token frequencies over many positions, all with the same logits."""
     tokens = [
         sample(sampler, np.tile(row, (512, 1)), np.zeros(512, np.int32), np.arange(i, i + 512, dtype=np.int32))
         for i in range(0, n, 512)
@@ -68,7 +68,7 @@ def draws(sampler, row, n=4096):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (20, 0.5)])
 def test_frequencies(logits, top_k, top_p):
-    """Draws follow the softmax, cut to the likeliest k and then to the likeliest that reach p."""
+    """Draws follow the softmax over the k likeliest tokens, then over the likeliest that reach p."""
     row = logits[0]
     temperature = 0.8
     p = np.exp((row - row.max()) / temperature)

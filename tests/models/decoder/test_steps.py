@@ -1,4 +1,4 @@
-"""Several decode steps in one call: the same tokens as single ones, whatever the sampler, the stop, and the calls."""
+"""Several decode steps in one call give the tokens of single steps, for every sampler, stop and number of calls."""
 
 import dataclasses
 import json
@@ -20,9 +20,10 @@ from toruslab.models.programs.generate import Generator
 from toruslab.models.programs.program import Program
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import longest_context
-from toruslab.partitioning.hlo.collectives import HloError, read
+from toruslab.partitioning.hlo.collectives import read
+from toruslab.partitioning.hlo.text import HloError
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass
+from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES
 
@@ -53,7 +54,7 @@ def test_every_layout_picks_the_same(name, attention):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "batch"), ("wgx", "heads"), ("replicated", "batch")])
 def test_seeded_samplers_draw_the_same(name, attention, sampler):
-    """Request and position decide the draw: not the call that it falls in."""
+    """Request and position decide the draw, not the call."""
     own = battery.Bench(battery.model("serial", 16), name, attention, (2, 2, 2))
     single, _ = own.decode([1] * 4, sampler=sampler)
     several, _ = own.decode([4], sampler=sampler)
@@ -74,7 +75,7 @@ def test_a_row_that_stops_in_the_middle_of_a_call_gets_nothing_else(bench):
 
 
 def test_the_loop_ends_when_all_rows_have_stopped(bench):
-    """No step is run from there on: what a later one would have written is not in the cache."""
+    """No step runs after the stop: its positions in the cache are not written."""
     ends = bench.steps(5, stop=7).executable
     tokens = [np.full((8, 1), 7, np.int32), np.ones(8, np.int32), np.ones(8, np.int32)]
     on = [battery.everywhere(bench.mesh, a) for a in (*tokens, np.arange(8, dtype=np.int32))]
@@ -85,7 +86,7 @@ def test_the_loop_ends_when_all_rows_have_stopped(bench):
 
 
 def test_a_program_that_may_stop_early_is_counted_as_if_it_did_not(bench):
-    """Its trip count is not in the text; without being told, the reader refuses to count."""
+    """The text has no trip count. Without one given, the reader refuses to count."""
     text, sizes = bench.steps(4, stop=7).text, dict(zip(AXES, (2, 2, 2), strict=True))
     fixed = read(bench.steps(4).text, sizes)
     told = read(text, sizes, unknown_trips=4)
@@ -96,7 +97,7 @@ def test_a_program_that_may_stop_early_is_counted_as_if_it_did_not(bench):
 
 @pytest.mark.parametrize("steps_per_call", [3, 50])
 def test_generation_says_the_same(steps_per_call):
-    """Eight tokens are one of the prefill and seven steps, which 3 does not divide."""
+    """Eight tokens take the prefill and seven steps, which 3 does not divide."""
     config = battery.model("parallel", 1)
     single = generator(config, "ws2d/heads", "ws2d/batch", capacity=17)
     params = parameters(config, single)
@@ -166,7 +167,7 @@ def test_points_say_it_where_it_is_not_one():
 
 
 def test_an_estimate_is_of_one_step_at_the_mean_context():
-    """N steps of growing context, priced one by one, are N times the figure."""
+    """N steps of growing context, priced one by one, cost N times the figure."""
     point = Point.from_json(DECODE | {"context": 2048, "steps_per_call": 9})
     each = [estimate(Point.from_json(DECODE | {"context": 2048 + i})).latency_s for i in range(9)]
     found = estimate(point)
@@ -209,7 +210,7 @@ def test_bad_options_are_refused(capsys, tmp_path):
 
 
 def test_generators_are_made_for_a_layout_pair():
-    """Programs of several steps are made once each."""
+    """Each program of several steps is made once."""
     config = battery.model("parallel", 1)
     made: Generator = generator(config, "ws2d/heads", "ws2d/batch", steps_per_call=3)
     assert made.decoding(3, None) is made.decoding(3, None)
@@ -219,7 +220,7 @@ def test_generators_are_made_for_a_layout_pair():
 
 @pytest.mark.slow
 def test_a_tpu_program_of_several_steps_copies_nothing():
-    """Neither cache nor weights, and no more memory than one step, but for the ids."""
+    """The loop copies neither cache nor weights, and needs no more memory than one step, except for the ids."""
     pytest.importorskip("libtpu", reason="needs libtpu, the extra `tpu`")
     fields = {"model": "palm-540b-h64-8l", "batch": 64, "context": 2048, "weights": "int8", "steps_per_call": 4}
     point = Point.from_json(DECODE | fields)

@@ -1,5 +1,5 @@
-"""Checkpoints: the same bits under any layout and mesh; nothing lost when a save is killed or the disk is full;
-what is damaged or foreign refused by name."""
+"""Checkpoints: the same bits under any layout and mesh, nothing lost by a kill or a full disk, and damaged or foreign
+files refused by name."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ PLACES = (("ws1d", (8, 1, 1)), ("wgxyz", (1, 2, 4)), ("ws2d", (1, 1, 1)), ("auto
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A folder with steps 3 and 5, written under ws2d on 2x2x2; to be copied before it is damaged."""
+    """A folder with steps 3 and 5, written under ws2d on 2x2x2. Tests copy it before they damage it."""
     folder = tmp_path_factory.mktemp("saved") / "run"
     checkpoints = Checkpoints(folder, CONFIG)
     for step in (3, 5):
@@ -63,7 +63,7 @@ def test_written_under_any_layout_and_mesh(tmp_path, name, shape):
 
 
 def test_every_bit_of_every_dtype(tmp_path):
-    """Any bits at all: NaNs with what they carry, both zeros, subnormal numbers; and scalars."""
+    """Random bits, NaNs with payloads, both zeros, subnormal numbers; and scalars."""
     bits = np.random.default_rng(0).integers(0, 2**32, (16, 24), np.uint32)
     bits[0, :4] = [0x80000000, 1, 0x7FC00123, 0xFF800001]
     made = {
@@ -103,7 +103,7 @@ def test_what_is_donated_after_save_is_saved_as_it_was(tmp_path):
 
 
 def test_parameters_alone_and_cast(copied):
-    """Nothing else is read, so that what is wrong with the rest does not matter."""
+    """Nothing else is read, so damage to the rest does not matter."""
     shutil.rmtree(copied / "5" / "rest")
     exact = state(CONFIG, "ws2d", (2, 2, 2), 5)["params"]
     for dtype in (jnp.bfloat16, jnp.float32):
@@ -133,7 +133,7 @@ def test_the_newest_are_kept_and_an_old_one_until_a_newer_is_whole(tmp_path, mon
 
 
 def test_a_byte_flipped_a_file_cut_or_removed(copied, tmp_path):
-    """Every file of a checkpoint: refused by its name, or of no account to what is read."""
+    """Damage to any file of a checkpoint is refused by its name, or changes nothing that is read."""
     checkpoints, places = Checkpoints(copied, CONFIG), wanted(CONFIG, "ws2d", (1, 1, 1))
     exact = sums(state(CONFIG, "ws2d", (2, 2, 2), 5))
     files = sorted(p for p in (copied / "5").rglob("*") if p.is_file())
@@ -269,7 +269,7 @@ def _unfinished(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("how", ["disk", pytest.param("limit", marks=pytest.mark.slow), "before"])
 def test_a_full_disk_in_the_middle_of_a_save(tmp_path, how):
-    """Files that may not grow past a limit; and a small disk, where one can be mounted, that fills up."""
+    """A limit on the size of files; and a small disk that fills up, if one can be mounted."""
     command = _command("fill", tmp_path / "disk" / "run", how)
     (tmp_path / "disk").mkdir()
     if how != "limit":
@@ -291,7 +291,7 @@ def test_a_full_disk_in_the_middle_of_a_save(tmp_path, how):
 
 @pytest.mark.slow
 def test_two_processes_to_one_and_back(tmp_path):
-    """Written by two and read by one, written by one and read by two; damage that one of two sees, both refuse."""
+    """Written by two processes and read by one, and vice versa. Damage that one of two sees is refused by both."""
     for writers, readers in ((2, 1), (1, 2), (2, 2)):
         folder = tmp_path / f"{writers}-{readers}"
         assert not _run(writers, "write", folder, "ws2d").returncode
@@ -304,7 +304,7 @@ def test_two_processes_to_one_and_back(tmp_path):
 
 
 def _run(n: int, what: str, *args) -> subprocess.CompletedProcess:
-    """A run in so many processes."""
+    """A run in `n` processes."""
     command = _command(what, *args)
     if n > 1:
         start = f"processes.start_locally('tests.checkpoint_runs', {command[5:]!r}, {n})"

@@ -122,7 +122,7 @@ def test_four_layers_stand_for_all():
 
 @needs_libtpu
 def test_a_single_layer_is_a_stack_though_no_loop():
-    """Compilers differ in what a loop adds to a layer; the stack of one layer is exactly the work of its scopes."""
+    """The stack of one layer is exactly the work of its scopes. Compilers differ in what a loop adds to a layer."""
     one, four = (evidence(on_v4(model=f"palm-540b-h64-{n}l")) for n in (1, 4))
     assert one.stack_compute_s and four.stack_compute_s
     assert one.stack_compute_s == pytest.approx(four.stack_compute_s / 4, rel=0.35)
@@ -295,7 +295,8 @@ def test_a_file_of_points_is_answered_line_by_line(tmp_path, capsys):
 
 def test_overlap_counts_what_runs_beside_a_collective():
     """The corpus program in which the TPU compiler overlaps weight gathers with matmuls."""
-    from toruslab.partitioning.hlo.collectives import cycles_meanwhile, read
+    from toruslab.partitioning.hlo.collectives import read
+    from toruslab.partitioning.hlo.cycles import cycles_meanwhile
 
     text = (ROOT / "tests/partitioning/hlo/texts/weights-bf16-v5e-4x4x1-jax0.10.txt").read_text()
     beside = cycles_meanwhile(text)

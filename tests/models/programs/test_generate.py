@@ -1,11 +1,12 @@
-"""Generation: any pair of layouts, chunks and lengths says what the reference says."""
+"""Generation gives the reference's tokens for any pair of layouts, chunks and lengths."""
 
 import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import pad_heads
 from toruslab.models.decoder.parameters import load
-from toruslab.models.decoder.reference import init, logits, pad_heads
+from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.programs.generate import Generator
 from toruslab.partitioning.layouts.variants import layout
@@ -69,7 +70,7 @@ def test_chunks_and_stop_change_nothing_else():
 
 
 def test_padding_heads_contribute_nothing():
-    """Six heads on eight chips: padded to eight, the logits are those of six."""
+    """Six heads padded to eight for eight chips have the logits of six."""
     config = battery.model("parallel", 1).__class__(
         n_layers=2, d_model=40, d_ff=48, n_heads=6, d_head=10, n_kv_heads=1, vocab=91
     )

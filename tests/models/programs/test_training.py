@@ -14,20 +14,22 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.battery import TOLERANCE, legal, model
+from tests.canonical import unpack
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.parameters import abstract, everywhere, keys_of, put
 from toruslab.models.decoder.reference import init
 from toruslab.models.decoder.reference import logits as reference_logits
 from toruslab.models.programs.compiled import program
 from toruslab.models.programs.training import Recipe, Trainer
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.layouts.layout import entries
 from toruslab.partitioning.layouts.ownership import owned
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, Training, plan
+from toruslab.partitioning.plan.passes import Pass, Training
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
@@ -59,8 +61,8 @@ def trainer(
 
 
 def run(made: Trainer, steps: int = STEPS) -> tuple[list[float], dict[str, np.ndarray], list[str]]:
-    """Losses of so many steps from the reference's weights, the first one's gradient by parameter, and what is not as
-    planned."""
+    """Losses of the steps from the reference's weights, the first gradient by parameter, and collectives that are not
+    as planned."""
     compiled = made.compile()
     sizes = dict(zip(AXES, made.mesh.devices.shape, strict=True))
     wrong = []
@@ -83,7 +85,7 @@ def run(made: Trainer, steps: int = STEPS) -> tuple[list[float], dict[str, np.nd
 
 @functools.lru_cache(maxsize=8)
 def alone(config: ModelConfig) -> tuple[list[float], dict[str, np.ndarray]]:
-    """On one device."""
+    """The same on one device."""
     return run(trainer(config, "ws2d", "heads", (1, 1, 1)))[:2]
 
 
@@ -95,7 +97,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def loss(config: ModelConfig, packed: dict) -> float:
-    """The reference's, in float64."""
+    """The loss of the reference, in float64."""
     weights, total = unpack(config, packed), 0.0
     for row in text(config):
         scores = reference_logits(config, weights, row[:-1])
@@ -105,7 +107,7 @@ def loss(config: ModelConfig, packed: dict) -> float:
 
 @pytest.mark.parametrize("config", [model("parallel", 1), model("serial", 16, "gelu")], ids=lambda c: c.name)
 def test_the_gradient_is_that_of_the_reference(config):
-    """Along random directions of every parameter, against differences of the float64 reference's loss."""
+    """Derivatives along random directions of every parameter equal differences of the float64 reference's loss."""
     losses, gradients = alone(config)
     packed = jax.tree.map(lambda a: a.astype(np.float64), pack(config, init(config, 0)))
     assert losses[0] == pytest.approx(loss(config, packed), rel=1e-6)
@@ -130,7 +132,7 @@ def test_the_gradient_is_that_of_the_reference(config):
     ("name", "attention"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] == "heads")) for pair in LAYOUTS]
 )
 def test_every_layout_trains_alike(name, attention):
-    """Gradients, ten steps' losses, and planned = compiled; layers run again or kept."""
+    """Gradients and ten steps' losses are equal and planned = compiled, with layers recomputed or kept."""
     config = model("parallel", 1)
     losses, gradients, wrong = run(
         trainer(config, name, attention, (2, 2, 2), remat="layer" if attention == "batch" else "none")
@@ -162,7 +164,7 @@ def test_serial_blocks_parts_of_the_batch_and_other_meshes_train_alike(config, n
 
 
 def test_bfloat16_trains_with_float32_masters():
-    """Close to float32, and a change too small for bfloat16 is not lost."""
+    """bfloat16 is close to float32, and a change too small for bfloat16 is not lost."""
     config = model("parallel", 1)
     made = trainer(config, "ws2d", "batch", (2, 2, 2), itemsize=2)
     losses, _, wrong = run(made)
@@ -183,7 +185,7 @@ def test_bfloat16_trains_with_float32_masters():
 
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "batch"), ("ws1d", "heads"), ("replicated", "batch")])
 def test_nothing_is_kept_twice_that_can_be_shared_out(name, attention):
-    """Moments lie in parts on all chips, whatever the layout repeats; what a step returns lies where it was."""
+    """Moments are split over all chips, even if the layout repeats weights. A step keeps the placement of the state."""
     made = trainer(model("parallel", 1), name, attention, (2, 2, 2))
     for leaf in jax.tree.leaves(made.abstract().moments):
         if leaf.shape:

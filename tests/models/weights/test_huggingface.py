@@ -19,6 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests import battery
+from tests.canonical import pad_heads
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder import reference
 from toruslab.models.decoder.parameters import load, read
@@ -68,7 +69,7 @@ LAYER = {
 
 
 def described(config: ModelConfig) -> dict:
-    """Its `config.json`."""
+    """The `config.json` of a model."""
     return {
         "model_type": config.name,
         "hidden_size": config.d_model,
@@ -86,7 +87,7 @@ def described(config: ModelConfig) -> dict:
 
 
 def theirs(config: ModelConfig, weights: reference.Weights, dtype="float32") -> dict[str, np.ndarray]:
-    """Canonical weights as their tensors."""
+    """Canonical weights as Hugging Face tensors."""
     offset = float(config.name == "gemma")
     found = {"model.embed_tokens.weight": weights["embed"], "model.norm.weight": weights["final_norm"] - offset}
     if not config.tied:
@@ -104,7 +105,7 @@ def theirs(config: ModelConfig, weights: reference.Weights, dtype="float32") -> 
 
 
 def write(folder: Path, config: ModelConfig, tensors: dict[str, np.ndarray], n_shards: int = 1) -> Path:
-    """A folder as `save_pretrained` makes it; neighbouring tensors lie in different shards."""
+    """A folder like those of `save_pretrained`, with neighbouring tensors in different shards."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(described(config)))
     if n_shards == 1:
@@ -166,13 +167,13 @@ def test_padded_heads_are_zero(tmp_path, kv):
     config = dataclasses.replace(LLAMA, n_heads=6, n_kv_heads=kv, d_ff=96)
     weights = reference.init(config, 3)
     checkpoint = open_folder(write(tmp_path, config, theirs(config, weights))).padded(8)
-    padded, more = reference.pad_heads(config, weights, 8)
+    padded, more = pad_heads(config, weights, 8)
     where = placed(padded, "ws2d", "heads", (2, 2, 2))
     same(read(checkpoint, *where), load(padded, more, *where))
 
 
 def test_any_part_by_itself(tmp_path):
-    """Odd bounds too: groups of columns that are cut in two."""
+    """Parts with odd bounds too, which cut groups of columns in two."""
     weights = reference.init(LLAMA, 3)
     checkpoint = open_folder(write(tmp_path, LLAMA, theirs(LLAMA, weights)))
     packed = pack(LLAMA, weights)
@@ -205,7 +206,7 @@ def run(checkpoint: Checkpoint, name: str, attention: str, shape) -> tuple[np.nd
 @pytest.mark.parametrize("config", CONFIGS, ids=["llama", "llama-tied", "gemma"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_logits_equal_those_of_transformers(tmp_path, config, sharded, monkeypatch):
-    """A random model that `save_pretrained` wrote; theirs computes in float64, the decoder in float32."""
+    """A random model that `save_pretrained` wrote. `transformers` computes in float64, the decoder in float32."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch = pytest.importorskip("torch", reason="needs torch, the extra `crosscheck`")
     hf = pytest.importorskip("transformers", reason="needs transformers, the extra `crosscheck`")
@@ -372,7 +373,7 @@ LARGE = dataclasses.replace(LLAMA, n_layers=8, d_model=512, d_ff=2048, n_heads=1
 
 
 def eighths(config: ModelConfig) -> list[tuple[tuple[str, str], tuple[slice, ...]]]:
-    """Of every matrix the eighth that one chip of ws1d holds."""
+    """The eighth of every matrix that one chip of ws1d holds."""
     layers, e, eighth = slice(0, config.n_layers), slice(0, config.d_model), lambda n: slice(0, n // 8)
     heads, kv_heads = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
     columns = {("attention", "w_in"): heads, ("attention", "w_kv"): 2 * kv_heads, ("mlp", "w_in"): 2 * config.d_ff}

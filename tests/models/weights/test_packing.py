@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
 from toruslab.models.decoder.parameters import initial
 from toruslab.models.decoder.reference import init
-from toruslab.models.weights.packing import pack, unpack
+from toruslab.models.weights.packing import pack
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.torus.mesh import attach
 
@@ -47,7 +48,7 @@ def test_gelu_models_pass_the_battery(block, mlp):
     ("name", "attention"), [("ws1d", "heads"), ("wgxyz", "batch"), ("ws2d+lean", "batch"), ("auto", "heads")]
 )
 def test_scaled_embeddings_pass_the_battery(name, attention):
-    """Of all that Gemma changes, this is what a layout could get wrong: the table is split, the scale is not."""
+    """The one change of Gemma that a layout could get wrong: the table is split, the scale is not."""
     config = dataclasses.replace(battery.model("serial", 4, "geglu"), tied=True, scaled_embed=True)
     battery.check_full_pass(battery.Bench(config, name, attention, (2, 2, 2)))
 

@@ -15,7 +15,7 @@ from toruslab.benchmarks import cli
 from toruslab.benchmarks import estimate as command
 from toruslab.partitioning.cost.estimate import estimate, estimate_many
 from toruslab.partitioning.cost.forward import constants_of
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import chip

@@ -18,18 +18,9 @@ from toruslab.partitioning.cost import planner
 from toruslab.partitioning.cost.cache_move import cache_move_s, same_weights
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import largest_batch, longest_context
-from toruslab.partitioning.cost.planner import (
-    GOALS,
-    PLANNED,
-    Goal,
-    Job,
-    Space,
-    pareto,
-    placements,
-    read_slices,
-    search,
-)
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.cost.planner import GOALS, Goal, pareto, search
+from toruslab.partitioning.cost.space import PLANNED, Job, Space, placements, read_slices
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.chip import chip
 from toruslab.partitioning.torus.mesh import Slice

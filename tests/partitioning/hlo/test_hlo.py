@@ -13,8 +13,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from toruslab.partitioning.hlo import collectives as hlo
-from toruslab.partitioning.hlo.collectives import Collective, HloError, read
+from toruslab.partitioning.hlo.collectives import Collective, read
+from toruslab.partitioning.hlo.cycles import copies, estimated_cycles
+from toruslab.partitioning.hlo.groups import replica_groups
+from toruslab.partitioning.hlo.text import HloError, parse
 
 CORPUS = Path(__file__).parent / "texts"
 FILES = sorted(CORPUS.glob("*.txt"))
@@ -166,7 +168,7 @@ def test_a_trip_count_that_is_not_in_the_text(name: str) -> None:
         assert not found
         assert not read(p.text, p.mesh)
         with pytest.raises(HloError, match="trip count of while"):
-            hlo.estimated_cycles(p.text)
+            estimated_cycles(p.text)
     else:
         assert [brief(c) for c in found] == [plan(p, "all-reduce", "z", 64 * 512 / p.size("xy"), 7)]
         with pytest.raises(HloError, match="trip count of while") as error:
@@ -176,7 +178,7 @@ def test_a_trip_count_that_is_not_in_the_text(name: str) -> None:
 
 def test_cycles_follow_the_trips_and_the_slowest_branch() -> None:
     def total(name: str, **options: int) -> int:
-        cycles = hlo.estimated_cycles(program(name).text, **options)
+        cycles = estimated_cycles(program(name).text, **options)
         assert cycles
         assert cycles.total == sum(cycles.by_scope.values())
         return cycles.total
@@ -189,19 +191,19 @@ def test_cycles_follow_the_trips_and_the_slowest_branch() -> None:
     p = program("branches-bf16-v4-2x2x2-jax0.10.txt")
     all_of_them = sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', p.text))
     assert 0 < total(p.name) < all_of_them
-    assert hlo.estimated_cycles(program("loops-bf16-cpu-2x2x2-jax0.10.txt").text) is None
+    assert estimated_cycles(program("loops-bf16-cpu-2x2x2-jax0.10.txt").text) is None
 
 
 def test_copies() -> None:
     p = program("weights-bf16-v5e-4x4x1-jax0.10.txt")  # the activations go to fast memory, and back
-    found = hlo.copies(p.text, 128 * 4096 * 2)
+    found = copies(p.text, 128 * 4096 * 2)
     assert [(c.bytes, c.dims, c.trips, c.from_space, c.to_space) for c in found] == [
         (128 * 4096 * 2, (128, 4096), 1, 0, 1),
         (128 * 4096 * 2, (128, 4096), 1, 1, 0),
     ]
     p = program("loops-bf16-cpu-2x2x2-jax0.10.txt")  # layouts of the gathers, inside fusions of the loop
-    assert {(c.trips, c.fused, c.dtype) for c in hlo.copies(p.text, 1 << 15)} == {(1, False, "bf16"), (6, True, "f32")}
-    assert not hlo.copies(p.text, 1 << 20)
+    assert {(c.trips, c.fused, c.dtype) for c in copies(p.text, 1 << 15)} == {(1, False, "bf16"), (6, True, "f32")}
+    assert not copies(p.text, 1 << 20)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
@@ -287,7 +289,7 @@ def test_every_spelling_of_the_groups_reads_back(
 ) -> None:
     mesh, axes, groups, text = case
     n, k = prod(mesh.values()), len(groups[0])
-    assert {frozenset(g) for g in hlo.replica_groups(text, n)} == {frozenset(g) for g in groups}
+    assert {frozenset(g) for g in replica_groups(text, n)} == {frozenset(g) for g in groups}
     (c,) = read(module(all_reduce(text), n=n), mesh)
     assert (c.axes, c.group_size, c.bytes) == (axes, k, ceil(2 * 96 * (k - 1) / k))
 
@@ -451,7 +453,7 @@ def test_what_is_called_twice_counts_twice_and_odd_types_have_sizes() -> None:
     assert [(c.bytes, c.dtype, c.part) for c in read(text, {"x": 2})] == [
         (2048, "bf16", 0), (2048, "bf16", 0), (5, "s4", 0), (3, "f8e4m3fn", 1),
     ]  # fmt: skip
-    assert hlo.parse(text).entry.root.op_name == "p['w']/(a, b)"
+    assert parse(text).entry.root.op_name == "p['w']/(a, b)"
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -504,4 +506,4 @@ def test_text_that_stops_short_is_an_error() -> None:
     lines = text.splitlines()
     for keep in range(0, len(lines) - 1, 7):
         with pytest.raises(HloError):
-            hlo.parse("\n".join(lines[:keep]))
+            parse("\n".join(lines[:keep]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from toruslab.partitioning.layouts.layout import LAYOUTS
+from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.layouts.moves import classify, follow
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.torus.mesh import AXES, attach

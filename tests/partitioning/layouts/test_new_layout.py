@@ -6,9 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import battery
-from toruslab.partitioning.layouts.layout import LAYOUTS, Attention, Axes, Layout, around_attention, ws2d
+from toruslab.partitioning.layouts.catalogue import LAYOUTS, around_attention, ws2d
+from toruslab.partitioning.layouts.layout import Attention, Axes, Layout
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 
 
 def wgz(attention: Attention, kv: Axes) -> Layout:

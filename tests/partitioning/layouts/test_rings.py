@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from toruslab.partitioning.hlo.collectives import read
-from toruslab.partitioning.layouts.rings import Ring, sends
+from toruslab.partitioning.layouts.rings import RingMatmul, sends
 from toruslab.partitioning.plan.scopes import scope_of
 from toruslab.partitioning.torus.mesh import AXES
 
@@ -89,7 +89,7 @@ def assert_equal(out, ring, expected):
 @pytest.mark.parametrize(("side", "dim"), SIDES)
 @pytest.mark.parametrize(("shape", "axes"), GROUPS)
 def test_equals_the_matmul_of_the_whole(shape, axes, side, dim, ways):
-    ring = Ring(side=side, dim=dim, axes=axes, ways=ways, scopes=("h", "out"))
+    ring = RingMatmul(side=side, dim=dim, axes=axes, ways=ways, scopes=("h", "out"))
     x, w = problem(shape, ring)
     compiled, out = looped(shape, ring, x, w)
     assert_equal(out, ring, x.astype(np.float64) @ w)
@@ -113,7 +113,7 @@ def test_equals_the_matmul_of_the_whole(shape, axes, side, dim, ways):
 def test_shards_of_one_row_have_no_halves(side, dim, ways, monkeypatch):
     for name in "TNM":
         monkeypatch.setitem(globals(), name, 1)
-    ring = Ring(side=side, dim=dim, axes=("x",), ways=ways)
+    ring = RingMatmul(side=side, dim=dim, axes=("x",), ways=ways)
     x, w = problem((4, 2, 1), ring)
     assert_equal(looped((4, 2, 1), ring, x, w)[1], ring, x.astype(np.float64) @ w)
 
@@ -123,7 +123,7 @@ def test_shards_of_one_row_have_no_halves(side, dim, ways, monkeypatch):
 @pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2), (3, 1, 2)])
 def test_partial_sums_over_other_axes_are_left(shape, side, dim, ways):
     over = ("y", "z")
-    ring = Ring(side=side, dim=dim, axes=("x",), ways=ways)
+    ring = RingMatmul(side=side, dim=dim, axes=("x",), ways=ways)
     x, w = problem(shape, ring, of=shape[1] * shape[2])
     assert_equal(looped(shape, ring, x, w, over=over)[1], ring, x.astype(np.float64) @ w)
 
@@ -131,7 +131,7 @@ def test_partial_sums_over_other_axes_are_left(shape, side, dim, ways):
 @pytest.mark.parametrize("ways", [1, 2])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_int8_weights_travel_as_such(dim, ways):
-    ring = Ring(side="w", dim=dim, axes=("x",), ways=ways)
+    ring = RingMatmul(side="w", dim=dim, axes=("x",), ways=ways)
     x, w = problem((4, 2, 1), ring, dtype=np.int8)
     compiled, out = looped((4, 2, 1), ring, x, w)
     assert_equal(out, ring, x.astype(np.float64) @ w.astype(np.float64))
@@ -142,7 +142,7 @@ def test_int8_weights_travel_as_such(dim, ways):
 
 def test_bfloat16_adds_up_in_float32_where_nothing_travels():
     """1 + 2^-9 a hundred times: bfloat16 sums would stay at the first."""
-    ring = Ring(side="w", dim=0, axes=("x",), ways=1)
+    ring = RingMatmul(side="w", dim=0, axes=("x",), ways=1)
     x = np.ones((2, 8), np.float32)
     x[:, 1:] = 2.0**-7
     w = np.ones((8, 3), jnp.bfloat16)
@@ -153,7 +153,7 @@ def test_bfloat16_adds_up_in_float32_where_nothing_travels():
 @pytest.mark.parametrize("ways", [1, 2])
 @pytest.mark.parametrize(("side", "dim"), SIDES)
 def test_gradients_pass(side, dim, ways):
-    ring = Ring(side=side, dim=dim, axes=("x",), ways=ways)
+    ring = RingMatmul(side=side, dim=dim, axes=("x",), ways=ways)
     shape = (4, 1, 1)
     x, w = problem(shape, ring)
     mesh = mesh_of(shape)
@@ -186,6 +186,6 @@ def _first(ring, x, w):
 
 
 def test_a_result_that_does_not_divide_is_refused():
-    ring = Ring(side="out", dim=1, axes=("x",), ways=1)
+    ring = RingMatmul(side="out", dim=1, axes=("x",), ways=1)
     with pytest.raises(ValueError, match="a result of 7 along dimension 1 cannot be scattered over 4 chips"):
         looped((4, 1, 1), ring, np.ones((3, 8), np.float32), np.ones((8, 7), np.float32))

@@ -7,7 +7,8 @@ from toruslab.models.config import ModelConfig
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.plan.point import Point
 from toruslab.partitioning.torus.mesh import Shape
 
@@ -26,7 +27,7 @@ POINT = {"model": "palm-540b-h64", "slice": "v4:4x4x4", "phase": "decode", "batc
 def per_layer(name: str, attention: str, block: str = "parallel", kv: int = 1, shape: Shape = (2, 2, 2)) -> int:
     config = model(block, kv)
     found = plan(layout(name, attention, shape, kv), config, Pass(batch=8, length=1, capacity=4), shape)
-    return sum(p.count for p in found if "/" in p.scope and not p.rides) // config.n_layers
+    return sum(p.count for p in found if "/" in p.scope and not p.fused) // config.n_layers
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ import pytest
 
 from tests import battery
 from toruslab.models.presets import model
-from toruslab.partitioning.layouts.layout import LAYOUTS, kv_axes
-from toruslab.partitioning.layouts.rings import loops
+from toruslab.partitioning.layouts.catalogue import LAYOUTS, kv_axes
+from toruslab.partitioning.layouts.rings import looped_steps
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, check, plan, stages
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import check, plan
+from toruslab.partitioning.plan.tensors import forward_tensors
 from toruslab.partitioning.torus.mesh import Slice, mesh_shape
 
 
@@ -60,9 +62,9 @@ def test_variants_are_named_after_a_plus():
     ],
 )
 def test_what_is_looped_with_which_matmul(name, expected):
-    found = loops(layout(f"{name}+ring", "batch", (2, 2, 2), 1))
+    found = looped_steps(layout(f"{name}+ring", "batch", (2, 2, 2), 1))
     assert {target: loop.name for target, loop in found.items()} == expected
-    assert not loops(layout(name, "batch", (2, 2, 2), 1))
+    assert not looped_steps(layout(name, "batch", (2, 2, 2), 1))
 
 
 def test_loops_move_the_same_bytes():
@@ -140,5 +142,5 @@ def test_kv_heads_are_split_as_far_as_they_divide(n, expected):
 
 def test_stages_name_every_ladder_once():
     made = layout("ws2d", "batch", (2, 2, 2), 1)
-    scopes = [s.scope for s in stages(made, "serial", 3, True)]
+    scopes = [s.scope for s in forward_tensors(made, "serial", 3, True)]
     assert scopes.count("attention/h") == scopes.count("mlp/h") == 1

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.partitioning.published import paper_formulas as formulas
 from toruslab.partitioning.published import closed_forms as paper
 
 PUBLISHED = resources.files("toruslab.partitioning.published").joinpath("data")
@@ -22,6 +23,7 @@ def published(name: str):
 
 def test_doctests():
     assert doctest.testmod(paper).failed == 0
+    assert doctest.testmod(formulas).failed == 0
 
 
 def test_figure_3_is_reproduced():
@@ -68,8 +70,8 @@ def test_a_layout_that_saves_nothing_never_wins():
 @given(B=POWERS, n=st.integers(1, 4096), E=st.integers(128, 2**15), ratio=st.floats(1, 8))
 def test_best_X_by_brute_force(B, n, E, ratio):
     F = E * ratio
-    best = paper.ws2d_best_volume(B, 1, E, F, n)
-    X = paper.ws2d_best_X(n, E, F)
+    best = formulas.ws2d_best_volume(B, 1, E, F, n)
+    X = formulas.ws2d_best_X(n, E, F)
     assert paper.ws2d_volume(B, 1, E, F, X, n / X) == pytest.approx(best)
     tried = np.geomspace(1e-2, 1e5, 2001)
     volumes = paper.ws2d_volume(B, 1, E, F, tried, n / tried)
@@ -80,12 +82,12 @@ def test_best_X_by_brute_force(B, n, E, ratio):
 @given(n=st.integers(1, 4096), tokens=st.integers(1, 2**20), F=st.integers(512, 2**17))
 def test_best_N_by_brute_force(n, tokens, F):
     E = F / 4
-    best = paper.wg_best_volume(1, tokens, E, F, n)
+    best = formulas.wg_best_volume(1, tokens, E, F, n)
     tried = np.geomspace(1e-3, 1e6, 4001)
     volumes = 2 * E * F * tried / n + 2 * tokens * E / tried
     assert np.min(volumes) >= best * (1 - 1e-9)
     assert np.min(volumes) == pytest.approx(best, rel=1e-3)
-    N = paper.wg_best_N(1, tokens, F, n)
+    N = formulas.wg_best_N(1, tokens, F, n)
     if n > N:
         assert paper.wg_volume(1, tokens, E, F, n, N) == pytest.approx(best)
 
@@ -95,19 +97,19 @@ def test_2d_beats_1d_as_derived(n, E, ratio):
     F = E * ratio
     if n == 4 * ratio:  # equal, up to rounding
         return
-    moves_less = paper.ws2d_best_volume(1, 1, E, F, n) < paper.ws1d_volume(1, 1, E)
-    assert moves_less == paper.ws2d_beats_ws1d(n, E, F)
+    moves_less = formulas.ws2d_best_volume(1, 1, E, F, n) < paper.ws1d_volume(1, 1, E)
+    assert moves_less == formulas.ws2d_beats_ws1d(n, E, F)
     if ratio == 4:
-        assert moves_less == paper.ws2d_beats_ws1d_as_printed(n, E, F)
+        assert moves_less == formulas.ws2d_beats_ws1d_as_printed(n, E, F)
 
 
 def test_the_printed_condition_is_wrong_away_from_4():
-    assert paper.ws2d_beats_ws1d(40, 1, 8) and not paper.ws2d_beats_ws1d_as_printed(40, 1, 8)
+    assert formulas.ws2d_beats_ws1d(40, 1, 8) and not formulas.ws2d_beats_ws1d_as_printed(40, 1, 8)
 
 
 def test_collectives_and_laws():
-    assert paper.all_reduce_s(1e9, 4, 270e9) == 2 * paper.reduce_scatter_s(1e9, 4, 270e9)
-    assert paper.seconds(135e9, 270e9) == 1.0
+    assert formulas.all_reduce_s(1e9, 4, 270e9) == 2 * formulas.reduce_scatter_s(1e9, 4, 270e9)
+    assert formulas.seconds(135e9, 270e9) == 1.0
     assert paper.forward_flops(540e9, 2) == 4 * 540e9
     assert paper.wg_volume(1, 1, 2, 8, 4, 2) == 16 + 2
 

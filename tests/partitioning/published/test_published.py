@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from toruslab.benchmarks import cli, published
-from toruslab.benchmarks.reports.published_figures import PICTURES
+from toruslab.benchmarks.reports.figures import PUBLISHED
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.published.fit import SOFT
 from toruslab.partitioning.torus.chip import chip
@@ -215,7 +215,7 @@ def test_tables_and_pictures(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "mine.jsonl: [a] paper" in out and "all of mine.jsonl" in out and "Figure 7, " not in out
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"rows.jsonl"} | {f"{name}.{kind}" for name in PICTURES for kind in ("svg", "png")}
+    assert names == {"rows.jsonl"} | {f"{name}.{kind}" for name in PUBLISHED for kind in ("svg", "png")}
 
 
 def test_no_backend_is_initialised():

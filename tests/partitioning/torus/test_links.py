@@ -16,11 +16,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.partitioning.published.paper_formulas import all_gather_s
+from tests.partitioning.torus import all_axes_at_once
+from tests.partitioning.torus.all_axes_at_once import seconds, usable_links
 from toruslab.models.presets import model
 from toruslab.partitioning.published import closed_forms
-from toruslab.partitioning.torus import links as interconnect
+from toruslab.partitioning.torus import links
 from toruslab.partitioning.torus.chip import chip
-from toruslab.partitioning.torus.links import CollectiveKind, Segment, permute_rate, seconds, segments
+from toruslab.partitioning.torus.links import CollectiveKind, Segment, permute_rate, rate, segments
 
 BOOK = json.loads(resources.files("toruslab.partitioning.published").joinpath("data", "scaling_book.json").read_text())
 KINDS: tuple[CollectiveKind, ...] = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -30,7 +33,8 @@ V4, V5E, H100 = chip("v4"), chip("v5e"), chip("h100")
 
 
 def test_doctests():
-    assert doctest.testmod(interconnect).failed == 0
+    assert doctest.testmod(links).failed == 0
+    assert doctest.testmod(all_axes_at_once).failed == 0
 
 
 @pytest.mark.parametrize("answer", BOOK["collectives"], ids=lambda answer: answer["what"])
@@ -76,7 +80,7 @@ def test_flat_is_the_papers_formula():
     for axes, K in (("x", 4), ("yz", 16), ("xyz", 64)):
         received = 1e9 * (K - 1) / K
         flat = seconds("all-gather", received, axes, (4, 4, 4), V4, convention="flat")
-        assert flat == pytest.approx(closed_forms.all_gather_s(1e9, K, 270e9))
+        assert flat == pytest.approx(all_gather_s(1e9, K, 270e9))
     assert seconds("all-gather", 1e9, "xyz", (4, 4, 4), V4, hop_s=0) == pytest.approx(1e9 / 270e9)
 
 
@@ -96,7 +100,7 @@ def test_all_to_all_over_a_cube_is_bound_by_its_middle():
 @pytest.mark.parametrize("kind", KINDS[:4])
 @pytest.mark.parametrize("n_chips", [2, 3, 4, 8])
 def test_a_line_takes_twice_as_long_as_a_ring(kind, n_chips):
-    ring, line = (interconnect._usable_links(kind, (Segment(n_chips=n_chips, closed=c),)) for c in (True, False))
+    ring, line = (usable_links(kind, (Segment(n_chips=n_chips, closed=c),)) for c in (True, False))
     assert ring == pytest.approx(2 * line)
 
 
@@ -131,7 +135,7 @@ def test_a_mesh_over_another_slice():
 def test_a_slow_long_axis_is_not_hidden_by_a_fast_short_one():
     """Eight chips four links apart must still carry their own seven shards over a quarter of a link."""
     group = (Segment(n_chips=2, closed=True), Segment(n_chips=8, stride=4, closed=False))
-    assert interconnect._usable_links("all-gather", group) == pytest.approx(0.25 * 15 / 7)
+    assert usable_links("all-gather", group) == pytest.approx(0.25 * 15 / 7)
 
 
 def test_switch_uses_all_links_for_every_kind():
@@ -205,6 +209,11 @@ def test_bad_questions_are_refused(change, rule):
     } | change
     with pytest.raises(ValueError, match=rule):
         seconds(**question)
+
+
+def test_a_rate_refuses_a_group_larger_than_a_switch_joins():
+    with pytest.raises(ValueError, match="larger than the 8 that one switch of h100 joins"):
+        rate("all-gather", ("x",), (16,), H100)
 
 
 def test_a_switch_has_no_rings():

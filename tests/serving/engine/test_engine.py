@@ -1,4 +1,4 @@
-"""The engine: every request's tokens are those that the reference picks for it alone, whoever shares its batches."""
+"""The engine: each request gets the tokens that the reference picks for it alone, whatever shares its batches."""
 
 import dataclasses
 import functools
@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from tests import battery
+from tests.canonical import unpack
 from tests.serving.engine.virtual_clock import Virtual
 from toruslab.models.decoder import mixed
 from toruslab.models.decoder.mixed import MixedForm
 from toruslab.models.decoder.quantise import dequantise, quantise
 from toruslab.models.decoder.reference import init, logits
 from toruslab.models.decoder.sampling import Sampler
-from toruslab.models.weights.packing import pack, unpack
-from toruslab.partitioning.hlo.collectives import copies, read
+from toruslab.models.weights.packing import pack
+from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
+from toruslab.partitioning.hlo.cycles import copies
 from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.plan import Pass, plan
+from toruslab.partitioning.plan.passes import Pass
+from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, attach
 from toruslab.serving.engine.engine import Engine, Sizes
 from toruslab.serving.engine.pages import Held, Pages
@@ -58,7 +61,7 @@ def stages(name, attention, shape, n=1, config=CONFIG, **options):
 
 
 def engine(of, config=CONFIG, *, held: Held = "rows", workers=1, int8=False, singles=(2, 4), pieces=(4,)):
-    """Its caches begin as what other requests may have left there."""
+    """An engine whose caches start with what other requests may have left there."""
     packed = pack(config, weights(config))
     sizes = Sizes(
         rows=MAX_BS * workers,
@@ -76,7 +79,7 @@ def engine(of, config=CONFIG, *, held: Held = "rows", workers=1, int8=False, sin
 
 
 def poison(made, free_only=False, value=1e3):
-    """Large numbers, or none, where no request has written."""
+    """Writes large numbers or NaN where no request has written."""
     for i, pool in enumerate(made._pools):
         at = slice(None)
         if free_only:
@@ -89,7 +92,7 @@ def poison(made, free_only=False, value=1e3):
 
 
 def trace(seed, n=12, config=CONFIG):
-    """Requests and their prompts, several at a time."""
+    """Requests and their prompts, several of them at the same time."""
     rng = np.random.default_rng(seed)
     arrivals = np.sort(rng.integers(0, 12, n))
     found = []
@@ -100,7 +103,7 @@ def trace(seed, n=12, config=CONFIG):
 
 
 def run(made, of, name="orca", workers=1, clock=None, **options):
-    """The new ids of every request, and what `serve` says."""
+    """The output ids of every request, and the totals of `serve`."""
     requests = [
         Request(id=i, arrival_s=at, prompt=len(prompt), max_output=n_new) for i, (at, prompt, n_new) in enumerate(of)
     ]
@@ -120,7 +123,7 @@ def run(made, of, name="orca", workers=1, clock=None, **options):
 
 
 def check_alone(found, of, config=CONFIG, seen=None):
-    """Each token is the reference's choice for the request alone, but for near ties, of which there are few."""
+    """Each token is the reference's choice for the request alone. Near ties may differ; there are few."""
     skipped = total = 0
     for i, ids in found.items():
         _, prompt, n_new = of[i]
@@ -195,14 +198,14 @@ def test_stages_that_do_not_fit():
 
 @pytest.fixture(scope="module")
 def small():
-    """One on two devices."""
+    """A stage on two devices."""
     return engine(stages("ws1d", "heads", (1, 2, 1)))
 
 
 @pytest.mark.parametrize("value", [1e3, np.nan, np.inf])
 def test_reused_rows_and_stale_pages(small, monkeypatch, value):
-    """What is in pages that nobody holds does not matter, in the middle of a run either: not even the NaN of a request
-    whose numbers ran over."""
+    """The contents of free pages never matter, not even NaN that an overflowing request leaves in the middle of a
+    run."""
     start, of = small.start, trace(1)
     poison(small, value=value)
 
@@ -219,7 +222,7 @@ def test_reused_rows_and_stale_pages(small, monkeypatch, value):
 
 
 def test_sampled_tokens_do_not_depend_on_company():
-    """Random numbers belong to a request and a position."""
+    """Random numbers depend on the request and the position only."""
     of = trace(3, n=6)
     made = engine(stages("ws2d", "batch", (2, 2, 1), sampler=Sampler(temperature=1.0, seed=4)), singles=(4,))
     together, _ = run(made, of)
@@ -240,7 +243,7 @@ def test_a_stop_id_ends_a_request(small):
 
 @pytest.mark.parametrize("rule", ["orca", "request-level", "chunked-8"])
 def test_cancelling_leaves_others_alone(rule):
-    """Two batches in flight: some are cancelled while they run, some while they wait."""
+    """With two batches in flight, some requests are cancelled while they run, some while they wait."""
     made, of = engine(stages("ws1d", "heads", (1, 2, 1)), workers=2, singles=(4,)), trace(4)
     whole, _ = run(made, of, rule, 2)
     for seed in range(3):
@@ -300,13 +303,13 @@ def test_mistakes_are_caught(monkeypatch, mistake):
 @pytest.mark.parametrize("kv_heads", [1, 16])
 @pytest.mark.parametrize(("name", "attention"), battery.legal())
 def test_planned_is_compiled(name, attention, kv_heads):
-    """The collectives of a pass over tokens of many requests are the layout's plan; the pages are never copied."""
+    """The collectives of a mixed pass are the layout's plan, and the pages are never copied."""
     config, shape = battery.model("parallel", kv_heads), (2, 2, 2)
     (stage,) = stages(name, attention, shape, config=config)
     form = MixedForm(parts=stage.parts, singles=3, pieces=2, length=5, pages=3, page=7)
     pool = stage.pool(11, form.page)
     text = stage.compile(form, pool).as_text() or ""
-    if not stage.layout.explicit:  # which XLA partitions as it likes, and which copies the pages
+    if not stage.layout.explicit:  # XLA partitions it freely and copies the pages
         return
     shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]
     copied = [c for c in copies(text, 4 * math.prod(shard), unknown_trips=1) if [d for d in c.dims if d > 1] == shard]
@@ -320,7 +323,7 @@ def test_planned_is_compiled(name, attention, kv_heads):
 
 @pytest.mark.parametrize("attention", ["heads", "batch"])
 def test_compiled_for_tpus(attention):
-    """Four layers of 540B on 64 described TPUs: no collective that is not planned, no copy of the pages."""
+    """Four layers of 540B on 64 described TPUs have no unplanned collective and no copy of the pages."""
     pytest.importorskip("libtpu", reason="needs libtpu to compile for TPUs")
     from toruslab.models.decoder.cache import abstract_cache
     from toruslab.models.presets import model
@@ -337,7 +340,7 @@ def test_compiled_for_tpus(attention):
     text = stage.compile(form, pool).as_text() or ""
     shard = [d for d in pool.k.sharding.shard_shape(pool.k.shape) if d > 1]
     found = copies(text, 2 * math.prod(shard), unknown_trips=1)
-    # from one memory of the chip to another is the compiler's business: so small a pool fits a v4's CMEM
+    # copies between two memories of the chip are allowed: so small a pool fits a v4's CMEM
     assert not [c for c in found if c.from_space == c.to_space and [d for d in c.dims if d > 1] == shard]
     sizes = (stage.parts * form.tokens, stage.parts * form.segments)
     pass_ = Pass(batch=256, length=1, capacity=form.page, itemsize=2, weight_itemsize=2, mixed=sizes)
@@ -351,7 +354,7 @@ def works(*lengths, starts=None):
 
 
 def told(made, batch):
-    """Requests of `batch` admitted; the passes."""
+    """Admits the requests of a batch and returns its passes."""
     made.clear()
     for w in batch:
         made.admit(w.request, np.arange(w.start + w.length, dtype=np.int32) + 10, 1)
@@ -362,7 +365,7 @@ def told(made, batch):
 
 def test_seven_tokens_of_four_requests(small):
     """Orca's Figure 5: two requests with one token each and prompts of two and three tokens are seven tokens for
-    everything but attention, which is told apart."""
+    everything but attention."""
     ((form, control, emitting),) = told(small, works(1, 1, 2, 3, starts=[4, 7, 0, 0]))
     assert control.lengths.sum() == 7
     assert [request for request, _ in emitting] == [0, 1, 2, 3]
@@ -373,14 +376,14 @@ def test_seven_tokens_of_four_requests(small):
 
 
 def test_more_than_a_pass_holds(small):
-    """Five pieces where a pass takes four: two passes, and the request's token comes out of the second."""
+    """A prompt of five pieces takes two passes of four. Its token comes out of the second."""
     passes = told(small, works(18, 1, starts=[0, 3]))
     assert [control.lengths[0].tolist() for _, control, _ in passes] == [[1, 0, 4, 4, 4, 4], [0, 0, 2, 0, 0, 0]]
     assert [[request for request, _ in emitting] for _, _, emitting in passes] == [[1], [0]]
 
 
 def test_padding_is_computed_and_kept_nowhere(small):
-    """A prompt of 3 padded to 9, and a row that has ended."""
+    """A prompt of 3 tokens padded to 9, and a request that has ended."""
     batch = [Work(0, 0, 3, 9, True, False), Work(1, 5, 0, 1, False, True)]
     ((form, control, emitting),) = told(small, batch)
     assert control.lengths[0].tolist() == [0, 0, 3, 0, 0, 0]

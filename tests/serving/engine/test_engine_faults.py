@@ -1,4 +1,4 @@
-"""The engine when something goes wrong: what a stage raises, interrupts, closing, and runs that cannot be right."""
+"""The engine when something fails: stages that raise, interrupts, closing, and runs with wrong arguments."""
 
 import gc
 import math
@@ -31,7 +31,7 @@ def threads():
 
 
 def settled(n):
-    """Threads need a moment to end."""
+    """Waits for threads to end."""
     for _ in range(500):
         if len(threads()) == n:
             break
@@ -42,7 +42,7 @@ def settled(n):
 @pytest.mark.parametrize("loses", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_stage_that_raises_ends_the_run_and_not_the_engine(three, monkeypatch, stage, loses):
-    """Also where the cache had been handed over to the program, and is gone."""
+    """Even if the program had taken the donated cache, which is lost."""
     calls = iter(range(1000))
 
     def fails(program):
@@ -68,7 +68,7 @@ def test_a_stage_that_raises_ends_the_run_and_not_the_engine(three, monkeypatch,
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no such text")])
 def test_an_interrupted_run_leaves_nothing_behind(three, error):
-    """Batches are in flight when it comes; the next run has the same ids."""
+    """The interrupt comes while batches are in flight. The next run has the same ids."""
 
     class Interrupts(Virtual):
         def wait(self, until_s, flight):
@@ -103,7 +103,7 @@ def test_dropped_it_has_no_threads():
 
 
 def test_closed_with_batches_in_flight(three):
-    """Nobody waits for ever: what was not sent off is cancelled, and says so."""
+    """Nothing waits for ever: passes that were not dispatched are cancelled, and raise."""
     scheduler = Scheduler(max_bs=MAX_BS, n_slots=N_SLOTS, n_workers=3)
     for i, (_, prompt, n_new) in enumerate(OF):
         scheduler.submit(Request(id=i, arrival_s=0.0, prompt=len(prompt), max_output=n_new))
@@ -142,8 +142,7 @@ def test_batches_end_while_requests_keep_coming(three):
 
 
 def test_cancelled_when_asked_for_and_not_when_a_batch_has_ended(three):
-    """The batch's token comes too late for the one that was cancelled while it ran; unknown ids and a second time are
-    nothing."""
+    """A request that is cancelled while it runs gets no token. Cancelling an unknown id, or twice, does nothing."""
     of = [(0.0, np.arange(5, dtype=np.int32), 1)] * 3
     metrics, leaving = Metrics(max_bs=MAX_BS), [(0.5, 1), (0.5, 1), (0.5, 7), (1.5, 0), (99.0, 2)]
     found, served = run(three, of, workers=3, cancelled=leaving, observers=[metrics])
@@ -154,7 +153,7 @@ def test_cancelled_when_asked_for_and_not_when_a_batch_has_ended(three):
 
 @pytest.mark.parametrize("times_s", [(1.0, 0.5), (math.nan,), (0.0, math.inf)], ids=["fall", "nan", "infinite"])
 def test_arrivals_that_fall_or_never_come(three, times_s):
-    """Neither ends the run without a word, or never."""
+    """Both raise: the run neither ends silently nor hangs."""
     of = [(at, np.arange(5, dtype=np.int32), 2) for at in times_s]
     with pytest.raises(ValueError, match="arrivals must be finite, from 0 on, and in order"):
         run(three, of, workers=3)

@@ -1,17 +1,17 @@
-"""A clock for tests of `serving.engine.play`: no time passes but that of batches."""
+"""A virtual clock for tests of `serving.engine.play`."""
 
 from toruslab.serving.engine.engine import Flight
 
 
 class Virtual:
-    """For tests: every batch takes `batch_s` seconds from when it is first waited for, whatever it really takes."""
+    """Every batch takes `batch_s` seconds from the first wait for it, whatever it really takes."""
 
     def __init__(self, batch_s: float = 1.0):
         self.batch_s, self._now_s = batch_s, 0.0
-        self._awaited: tuple[Flight, float] | None = None  # and when it ends
+        self._awaited: tuple[Flight, float] | None = None  # the flight and its end
 
     def now_s(self) -> float:
-        """Seconds that have been waited for."""
+        """Seconds of waiting so far."""
         return self._now_s
 
     def wait(self, until_s: float, flight: Flight | None) -> bool:

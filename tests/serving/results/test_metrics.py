@@ -1,4 +1,4 @@
-"""Metrics: each definition on a run small enough to work out by hand; many values in little memory."""
+"""Metrics: each definition on a run small enough to compute by hand; distributions of many values."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The scheduler: the paper's examples, and what must hold of every run whatever the traffic."""
+"""The scheduler: the paper's examples, and properties of every run under any traffic."""
 
 import math
 import random
@@ -45,12 +45,12 @@ def made(scheduler: Scheduler, now_s: float) -> Batch:
 
 
 def step(scheduler: Scheduler, now_s: float) -> tuple[dict[int, int], list[int]]:
-    """One iteration: tokens computed for each request, and who came back at its end."""
+    """Runs one iteration. Returns the computed tokens of each request, and the requests that returned."""
     batch = made(scheduler, now_s)
     return {work.request: work.padded for work in batch.work}, [r.id for r in scheduler.complete(batch, now_s + 1)]
 
 
-# The paper's Figure 3 as FACTS tell it (early-finished and late-joining requests); the lengths are ours.
+# The paper's Figure 3 (early-finished and late-joining requests); the lengths are ours.
 
 
 def early_and_late(policy: Policy) -> tuple[list[dict[int, int]], list[list[int]]]:
@@ -63,7 +63,7 @@ def early_and_late(policy: Policy) -> tuple[list[dict[int, int]], list[list[int]
         backs.append(back)
         if now == 0:
             submit(scheduler, request(3, 3, 2))
-    assert scheduler.n_waiting == scheduler.n_rows == 0
+    assert scheduler.n_waiting == scheduler.n_started == 0
     return rows, backs
 
 
@@ -107,7 +107,7 @@ def test_a_batch_of_seven_tokens_mixes_phases():
 
 
 def test_three_batches_in_flight_before_the_first_returns():
-    """The paper's Figure 8: max_bs 2, n_workers 3, requests A to F. Its times are in test_simulator_core."""
+    """The paper's Figure 8: max_bs 2, n_workers 3, requests A to F. Its times are in test_simulator."""
     scheduler = Scheduler(max_bs=2, n_slots=100, n_workers=3)
     submit(scheduler, *[request(id, 2, 3) for id in range(7)])
     batches = [made(scheduler, 0.0) for _ in range(3)]
@@ -307,10 +307,10 @@ def test_cancel_in_a_request_level_batch():
     batch = made(scheduler, 1)
     assert batch.dead == 2
     assert [r.id for r in scheduler.complete(batch, 2)] == [0], "the batch notices when it returns that nobody is left"
-    assert scheduler.reserved == scheduler.n_rows == 0
+    assert scheduler.reserved == scheduler.n_started == 0
 
 
-# Random runs: every batch is checked against a book of its own (tests/serving_runs.py).
+# Random runs: every batch is checked against an independent book (tests/serving_runs.py).
 
 TRACE = st.lists(
     st.tuples(st.integers(1, 12), st.integers(1, 10), st.integers(0, 4)), min_size=1, max_size=25
@@ -377,7 +377,7 @@ def test_the_same_run_twice():
     assert batches() == batches()
 
 
-# The checks can fail: schedulers with one thing wrong.
+# The checks must fail on schedulers with one fault.
 
 
 class KeepsReservation(Scheduler):

@@ -1,4 +1,4 @@
-"""Prompts on one slice, tokens on another: a schedule by hand, and nothing lost on the way."""
+"""Disaggregated serving: a schedule by hand, and no request lost."""
 
 import pytest
 from hypothesis import given, settings
@@ -21,11 +21,11 @@ def request(id: int, prompt: int, output: int, arrival_s: float = 0.0) -> Reques
 
 
 def test_three_requests_by_hand():
-    """Prompts take 1 s each, one at a time; K and V 0.5 s for each token, one request after another; a step 1 s.
+    """A prompt takes 1 s, one at a time. K and V take 0.5 s for each token, one request at a time. A step takes 1 s.
 
-    first slice    A 0-1      B 1-2      C 2-3, whose only token ends it
+    prefill        A 0-1      B 1-2      C 2-3, whose only token ends it
     links          A 1-2      B 2-3.5 (3 tokens)
-    second slice   A at 2: 2-3, 3-4 (two more tokens); B waits for 4 (its batch is full at 3.5): 4-5
+    decode         A at 2: 2-3, 3-4 (two more tokens); B waits for 4 (its batch is full at 3.5): 4-5
     """
     requests = [request(0, 2, 3), request(1, 3, 2), request(2, 4, 1)]
     seen: list[Batch] = []

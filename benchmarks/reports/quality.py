@@ -8,13 +8,18 @@ are layouts like all others here.
 Decides the definitions and the targets; words and pictures are of the report.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from toruslab.benchmarks.reports.cells import Line, Row, groups
+from toruslab.benchmarks.reports.cells import Result, groups
+
+if TYPE_CHECKING:
+    from toruslab.benchmarks.runs.rows import Row
 
 TARGETS = {
     "median_error": ("median of |error|", "<=", 0.20),
@@ -113,7 +118,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
-def regret(lines: Iterable[Line]) -> Regret | None:
+def regret(lines: Iterable[Result]) -> Regret | None:
     """The regret of one cell.
 
     The model can pick among the lines that have both a prediction and a measurement, of which there must be two. The
@@ -129,7 +134,7 @@ def regret(lines: Iterable[Line]) -> Regret | None:
     return Regret(value=picked.measured_s / best.measured_s - 1, picked=picked.label, best=best.label)
 
 
-def quality(rows: Iterable[Row]) -> Quality:
+def quality(rows: "Iterable[Row]") -> Quality:
     """How good the predictions of these rows are."""
     cells = groups(rows)
     everything = [(name, x) for name, lines in cells.items() for x in lines if x.measured_s]
@@ -152,7 +157,7 @@ def quality(rows: Iterable[Row]) -> Quality:
     )
 
 
-def _of_cell(lines: Sequence[Line]) -> CellQuality:
+def _of_cell(lines: Sequence[Result]) -> CellQuality:
     both = [x for x in lines if x.relative_error is not None]
     errors = _errors(both)
     return CellQuality(
@@ -163,7 +168,7 @@ def _of_cell(lines: Sequence[Line]) -> CellQuality:
     )
 
 
-def _errors(lines: Iterable[Line]) -> list[float]:
+def _errors(lines: Iterable[Result]) -> list[float]:
     return [abs(x.relative_error) for x in lines if x.relative_error is not None]
 
 
@@ -182,3 +187,86 @@ def agree(spreads: Iterable[tuple[float, float] | None]) -> bool | None:
     if len(known) < max(2, len(found)):
         return None
     return max(low for low, _ in known) <= min(high for _, high in known)
+
+
+Source = Literal["measured", "predicted"]
+SOURCES: tuple[Source, ...] = ("measured", "predicted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duel:
+    """The best weight-gathered and the best weight-stationary line of one cell, by one source of times."""
+
+    tokens: int
+    ratio: float
+    best: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossover:
+    """The duels of one family by source, those of few tokens first."""
+
+    family: str
+    duels: Mapping[Source, list[Duel]]
+
+    def tokens(self, source: Source) -> float | None:
+        """Tokens from which on weight-gathered is faster: between two cells a straight line in the logarithms.
+
+        None where it never is, or is from the first cell on, or is not at the last one.
+        """
+        duels = self.duels[source]
+        for before, after in reversed(list(pairwise(duels))):
+            if after.ratio >= 1:
+                return None
+            if before.ratio >= 1:
+                share = math.log(before.ratio) / math.log(before.ratio / after.ratio)
+                return before.tokens * (after.tokens / before.tokens) ** share
+        return None
+
+    def says(self, source: Source) -> str | None:
+        """In words; None where there are fewer than two cells to say it of."""
+        duels = self.duels[source]
+        if len(duels) < 2:
+            return None
+        tokens = self.tokens(source)
+        if tokens is not None:
+            return f"from about {tokens:,.0f} tokens"
+        if all(d.ratio < 1 for d in duels):
+            return f"already at {duels[0].tokens:,} tokens"
+        return f"not up to {duels[-1].tokens:,} tokens" if duels[-1].ratio >= 1 else None
+
+
+def crossovers(cells: Mapping[str, list[Result]]) -> list[Crossover]:
+    """One for each family that has both kinds in some cell."""
+    found: dict[str, dict[Source, list[Duel]]] = {}
+    for lines in cells.values():
+        for source in SOURCES:
+            duel = _duel(lines, source)
+            if duel:
+                of_family = found.setdefault(lines[0].family, {"measured": [], "predicted": []})
+                of_family[source].append(duel)
+    for duels in found.values():
+        for each in duels.values():
+            each.sort(key=lambda d: d.tokens)
+    return [Crossover(family=name, duels=duels) for name, duels in found.items()]
+
+
+def crossover_sentences(cells: Mapping[str, list[Result]]) -> list[str]:
+    """Where the crossover is, one sentence for each family of at least two cells."""
+    out = []
+    for found in crossovers(cells):
+        said = {source: found.says(source) for source in SOURCES}
+        if any(said.values()):
+            words = "; ".join(f"{source} {text}" for source, text in said.items() if text)
+            out.append(f"Weight-gathered is faster than weight-stationary in {found.family}: {words}.")
+    return out
+
+
+def _duel(lines: list[Result], source: Source) -> Duel | None:
+    times = [(x.measured_s if source == "measured" else x.predicted_s, x) for x in lines]
+    timed = [(t, x) for t, x in times if t is not None and x.is_gathered is not None]
+    gathered = min(((t, x.label) for t, x in timed if x.is_gathered), default=None)
+    stationary = min(((t, x.label) for t, x in timed if not x.is_gathered), default=None)
+    if gathered is None or stationary is None:
+        return None
+    return Duel(tokens=lines[0].tokens, ratio=gathered[0] / stationary[0], best=min(gathered, stationary)[1])

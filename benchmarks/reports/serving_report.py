@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from toruslab.benchmarks.reports.serve_curves import Findings, Line, Spread, curves, findings
+from toruslab.benchmarks.reports.serving_curves import Findings, OverSeeds, SchemeResult, curves, findings
 from toruslab.benchmarks.reports.style import Panel, Picture, log_axis, save
 from toruslab.benchmarks.runs.rows import Row
 
@@ -215,7 +215,7 @@ def _shades(names: Mapping[str, bool]) -> dict[str, str]:
     return {name: left[is_warm].pop(0) if left[is_warm] else "#8C8C8C" for name, is_warm in names.items()}
 
 
-def _cells(line: Line, found: Findings) -> tuple[str, ...]:
+def _cells(line: SchemeResult, found: Findings) -> tuple[str, ...]:
     cells = (
         line.name,
         _number(line.saturation_per_s),
@@ -231,7 +231,7 @@ def _cells(line: Line, found: Findings) -> tuple[str, ...]:
     return cells + goodput + ((str(line.refused),) if any(one.refused for one in found.lines) else ())
 
 
-def _number(of: Spread | None, times: float = 1.0, bound: str = "") -> str:
+def _number(of: OverSeeds | None, times: float = 1.0, bound: str = "") -> str:
     if of is None:
         return "-"
     middle, low, high = (_three(value * times) for value in of)

@@ -7,9 +7,9 @@ HTML of `html_page`, pictures of `report_style`.
 
 from collections.abc import Mapping, Sequence
 
-from toruslab.benchmarks.reports.cells import Line, Row, groups, number, traced
+from toruslab.benchmarks.reports.cells import Result, groups, number, traced
 from toruslab.benchmarks.reports.html_page import Cell, Markup, anchor, bullets, element, facts, figure, page, table
-from toruslab.benchmarks.reports.prediction import Quality, quality
+from toruslab.benchmarks.reports.quality import Quality, crossover_sentences, quality
 from toruslab.benchmarks.reports.style import Picture, svg
 from toruslab.benchmarks.reports.words import (
     READING,
@@ -26,8 +26,9 @@ from toruslab.benchmarks.reports.words import (
     quality_sentences,
     verdict,
 )
+from toruslab.benchmarks.runs.rows import Row
 
-Cells = Mapping[str, Sequence[Line]]
+Cells = Mapping[str, Sequence[Result]]
 
 
 def report(rows: Sequence[Row], pictures: Sequence[Picture], name: str) -> str:
@@ -73,10 +74,8 @@ def _section(id_: str, heading: str, parts: Sequence[str]) -> Markup:
 
 
 def _summary(cells: Cells, found: Quality) -> list[Markup]:
-    from toruslab.benchmarks.reports.crossover import sentences
-
     failed = [f"{x.label}, {name}: {x.error}" for name, lines in cells.items() for x in lines if x.error]
-    crossed = sentences({n: list(x) for n, x in cells.items()})
+    crossed = crossover_sentences({n: list(x) for n, x in cells.items()})
     parts: list[Markup] = []
     if said := list(filter(None, quality_sentences(found))):
         parts.append(bullets(said))
@@ -178,7 +177,7 @@ def _cells(cells: Cells, found: Quality, pictures: Sequence[Picture]) -> list[Ma
     return parts
 
 
-def _traced(x: Line, profile: Row) -> Markup:
+def _traced(x: Result, profile: Row) -> Markup:
     columns = [("scope", False), ("work", False), ("times", True), ("priced\nms", True), ("device\nms", True)]
     columns += [("of these\nwaiting ms", True), ("of the cores\nms", True)]
     rows = [
@@ -193,7 +192,7 @@ def _traced(x: Line, profile: Row) -> Markup:
     return table(columns, rows, label=f"where the time of {x.label} goes")
 
 
-def _table(name: str, lines: Sequence[Line]) -> Markup:
+def _table(name: str, lines: Sequence[Result]) -> Markup:
     columns = [("layout", False), ("predicted\nms", True), ("measured\nms", True), ("quartiles\nms", True)]
     columns += [
         ("error", True),
@@ -209,7 +208,7 @@ def _table(name: str, lines: Sequence[Line]) -> Markup:
     return table(columns, rows, best=[x.measured_s is not None and x.measured_s == least for x in lines], label=name)
 
 
-def _numbers(x: Line, least: float | None) -> list[Cell]:
+def _numbers(x: Result, least: float | None) -> list[Cell]:
     def plain(value: float | None, form: str, scale: float = 1.0, bracket: bool = False) -> Cell:
         text = "" if value is None else form.format(value / scale)
         return Cell(text=f"({text})" if text and bracket else text, value=value)
@@ -232,7 +231,7 @@ def _numbers(x: Line, least: float | None) -> list[Cell]:
     ]
 
 
-def _times(name: str, lines: Sequence[Line]) -> Markup:
+def _times(name: str, lines: Sequence[Result]) -> Markup:
     columns = [
         ("layout", False),
         ("in a strip", False),
@@ -267,7 +266,7 @@ def _times(name: str, lines: Sequence[Line]) -> Markup:
     return table(columns, rows, label=f"all repetitions, {name}")
 
 
-def _all(line: Line) -> list[float]:
+def _all(line: Result) -> list[float]:
     found = line.row("measured").get("times_s")
     return [t for t in map(number, found if isinstance(found, list) else []) if t is not None and t >= 0]
 

@@ -14,12 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from toruslab.benchmarks.reports import html_page as h
-from toruslab.benchmarks.reports.cells import Line, Row, groups
-from toruslab.benchmarks.reports.html import where
-from toruslab.benchmarks.reports.prediction import TARGETS, Quality, agree, quality
+from toruslab.benchmarks.reports.cells import Result, groups
+from toruslab.benchmarks.reports.page import where
+from toruslab.benchmarks.reports.quality import TARGETS, Quality, agree, quality
 from toruslab.benchmarks.reports.style import Panel, Picture, handles, legend_below, log_axis, marks, save, svg
 from toruslab.benchmarks.reports.words import amount, bound, measured, met, milliseconds, percent
 from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.rows import Row
 
 RULE = (
     "A point agrees where its spreads (90% of the repetitions), one of each run, have a time in common; ratios are to "
@@ -33,7 +34,7 @@ class Compared:
 
     cell: str
     label: str
-    lines: tuple[Line | None, ...]
+    lines: tuple[Result | None, ...]
 
     @property
     def medians_s(self) -> tuple[float | None, ...]:
@@ -104,7 +105,7 @@ def _pair(points: Sequence[Compared], i: int, n_runs: int) -> str:
     return f"; {sum(agreed)} of {len(agreed)} points agree" if agreed and n_runs > 2 else ""
 
 
-def _spread(line: Line | None) -> tuple[float, float] | None:
+def _spread(line: Result | None) -> tuple[float, float] | None:
     return line.spread_s if line else None
 
 

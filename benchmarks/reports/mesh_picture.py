@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from toruslab.benchmarks.reports.cells import Line, Row, number
+from toruslab.benchmarks.reports.cells import Result, number
 from toruslab.benchmarks.reports.style import Panel, Picture, volume
+from toruslab.benchmarks.runs.rows import Row
 
 AXES: tuple[str, ...] = ("x", "y", "z")
 COLOURS: dict[str, str] = {"x": "#D55E00", "y": "#009E73", "z": "#0072B2"}
@@ -34,9 +35,9 @@ class Used:
     bytes: float
 
 
-def torus(cells: Mapping[str, list[Line]]) -> Picture:
+def torus(cells: Mapping[str, list[Result]]) -> Picture:
     """A drawing for each layout on each mesh, of the cell with the most tokens there."""
-    chosen: dict[tuple, tuple[str, list[Line]]] = {}
+    chosen: dict[tuple, tuple[str, list[Result]]] = {}
     for name, lines in cells.items():
         key = tuple(lines[0].point.get(k) for k in ("model", "slice", "mesh"))
         if key not in chosen or lines[0].tokens > chosen[key][1][0].tokens:
@@ -189,7 +190,7 @@ def _links(ring: Any, shape: Sequence[int], volumes: Mapping[str, float], scale:
 
 
 def _width(moved: float, scale: tuple[float, float]) -> float:
-    """Line width in points: 1.2 for the least bytes of all layouts, 5 for the most."""
+    """Result width in points: 1.2 for the least bytes of all layouts, 5 for the most."""
     low, high = scale
     return 1.2 + 3.8 * (math.log(moved / low) / math.log(high / low) if moved > low and high > low else 0.0)
 

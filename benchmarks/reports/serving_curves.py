@@ -15,7 +15,7 @@ from toruslab.serving.results.metrics import goodput
 MULTIPLE = 190 / 58
 """The common latency, as a multiple of the lowest at low load: the paper compares at 190 ms a token, its Orca takes
 58 at low load."""
-Spread = tuple[float, float, float]
+OverSeeds = tuple[float, float, float]
 """Median, lowest and highest over the seeds."""
 
 
@@ -31,7 +31,7 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curve:
+class LatencyCurve:
     """One rung with one seed: (rate, sustained throughput, median normalised latency) of each run, by rising rate."""
 
     points: tuple[tuple[float, float, float], ...]
@@ -46,7 +46,7 @@ class Curve:
         latency.
 
         Example:
-            >>> curve = Curve(points=((1.0, 1.0, 0.1), (2.0, 2.0, 0.2), (4.0, 3.0, 0.8)))
+            >>> curve = LatencyCurve(points=((1.0, 1.0, 0.1), (2.0, 2.0, 0.2), (4.0, 3.0, 0.8)))
             >>> curve.at(0.4).per_s, curve.at(0.05), curve.at(1.0)
             (2.5, Reached(per_s=1.0, bound='≤'), Reached(per_s=3.0, bound='≥'))
         """
@@ -62,7 +62,7 @@ class Curve:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class SchemeResult:
     """A rung in the table.
 
     Attributes:
@@ -77,16 +77,16 @@ class Line:
 
     name: str
     request_level: bool
-    saturation_per_s: Spread | None
-    low_load_s: Spread | None
-    at_latency_per_s: Spread | None
+    saturation_per_s: OverSeeds | None
+    low_load_s: OverSeeds | None
+    at_latency_per_s: OverSeeds | None
     bound: str
-    itl_p99_s: Spread | None
-    ttft_p90_s: Spread | None
-    wasted_share: Spread | None
-    host_share: Spread | None
-    iteration_s: Spread | None
-    goodput_per_s: Spread | None
+    itl_p99_s: OverSeeds | None
+    ttft_p90_s: OverSeeds | None
+    wasted_share: OverSeeds | None
+    host_share: OverSeeds | None
+    iteration_s: OverSeeds | None
+    goodput_per_s: OverSeeds | None
     refused: int
 
 
@@ -107,13 +107,13 @@ class Findings:
         saturation_ratio: of the highest throughputs.
     """
 
-    lines: tuple[Line, ...]
+    lines: tuple[SchemeResult, ...]
     latency_s: float
     reference_per_s: float
     strongest: str | None
-    ratio: Spread | None
+    ratio: OverSeeds | None
     ratio_bound: str
-    saturation_ratio: Spread | None
+    saturation_ratio: OverSeeds | None
 
 
 def good(rows: Iterable[Row]) -> list[Row]:
@@ -121,7 +121,7 @@ def good(rows: Iterable[Row]) -> list[Row]:
     return list({(r["rung"], r["rate_per_s"], r["seed"]): r for r in rows if "error" not in r}.values())
 
 
-def curves(rows: Iterable[Row]) -> dict[str, dict[int, Curve]]:
+def curves(rows: Iterable[Row]) -> dict[str, dict[int, LatencyCurve]]:
     """For each rung, its curve with each seed."""
     found: dict[str, dict[int, list[tuple[float, float, float]]]] = {}
     for row in good(rows):
@@ -129,7 +129,7 @@ def curves(rows: Iterable[Row]) -> dict[str, dict[int, Curve]]:
             point = row["rate_per_s"], row["sustained_per_s"], row["normalised_s"]["median"]
             found.setdefault(row["rung"], {}).setdefault(row["seed"], []).append(point)
     return {
-        name: {seed: Curve(points=tuple(sorted(points))) for seed, points in sorted(seeds.items())}
+        name: {seed: LatencyCurve(points=tuple(sorted(points))) for seed, points in sorted(seeds.items())}
         for name, seeds in sorted(found.items(), key=lambda item: _order(item[0]))
     }
 
@@ -156,7 +156,7 @@ def findings(rows: Sequence[Row]) -> Findings | None:
         mine = [row for row in rows if row["rung"] == name]
         there = [row for row in mine if row["rate_per_s"] == reference]
         lines.append(
-            Line(
+            SchemeResult(
                 name=name,
                 request_level=is_baseline[name],
                 saturation_per_s=_spread([curve.saturation_per_s for curve in seeds.values()]),
@@ -188,7 +188,7 @@ def findings(rows: Sequence[Row]) -> Findings | None:
     )
 
 
-def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool]) -> tuple[Spread | None, str]:
+def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool]) -> tuple[OverSeeds | None, str]:
     found, bounds = [], set()
     for seed, orca in reached.get("orca", {}).items():
         others = [seeds[seed] for name, seeds in reached.items() if is_baseline[name] and seed in seeds]
@@ -200,7 +200,7 @@ def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool])
     return _spread(found), bounds.pop() if len(bounds) == 1 else "~" if bounds else ""
 
 
-def _goodput(rows: Sequence[Row]) -> Spread | None:
+def _goodput(rows: Sequence[Row]) -> OverSeeds | None:
     """0 where no rate was low enough; None where no limits were given."""
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
@@ -209,7 +209,7 @@ def _goodput(rows: Sequence[Row]) -> Spread | None:
     return _spread([goodput(runs) or 0.0 for runs in by_seed.values()])
 
 
-def _spread(values: Sequence[Any]) -> Spread | None:
+def _spread(values: Sequence[Any]) -> OverSeeds | None:
     return (statistics.median(values), min(values), max(values)) if values else None
 
 

@@ -1,13 +1,13 @@
-"""Stage times fitted on batches: exact where batches take what the fit assumes."""
+"""Stage times fitted to batches: exact if the batches follow the fit's assumptions."""
 
 import random
 
 import pytest
 
 from tests.serving.engine import test_engine
+from toruslab.benchmarks.studies.engine_times import EngineTimes, Padding, reads
 from toruslab.serving.engine.engine import Engine
 from toruslab.serving.scheduling.batch import Batch, Work
-from toruslab.serving.simulation.measured_times import MeasuredTimes, Padding, reads
 
 PADDING = Padding(singles=(2, 4), pieces=(0, 2, 4), length=8)
 
@@ -27,7 +27,7 @@ def test_exact_on_its_own_terms():
         batch(*((random.randrange(50), random.choice((1, 1, 1, 12, 20))) for _ in range(random.randrange(1, 7))))
         for _ in range(200)
     ]
-    times = MeasuredTimes(PADDING, [(of, taken_s(of)) for of in samples])
+    times = EngineTimes(PADDING, [(of, taken_s(of)) for of in samples])
     assert times.explained == pytest.approx(1)
     for of in samples[:20]:
         assert times(of) == pytest.approx((taken_s(of),))
@@ -35,7 +35,7 @@ def test_exact_on_its_own_terms():
 
 def test_a_form_that_was_never_met():
     samples = [(batch((0, 1)), 0.1), (batch((9, 1)), 0.1), (batch((0, 30)), 0.4), (batch((9, 30)), 0.4)]
-    times = MeasuredTimes(PADDING, samples)
+    times = EngineTimes(PADDING, samples)
     assert times(batch((0, 9)))[0] == pytest.approx(0.4)  # as the next larger
     assert times(batch(*[(0, 1)] * 4))[0] == pytest.approx(0.1)  # not less than a smaller one
     assert times(batch(*[(0, 1)] * 4, (0, 30)))[0] > 0.4
@@ -43,11 +43,11 @@ def test_a_form_that_was_never_met():
 
 def test_no_samples():
     with pytest.raises(ValueError, match="samples must be at least one batch"):
-        MeasuredTimes(PADDING, [])
+        EngineTimes(PADDING, [])
 
 
 def test_forms_are_the_engines():
-    """The same padding as `Engine.passes`, which needs no device for it."""
+    """The padding is that of `Engine.passes`, which needs no device for it."""
     random.seed(1)
     engine = object.__new__(Engine)
     engine.sizes = test_engine.Sizes(rows=40, n_slots=4000, longest=100, singles=(2, 4), pieces=(0, 2, 4), length=8)

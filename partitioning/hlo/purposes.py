@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from toruslab.partitioning.hlo.collectives import Collective, Module, parse, read
-from toruslab.partitioning.hlo.text import Computation, Instruction
+from toruslab.partitioning.hlo.collectives import Collective, read
+from toruslab.partitioning.hlo.text import Computation, Instruction, Module, parse
 from toruslab.partitioning.layouts.layout import WEIGHTS
 from toruslab.partitioning.plan.scopes import is_stack, scope_of
 
-Work = Literal["matmul", "attention", "collective", "weights", "other"]
+Purpose = Literal["matmul", "attention", "collective", "weights", "other"]
 """- matmul: whatever holds a matrix product, but those of attention. - attention: all that runs under `attend`: RoPE,
 cache update, scores, softmax. - collective: by whatever means. - weights: weights that are cut out of the array that
 holds all layers, copied, laid out anew, widened or dequantised, and not multiplied by the same operation. - other."""
@@ -41,14 +41,14 @@ class Operation:
     """
 
     scope: str
-    work: Work
+    purpose: Purpose
     collective: str | None = None
     axes: tuple[str, ...] = ()
     contains: bool = False
     ends: bool = False
 
 
-UNKNOWN = Operation(scope="", work="other", contains=True)
+UNKNOWN = Operation(scope="", purpose="other", contains=True)
 """What a trace names and the program's text does not: the known operations within it keep their times."""
 
 
@@ -98,19 +98,19 @@ class _Reader:
             names = (collective.scope, *collective.near)
             scope = next((s for s in map(scope_of, names) if s), "")
             return Operation(
-                scope=scope, work="collective", collective=collective.kind, axes=collective.axes, ends=ends
+                scope=scope, purpose="collective", collective=collective.kind, axes=collective.axes, ends=ends
             )
         contains = i.opcode in _CONTAINERS
         scope = "" if contains else self.scope(i, at)
         if not scope and not contains and (not i.op_name or is_stack(i.op_name)):
             scope = self.wanted_by(i, at)
         if scope.rsplit("/", 1)[-1] == "attend":
-            return Operation(scope=scope, work="attention", ends=ends)
+            return Operation(scope=scope, purpose="attention", ends=ends)
         if not contains and any(map(_is_product, (i, *inside))):
-            return Operation(scope=scope, work="matmul", ends=ends)
+            return Operation(scope=scope, purpose="matmul", ends=ends)
         if not contains and self.moves_weights(i, at, inside, scope):
-            return Operation(scope=scope or "stack", work="weights", ends=ends)
-        return Operation(scope=scope, work="other", contains=contains, ends=ends)
+            return Operation(scope=scope or "stack", purpose="weights", ends=ends)
+        return Operation(scope=scope, purpose="other", contains=contains, ends=ends)
 
     def inside(self, i: Instruction) -> Iterator[Instruction]:
         """What runs as a part of it."""
