@@ -120,9 +120,12 @@ class Bench:
         self.layout = layout(self.name, self.attention, self.shape, self.config.n_kv_heads)
         self.mesh = attach(self.shape, chip="cpu", explicit=self.layout.explicit)
         self.params = load(self.config, case(self.config)[0], self.layout, self.mesh, int8=self.int8)
-        self.empty = empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh, int8=self.int8_cache)
         self.compiled: dict[tuple[int, bool], Compiled] = {}
         self.several: dict[tuple[Sampler, int, int | None], Compiled] = {}
+
+    @functools.cached_property
+    def empty(self) -> Cache:
+        return empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh, int8=self.int8_cache)
 
     def cache(self) -> Cache:
         """An empty cache of its own: programs write into the one that they are given."""
