@@ -6,6 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ARGS ?=
 TEST_EXTRAS ?= test,crosscheck
 FAST_EXTRAS ?= test
+DOCS_EXTRAS ?= docs
 
 .PHONY: bench test fast lint format docs wheel oldest clean
 
@@ -28,8 +29,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/.bench  ## the commands' help and the generated tables of README and docs are up to date
-	$(BIN)/python -m benchmarks.docs.generate --check README.md docs/tpu_compiler.md docs/loops.md docs/training.md
+docs: $(VENV)/.docs  ## the documentation in build/docs: generated parts checked, tutorials executed, no warning
+	$(BIN)/python -m benchmarks.docs.generate --check
+	$(BIN)/python -m benchmarks.docs.picture --check
+	$(BIN)/python -m sphinx -W --keep-going -q -j 2 -b html docs build/docs
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +45,9 @@ $(VENV)/.fast: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[$(TEST_EXTRAS)]' && touch $@
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[$(DOCS_EXTRAS)]' && touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]' && touch $@

@@ -11,7 +11,6 @@ own holds a row a line (or a JSON array): {"source": "where it is from", "point"
 "mfu" as a fraction if you like.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from toruslab.benchmarks.reports import figures as drawn
+from toruslab.benchmarks.reports import figures as pictures
 from toruslab.benchmarks.reports.style import sheets
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.forward import constants_of
@@ -44,8 +44,49 @@ from toruslab.partitioning.published.papers import (
 from toruslab.partitioning.torus.chip import chip
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 1 when a row of the user's file was refused."""
+    p = Parser("toruslab published", __doc__)
+    p.add_argument("--points", metavar="FILE", help="published numbers of your own (- for standard input)")
+    p.add_argument("--fit", action="store_true", help="fit the constants afresh, use them, and leave each row out once")
+    p.add_argument(
+        "--out", type=Path, help="folder of the rows and pictures (default: results/published; with --json none)"
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object a published number on standard output")
+    options = p.parse_args(argv)
+    own, refused = read(options.points) if options.points else ([], {})
+    name = _name(options.points) if options.points else None
+    folder = options.out or (None if options.json else Path("results/published"))
+    if folder:
+        run_folder.writable(folder)
+    with progress("toruslab published", what="fitting" if options.fit else "pricing") as work:
+        constants = fit(calibration()) if options.fit else None
+        rows = [answer(published, constants) for published in (*calibration(), *figures(), *own)]
+        if constants:
+            work.begin("fitting without each row in turn")
+            for row, error in zip(rows, leave_one_out(calibration(), constants), strict=False):
+                row["loo_error"] = error
+        rows += closed_form_rows()
+    if options.json:
+        if constants:
+            shipped = constants_of(chip("v4"))
+            n = len(calibration())
+            output.print_rows([{"source": "fitted", "n": n, "fitted": constants, "chip_file": shipped}])
+        output.print_rows(rows)
+    else:
+        console = output.console(160)
+        show(rows, statistics(rows, name), console)
+        if constants:
+            _show_constants(constants, console)
+    if folder:
+        output.written(run_folder.save(folder, "rows", rows, sheets(*pictures.published(rows, constants))))
+    for line, reason in refused.items():
+        print(f"error: {name}, line {line}: {reason}", file=sys.stderr)
+    return 1 if refused else 0
+
+
 def read(where: str) -> tuple[list[Published], dict[int, str]]:
-    """A user's file: its numbers, and by line (or entry of an array) why the others were refused.
+    """A user's file: its numbers, and why its other lines (or entries of an array) were refused, by their number.
 
     Raises:
         InputError: no such file, no text, or nothing in it.
@@ -108,26 +149,22 @@ def statistics(rows: Sequence[Row], own: str | None = None) -> list[Row]:
         groups[f"all of {own}"] = mine
     found = []
     for name, members in groups.items():
-        errors = np.abs([r["error"] for r in members])
-        left_out = np.abs([r["loo_error"] for r in members if "loo_error" in r])
-        found.append(
-            {
-                "set": name,
-                "n": len(members),
-                "n_calibrated": sum(r["calibrated"] for r in members),
-                **_spread(errors),
-                **({f"loo_{k}": v for k, v in _spread(left_out).items()} if len(left_out) else {}),
-            }
-        )
+        row = {"set": name, "n": len(members), "n_calibrated": sum(r["calibrated"] for r in members)}
+        row |= _spread("", [r["error"] for r in members])
+        found.append(row | _spread("loo_", [r["loo_error"] for r in members if "loo_error" in r]))
     return found
 
 
-def _spread(errors: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9)), "max": float(np.max(errors))}
+def _spread(prefix: str, errors: Sequence[float]) -> dict[str, float]:
+    if not errors:
+        return {}
+    sizes = np.abs(errors)
+    found = {"median": np.median(sizes), "p90": np.quantile(sizes, 0.9), "max": np.max(sizes)}
+    return {prefix + k: float(v) for k, v in found.items()}
 
 
 def orderings(rows: Sequence[Row]) -> list[str]:
-    """What Figures 6 and 7 are there to show, published and by the model."""
+    """What Figures 6 and 7 are there to show: ratios of two layouts, published and by the model."""
     sentences = []
     for name, layouts, what in (
         ("Figure 6", ("ws1d", "ws2d"), "1D over 2D weight-stationary, time at {} chips"),
@@ -143,94 +180,43 @@ def orderings(rows: Sequence[Row]) -> list[str]:
 
 
 def show(rows: Sequence[Row], summary: Sequence[Row], console: Console) -> None:
-    """Prints every point, then what the sets come to."""
-    has_loo = any("loo_error" in r for r in rows)
-    table = Table(title="Analytic beside published", title_justify="left", title_style="bold")
-    for heading in ("point", "layout", "published ms", "analytic ms", "error", *(["left out"] if has_loo else [])):
+    """Prints every point, then the errors of the sets and the ratios of the figures."""
+    loo = ["left out"] if any("loo_error" in r for r in rows) else []
+    table = output.table((), title="Analytic beside published", title_style="bold")
+    for heading in ("point", "layout", "published ms", "analytic ms", "error", *loo):
         table.add_column(heading, justify="left" if heading in ("point", "layout") else "right", no_wrap=True)
-    table.add_column("MFU %\npublished", justify="right")
-    table.add_column("MFU %\nanalytic", justify="right")
+    for source in ("published", "analytic"):
+        table.add_column(f"MFU %\n{source}", justify="right")
     last = None
     for row in (r for r in rows if r["point"]):
         if row["set"] != last:
             last = row["set"]
             table.add_section()
             table.add_row(Text(last, style="bold"))
-        point = row["point"]
-        sizes = f"{point['batch']}" + (f" x {point['length']}" if point["phase"] == "prefill" else "")
-        context = f", context {point['context']}" if point["context"] else ""
-        cells = [
-            f"{point['model']} {point['weights']}, {point['slice']}, {point['phase']} {sizes}{context}",
-            f"{point['layout']}/{point['attention']}",
-            f"{row[row['compared']] * 1e3:,.4g}",
-            f"{row['analytic_s'] * 1e3:,.4g}",
-            f"{row['error']:+.1%}",
-        ]
-        if has_loo:
-            cells.append(f"{row['loo_error']:+.1%}" if "loo_error" in row else "")
-        table.add_row(*cells, f"{row['mfu']:.1%}"[:-1] if "mfu" in row else "", f"{row['analytic_mfu']:.1%}"[:-1])
+        p = row["point"]
+        sizes = f"{p['batch']}" + (f" x {p['length']}" if p["phase"] == "prefill" else "")
+        context = f", context {p['context']}" if p["context"] else ""
+        cells = [f"{p['model']} {p['weights']}, {p['slice']}, {p['phase']} {sizes}{context}"]
+        cells += [f"{p['layout']}/{p['attention']}"]
+        cells += [f"{row[k] * 1e3:,.4g}" for k in (row["compared"], "analytic_s")]
+        cells += [f"{row['error']:+.1%}"]
+        cells += [f"{row['loo_error']:+.1%}" if "loo_error" in row else ""] if loo else []
+        table.add_row(*cells, *(f"{row[k]:.1%}"[:-1] if k in row else "" for k in ("mfu", "analytic_mfu")))
     console.print(table)
-    console.print(_summary_table(summary, has_loo))
+    names = {"median": "median", "p90": "90th", "max": "max"}
+    names |= {"loo_median": "left out:\nmedian", "loo_p90": "90th", "loo_max": "max"} if loo else {}
+    errors = output.table(("set", "n", "in the fit", *names.values()), title="Errors", title_style="bold")
+    for row in summary:
+        shown = [f"{row[k]:.2%}" if k in row else "" for k in names]
+        errors.add_row(Text(row["set"]), str(row["n"]), str(row["n_calibrated"] or "none"), *shown)
+    console.print(errors)
     for sentence in orderings(rows):
         console.print(sentence)
 
 
-def _summary_table(summary: Sequence[Row], has_loo: bool) -> Table:
-    table = Table(title="Errors", title_justify="left", title_style="bold")
-    table.add_column("set")
-    keys = ["median", "p90", "max", *(["loo_median", "loo_p90", "loo_max"] if has_loo else [])]
-    names = {"p90": "90th", "loo_median": "left out:\nmedian", "loo_p90": "90th", "loo_max": "max"}
-    for heading in ("n", "in the fit", *(names.get(k, k) for k in keys)):
-        table.add_column(heading, justify="right")
-    for row in summary:
-        errors = [f"{row[k]:.2%}" if k in row else "" for k in keys]
-        table.add_row(Text(row["set"]), str(row["n"]), str(row["n_calibrated"] or "none"), *errors)
-    return table
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 1 when a row of the user's file was refused."""
-    p = Parser(prog="toruslab published", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--points", metavar="FILE", help="published numbers of your own (- for standard input)")
-    p.add_argument("--fit", action="store_true", help="fit the constants afresh, use them, and leave each row out once")
-    p.add_argument(
-        "--out", type=Path, help="folder of the rows and pictures (default: results/published; with --json none)"
-    )
-    p.add_argument("--json", action="store_true", help="one JSON object a published number on standard output")
-    options = p.parse_args(argv)
-    own, refused = read(options.points) if options.points else ([], {})
-    folder = options.out or (None if options.json else Path("results/published"))
-    if folder:
-        run_folder.writable(folder)
-    constants = fit(calibration()) if options.fit else None
-    rows = [answer(published, constants) for published in (*calibration(), *figures(), *own)]
-    if constants:
-        for row, error in zip(rows, leave_one_out(calibration(), constants), strict=False):
-            row["loo_error"] = error
-    rows += closed_form_rows()
-    if options.json:
-        if constants:
-            shipped = constants_of(chip("v4"))
-            print(json.dumps({"source": "fitted", "n": len(calibration()), "fitted": constants, "chip_file": shipped}))
-        for row in rows:
-            print(json.dumps(row))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        show(rows, statistics(rows, _name(options.points) if options.points else None), console)
-        if constants:
-            _show_constants(constants, console)
-    if folder:
-        for path in run_folder.save(folder, "rows", rows, sheets(*drawn.published(rows, constants))):
-            print(path, file=sys.stderr)
-    for line, reason in refused.items():
-        print(f"error: {_name(options.points)}, line {line}: {reason}", file=sys.stderr)
-    return 1 if refused else 0
-
-
 def _show_constants(constants: Mapping[str, float], console: Console) -> None:
-    table = Table(title="Constants of TPU v4", title_justify="left", title_style="bold")
-    for heading in ("constant", "fitted now", "chip file"):
-        table.add_column(heading, justify="left" if heading == "constant" else "right")
+    headings = ("constant", "fitted now", "chip file")
+    table = output.table(headings, title="Constants of TPU v4", title_style="bold")
     for name, shipped in constants_of(chip("v4")).items():
         table.add_row(name, f"{constants[name]:.4g}", f"{shipped:.4g}")
     console.print(table)

@@ -6,19 +6,17 @@
 Reads rows and nothing else: no model, no second measurement.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from toruslab.benchmarks.reports.bench_report import show, write
 from toruslab.benchmarks.reports.cells import groups
 from toruslab.benchmarks.reports.quality import quality
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, RowFile
 
 
@@ -55,7 +53,7 @@ def objects(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
-    p = Parser(prog="toruslab report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = Parser("toruslab report", __doc__)
     p.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folder of a run, with its rows.jsonl")
     p.add_argument("--out", type=Path, help="folder of the comparison of several runs (default: results/compare)")
     p.add_argument("--json", action="store_true", help="one JSON object a point, then the summary, instead of tables")
@@ -66,21 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len({f.resolve() for f in folders}) < len(folders):
         raise InputError("the same folder is given twice; a comparison is of different runs")
     runs = [load(folder) for folder in folders]
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if len(runs) > 1:
-        from toruslab.benchmarks.reports import side_by_side
+    with progress("toruslab report", what="drawing"):
+        if len(runs) > 1:
+            from toruslab.benchmarks.reports import side_by_side
 
-        return side_by_side.run(folders, runs, options.out or Path("results/compare"), options.json, console)
-    try:
-        paths = write(runs[0], folders[0])
-    except OSError as error:
-        raise InputError(f"folder={str(folders[0])!r} cannot be written: {error.strerror}") from None
+            out = options.out or Path("results/compare")
+            return side_by_side.run(folders, runs, out, options.json, output.console())
+        try:
+            paths = write(runs[0], folders[0])
+        except OSError as error:
+            raise InputError(f"folder={str(folders[0])!r} cannot be written: {error.strerror}") from None
     if options.json:
-        print("\n".join(map(json.dumps, objects(runs[0]))))
-        return 0
-    show(runs[0], console)
-    for path in paths:
-        print(path)
+        output.print_rows(objects(runs[0]))
+    else:
+        show(runs[0], output.console())
+        output.written(paths, as_json=False)
     return 0
 
 

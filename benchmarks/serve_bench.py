@@ -1,4 +1,4 @@
-"""The ladder from request-level batching to Orca, on one engine with one memory, on the same traces.
+"""From request-level batching to Orca: batching schemes on one engine with one memory, on the same traces.
 
     toruslab serve-bench
     toruslab serve-bench --trace fixed:32:16 --scale 1
@@ -19,50 +19,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from toruslab.benchmarks.runs import folder as run_folder
-from toruslab.benchmarks.runs import processes, serving_setting
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded, path
-from toruslab.benchmarks.runs.rows import Row, RowFile, environment, line
-from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
-from toruslab.partitioning.plan.point import WEIGHTS
+from toruslab.benchmarks.runs import output, processes, serving_options, serving_setting
+from toruslab.benchmarks.runs.kept import write_whole
+from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, path, refused
+from toruslab.benchmarks.runs.progress import Progress, progress
+from toruslab.benchmarks.runs.rows import Row, environment, failure, line
+from toruslab.benchmarks.runs.serving_setting import MOST, Scheme, ServingSetting
 from toruslab.serving.scheduling.policies import POLICIES
-from toruslab.serving.scheduling.reservation import RESERVATIONS
-from toruslab.serving.traffic.traces import ARRIVALS, TRACES
 
 if TYPE_CHECKING:
     from toruslab.serving.engine.engine import Engine
 
 QUICK = {"model": "toy-s", "requests": 32, "seeds": 1, "max_bs": 8, "policies": "request-level-early,orca"}
-"""What `--quick` takes for options that were left alone."""
+"""The values of `--quick` for options that are not given."""
 RATES, TIMELINES = "rates.json", "timeline"
 
 
 def parser() -> Parser:
     """The options."""
-    p = Parser(prog="toruslab serve-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
+    p = Parser("toruslab serve-bench", __doc__)
+    serving_options.add(p, model="toy", attention="heads", weights="f32", max_bs=16, most_bs=MOST["max_bs"])
     p.add_argument("--checkpoint", metavar="DIR", help="model and weights from a folder, as in generate")
-    p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages (default: %(default)s)")
-    p.add_argument("--stages", type=int, default=1, help="of the pipeline: equal layers, equal chips (default: 1)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages")
     p.add_argument("--mesh", help="extents of one stage's mesh (default: the slice's, one extent of it cut)")
-    p.add_argument("--layout", default="ws1d+lean", help="of every stage (default: %(default)s)")
-    p.add_argument("--attention", default="heads", help="default: %(default)s")
-    p.add_argument("--weights", default="f32", help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
+    p.add_argument("--layout", default="ws1d+lean", help="of every stage")
     p.add_argument(
         "--policies",
-        metavar="RUNG,...",
-        help=f"schemes, POLICY or POLICY@N with N batches in flight (default N: the stages);\n{', '.join(POLICIES)},\n"
+        metavar="SCHEME,...",
+        help="schemes, POLICY or POLICY@N with N batches in flight (default N: the stages);\n"
+        f"{', '.join(POLICIES)},\n"
         "chunked-N (default: all but shortest-prompt-early, request-level-early with one more in flight,\n"
         "and chunked-N with N twice --max-bs)",
     )
-    p.add_argument("--reservation", default="own", help=f"{', '.join(RESERVATIONS)} (default: %(default)s)")
-    p.add_argument("--held", default="rows", help="rows or pages of the KV cache (default: %(default)s)")
-    p.add_argument("--max-bs", type=int, default=16, help="requests in a batch (default: %(default)s)")
-    p.add_argument("--slots", type=int, help="of the KV cache (default: --max-bs of the longest request)")
-    p.add_argument("--trace", default="orca", help=f"{', '.join(TRACES)}, or fixed:P:O (default: %(default)s)")
+    p.add_argument("--held", default="rows", help="rows or pages of the KV cache")
+    p.add_argument(
+        "--slots",
+        type=at_least(1, MOST["slots"]),
+        help="tokens of the KV cache (default: --max-bs of the longest request)",
+    )
     p.add_argument(
         "--scale",
         default="1/8:1/4",
@@ -70,35 +65,27 @@ def parser() -> Parser:
         help="of the trace's lengths, or PROMPT:OUTPUT (default: %(default)s, for the small default model:\n"
         "prompts cost it about as much, beside decoding, as they cost the paper's 175B)",
     )
-    p.add_argument("--arrivals", default="poisson", metavar="WHEN", help=f"{ARRIVALS} (default: %(default)s)")
     p.add_argument(
         "--rates",
         metavar="R,...",
         help="requests per second (default: around the capacity that a closed burst measures first;\n"
         "a file of --arrivals is taken as it is)",
     )
-    p.add_argument("--requests", type=int, default=64, help="of each run (default: %(default)s)")
+    p.add_argument("--requests", type=at_least(2, MOST["requests"]), default=64, help="of each run")
     p.add_argument(
-        "--seeds", type=int, default=3, help="so many traces, the same for all schemes (default: %(default)s)"
+        "--seeds", type=at_least(1, MOST["seeds"]), default=3, help="so many traces, the same for all schemes"
     )
-    p.add_argument(
-        "--warm-up", type=float, default=0.2, metavar="SHARE", help="of the arrivals, left out (default: %(default)s)"
-    )
-    p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that 90%% of requests must meet: adds goodput")
     p.add_argument("--quick", action="store_true", help="two schemes of a smaller model, one seed: under a minute")
     p.add_argument("--timeline", action="store_true", help="also a trace of each scheme that ui.perfetto.dev opens")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
-    p.add_argument("--out", type=path, default=Path("results/serve"), help="folder (default: %(default)s)")
-    p.add_argument("--json", action="store_true", help="rows on standard output instead of a table")
+    p.add_argument("--out", type=path, default=Path("results/serve"), help="folder")
     return p
 
 
 def options_of(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; `--quick` fills in those that were left alone."""
+    """The options, with the values of `--quick`."""
     options, given = run_folder.options_of(parser(), argv, QUICK), parser().given(argv)
-    for name in given:
-        if getattr(options, name) == "":
-            raise InputError(f"{name}='' must not be empty")
+    serving_options.refuse_empty(options, given)
     if options.checkpoint and "model" in given:
         raise InputError("--model stands beside --checkpoint, which says which model it is; leave one of them out")
     return options
@@ -107,47 +94,24 @@ def options_of(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 1 when a run failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = run_folder.as_started(options_of(argv), argv)
     options = options_of(argv)
-    if options.resume:
-        argv = [*run_folder.unfinished(options.out), "--out", str(options.out), *(["--json"] if options.json else [])]
-        options = options_of(argv)
-    try:
+    with refused():
         setting = serving_setting.read(options)
-        own = (setting.arrivals.rate,) if setting.arrivals.rate else None
-        asked = serving_setting.rates(options.rates) if options.rates else own
-        processes.join(processes.platform_of(setting.slice, None), setting.slice.n_chips, 1)
-        _attached(setting)
-        _fits(setting)
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
+        asked = serving_setting.rates(options, setting)
+        processes.attached(setting.slice, (setting.slice.n_chips, 1, 1))
+        _check_memory(setting)
     settings = setting.to_json() | {"rungs": [scheme.name for scheme in setting.schemes], "rates": asked}
-    # as JSON has it: what is read back from the folder must be equal
-    settings = json.loads(json.dumps(settings))
-    with run_folder.open_run(options.out.resolve(), settings, argv, of_a_run, RATES) as rows:
-        ladder = Ladder(options, rows, setting, asked)
-        failed = ladder.climb()
-        ladder.report()
+    settings = json.loads(json.dumps(settings))  # equal to what is read back from the folder
+    with run_folder.open_run(options, settings, argv, of_a_run, others=(RATES,)) as folder:
+        failed = _Runs(options, folder, setting, asked).make()
+        _report(options, folder, setting)
         if not failed:
-            (ladder.folder / "finished").touch()
-    for row in failed:
-        print(
-            f"failed: {row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: {row['error']}",
-            file=sys.stderr,
-        )
-    return 1 if failed else 0
+            folder.finish()
+    return output.failures(failed, lambda row: f"{row['rung']}, {row['rate_per_s']} requests/s, seed {row['seed']}: ")
 
 
-def _attached(setting: ServingSetting) -> None:
-    """Refuses a slice that is not here."""
-    from toruslab.partitioning.torus.mesh import attach
-
-    try:
-        attach((setting.slice.n_chips, 1, 1), chip=setting.slice.chip)
-    except RuntimeError as error:
-        raise ValueError(f"slice={setting.slice}: {str(error).splitlines()[0]}") from None
-
-
-def _fits(setting: ServingSetting) -> None:
+def _check_memory(setting: ServingSetting) -> None:
     """Refuses what the chips' memory cannot hold: a host that runs out of it ends the process without a word."""
     import jax
 
@@ -171,118 +135,107 @@ def of_a_run(row: Row) -> None:
         float(row[field])
 
 
-class Ladder:
-    """All runs, those that an interrupted command has left included.
+def _report(options: argparse.Namespace, folder: run_folder.RunFolder, setting: ServingSetting) -> None:
+    """Prints the table, unless rows were asked for; writes it and the pictures."""
+    from toruslab.benchmarks.reports.serving_report import show, write
+
+    drawn = {scheme.name: _timeline_of(folder, scheme) for scheme in setting.schemes}
+    timelines = {name: _read(file) for name, file in drawn.items() if file.exists()}
+    if not options.json:
+        show(folder.rows, output.console(140))
+    output.written(write(folder.rows, timelines, folder.path), options.json)
+
+
+class _Runs:
+    """Makes the runs that an interrupted command has not left.
 
     Args:
         options: of the command.
-        rows: of its folder.
+        folder: of the rows.
         setting: read from the options.
         asked: the rates, if they were given.
     """
 
     def __init__(
-        self, options: argparse.Namespace, rows: RowFile, setting: ServingSetting, asked: tuple[float, ...] | None
+        self,
+        options: argparse.Namespace,
+        folder: run_folder.RunFolder,
+        setting: ServingSetting,
+        asked: tuple[float, ...] | None,
     ):
-        self.setting, self.folder, self._json = setting, options.out.resolve(), options.json
-        self._asked, self._timeline = asked, options.timeline
-        self.rows = rows
+        self.options, self.folder, self.setting, self.asked = options, folder, setting, asked
         self.environment = environment(0)
-        if self._json:
-            for row in self.rows.rows:
-                print(line(row), flush=True)
 
-    def climb(self) -> list[Row]:
-        """Makes the runs that are missing; answers those that failed."""
+    def make(self) -> list[Row]:
+        """Makes the missing runs and timelines; returns the rows that failed."""
         setting = self.setting
-        done = {_key(row) for row in self.rows.rows if "error" not in row}
-        todo = self._rates is None or any(_of(*run) not in done for run in serving_setting.runs(setting, self._rates))
-        if not todo and not self._missing():
+        done = {(r["rung"], r["rate_per_s"], r["seed"]) for r in self.folder.rows if "error" not in r}
+        rates = self._kept_rates()
+        missing = [s for s in setting.schemes if not _timeline_of(self.folder, s).exists()]
+        undrawn = missing if self.options.timeline else []
+        runs = serving_setting.runs(setting, rates or ())
+        if rates and not undrawn and all((s.name, rate, seed) in done for s, rate, seed in runs):
             return []
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        console = Console(stderr=True)
         failed: list[Row] = []
-        with (
-            Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as bar,
-            self._engine(bar) as made,
-        ):
-            rates = self._rates_of(made)
+        with progress("toruslab serve-bench", what="compiling") as work, self._engine(work) as engine:
+            rates = rates or self._measured_rates(engine)
             runs = list(serving_setting.runs(setting, rates))
-            task = bar.add_task("runs", total=len(runs))
+            work.begin("runs", total=len(runs))
             for scheme, rate, seed in runs:
-                bar.update(task, description=f"{scheme.name}, {rate:g}/s, seed {seed}")
-                if _of(scheme, rate, seed) not in done:
-                    row = self._run(made, scheme, rate, seed)
+                work.advance(0, f"{scheme.name}, {rate:g}/s, seed {seed}")
+                if (scheme.name, rate, seed) not in done:
+                    row = self._run(engine, scheme, rate, seed)
                     failed += [row] if "error" in row else []
-                bar.advance(task)
-            for scheme in self._missing():
+                work.advance()
+            for scheme in undrawn:
                 from toruslab.benchmarks.measure.serving_run import timeline
 
-                bar.update(task, description=f"timeline of {scheme.name}")
-                drawn = timeline(setting, made, scheme, rates[len(rates) // 2])
-                self._drawn(scheme).parent.mkdir(exist_ok=True)
-                _write(self._drawn(scheme), drawn)
+                work.begin(f"timeline of {scheme.name}")
+                drawn = timeline(setting, engine, scheme, rates[len(rates) // 2])
+                _write(_timeline_of(self.folder, scheme), drawn)
         return failed
 
-    def report(self) -> None:
-        """Prints the table, unless rows were asked for; writes it and the pictures."""
-        from toruslab.benchmarks.reports.serving_report import show, write
-
-        traces = {r.name: _read(self._drawn(r)) for r in self.setting.schemes if self._drawn(r).exists()}
-        if not self._json:
-            show(self.rows.rows, Console(width=None if sys.stdout.isatty() else 140))
-        for written in write(self.rows.rows, traces, self.folder):
-            print(written, file=sys.stderr if self._json else sys.stdout)
-
     @contextmanager
-    def _engine(self, bar: Progress) -> "Iterator[Engine]":
+    def _engine(self, work: Progress) -> "Iterator[Engine]":
         """Compiled, warm, and closed at the end."""
         from toruslab.benchmarks.measure.serving_run import engine, warm
 
-        task = bar.add_task("compiling", total=None)
-        try:
-            opened = engine(self.setting, lambda done, of: bar.update(task, completed=done, total=of))
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        with refused():
+            opened = engine(self.setting, work.reach)
         with opened as made:
-            bar.update(task, description="warming up")
+            work.begin("warming up")
             warm(self.setting, made)
-            bar.remove_task(task)
             yield made
 
-    def _rates_of(self, made: "Engine") -> tuple[float, ...]:
-        from toruslab.benchmarks.measure.serving_run import capacity
-
-        found = self._rates
-        if found is None:
-            measured = capacity(self.setting, made)
-            found = serving_setting.rates_around(measured)
-            _write(self.folder / RATES, {"capacity_per_s": measured, "rates_per_s": found})
-        return found
-
-    @property
-    def _rates(self) -> tuple[float, ...] | None:
-        """Those that were asked for, or that the run began with."""
-        kept = self.folder / RATES
-        if self._asked or not kept.exists():
-            return self._asked
+    def _kept_rates(self) -> tuple[float, ...] | None:
+        """The rates that were asked for, or that the interrupted run has measured."""
+        kept = self.folder.path / RATES
+        if self.asked or not kept.exists():
+            return self.asked
         try:
             return tuple(map(float, _read(kept)["rates_per_s"]))
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{kept} does not hold the run's rates; mend it, or choose another --out") from None
 
-    def _run(self, made: "Engine", scheme: Scheme, rate: float, seed: int) -> Row:
+    def _measured_rates(self, engine: "Engine") -> tuple[float, ...]:
+        from toruslab.benchmarks.measure.serving_run import capacity
+
+        measured = capacity(self.setting, engine)
+        found = serving_setting.rates_around(measured)
+        _write(self.folder.path / RATES, {"capacity_per_s": measured, "rates_per_s": found})
+        return found
+
+    def _run(self, engine: "Engine", scheme: Scheme, rate: float, seed: int) -> Row:
         from toruslab.benchmarks.measure.serving_run import Invalid, measure
 
         numbers: dict[str, Any]
         try:
-            numbers = measure(self.setting, made, scheme, rate, seed)
-            line(numbers)  # what JSON does not have would be no row
+            numbers = measure(self.setting, engine, scheme, rate, seed)
+            line(numbers)  # refuses numbers that JSON does not have
         except Invalid as error:
             numbers = {"error": str(error), **error.numbers}
         except Exception as error:  # a run that fails is a row with its error; the others go on
-            said = str(error).splitlines()[0] if str(error) else ""
-            numbers = {"error": f"{type(error).__name__}: {said}"}
+            numbers = failure(error)
         row = {
             "serving": self.setting.to_json(),
             "source": "measured",
@@ -294,24 +247,17 @@ class Ladder:
             **numbers,
             "environment": self.environment,
         }
-        self.rows.add(row)
-        if self._json:
-            print(line(row), flush=True)
+        self.folder.add(row)
         return row
 
-    def _drawn(self, scheme: Scheme) -> Path:
-        return self.folder / TIMELINES / f"{scheme.name}.json"
 
-    def _missing(self) -> list[Scheme]:
-        """Rungs whose timeline is wanted and not there."""
-        return [scheme for scheme in self.setting.schemes if self._timeline and not self._drawn(scheme).exists()]
+def _timeline_of(folder: run_folder.RunFolder, scheme: Scheme) -> Path:
+    return folder.path / TIMELINES / f"{scheme.name}.json"
 
 
 def _write(file: Path, what: Any) -> None:
-    """Whole or not at all: an interrupted run must find nothing that is half of a file."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(what, allow_nan=False))
-    part.replace(file)
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, json.dumps(what, allow_nan=False))
 
 
 def _read(file: Path) -> Any:
@@ -319,14 +265,6 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text())
     except ValueError:
         raise InputError(f"{file} is damaged; remove it, or choose another --out") from None
-
-
-def _key(row: Row) -> tuple[str, float, int]:
-    return row["rung"], row["rate_per_s"], row["seed"]
-
-
-def _of(scheme: Scheme, rate: float, seed: int) -> tuple[str, float, int]:
-    return scheme.name, rate, seed
 
 
 if __name__ == "__main__":

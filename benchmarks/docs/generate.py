@@ -1,131 +1,55 @@
-"""The generated parts of README and docs: written from code and data, checked so that they cannot go stale.
+"""The generated parts of docs: written from code and data, and checked so that they cannot go stale.
 
-python -m benchmarks.docs.generate README.md docs/*.md  writes them anew (variants.md has none)
-python -m benchmarks.docs.generate --check ...  exits with 1, says which is stale
+    python -m benchmarks.docs.generate            writes them anew; or those of the pages that are named
+    python -m benchmarks.docs.generate --check    exits with 1 and names the stale pages
+
+A part is the text between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
-import argparse
-import contextlib
-import importlib
-import io
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from toruslab.benchmarks.cli import COMMANDS
-from toruslab.benchmarks.docs import compiled_page, loops_page, training_page
+from toruslab.benchmarks.docs import compiled_page, loops_page, reference, training_page
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.models.presets import SUFFIXES
-from toruslab.partitioning.cost.explain import steps
-from toruslab.partitioning.layouts.catalogue import LAYOUTS
-from toruslab.partitioning.layouts.variants import layout
-from toruslab.partitioning.plan.point import Point
 
-
-def commands() -> str:
-    """The commands and what they do."""
-    return "\n".join(["| command | does |", "|---|---|", *(f"| `toruslab {n}` | {w} |" for n, w in COMMANDS.items())])
-
-
-WIDTH = 100
-"""Columns of the help texts, whatever terminal they are made in."""
-
-
-def command_help() -> str:
-    """The `--help` of every command, each under a heading of its own."""
-    return "\n\n".join(f"### toruslab {name}\n\n```text\n{_help(name)}\n```" for name in COMMANDS)
-
-
-def _help(command: str) -> str:
-    """What `toruslab COMMAND --help` prints, at a fixed width."""
-    main = importlib.import_module(f"toruslab.benchmarks.{command.replace('-', '_')}").main
-    printed, width = io.StringIO(), os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(WIDTH)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            main(["--help"])
-    finally:
-        os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
-    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
-
-
-def layouts() -> str:
-    """Every layout's ladder through one layer, for PaLM 540B on 64 chips: the collectives and what a chip receives."""
-    out = [
-        "| layout/attention | one layer: collective(axes) on the tensor that it makes; + shares the one before "
-        "| number | MB a chip a layer |",
-        "|---|---|---|---|",
-    ]
-    for name in (*LAYOUTS, "ws1d+lean", "ws2d+lean"):
-        for attention in ("heads", "batch"):
-            try:
-                if not layout(name, attention, (4, 4, 4), 1).explicit:
-                    continue
-            except ValueError:
-                continue
-            point = Point(
-                model="palm-540b-h64",
-                slice="v4:4x4x4",
-                phase="decode",
-                batch=512,
-                context=2048,
-                layout=name,
-                attention=attention,
-            )
-            moved = [s for s in steps(point) if s["scope"].startswith("layer/") and s["kind"] not in (None, "slice")]
-            ladder = "; ".join(f"{'+ ' * s['rides']}{s['kind']}({''.join(s['axes'])}) {s['to']}" for s in moved)
-            n = sum(not s["rides"] for s in moved)
-            out.append(
-                f"| {name}/{attention} | {ladder or 'none'} | {n} | {sum(s['bytes'] for s in moved) / 1e6:,.2f} |"
-            )
-    return "\n".join(out)
-
-
-def suffixes() -> str:
-    """What may follow a model's name."""
-    return "\n".join(
-        ["| suffix | makes of it |", "|---|---|", *(f"| `{n}` | {what} |" for n, what in SUFFIXES.items())]
-    )
-
-
-PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"commands": commands, "layouts": layouts, "suffixes": suffixes},
-    "commands.md": {"commands": commands, "help": command_help},
-    "layouts.md": {"layouts": layouts},
-    "models.md": {"suffixes": suffixes},
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {
+    "commands.md": {"commands": reference.commands, "help": reference.command_help},
+    "layouts.md": {"layouts": reference.layouts},
+    "models.md": {"suffixes": reference.suffixes},
     "tpu_compiler.md": compiled_page.PARTS,
     "loops.md": loops_page.PARTS,
     "training.md": training_page.PARTS,
 }
-"""The parts that a file of this name must have."""
+"""The parts that a file of this name must have, and the function that writes each."""
 
 
 def renewed(path: Path) -> str:
     """The text of a file with every generated part written anew.
 
     Raises:
-        InputError: a file that is not known, or without one of its parts.
+        InputError: a file that lacks one of its parts, or has one that is not known.
     """
-    if path.name not in PARTS:
-        raise InputError(f"{path} has no generated parts; those that have: {', '.join(PARTS)}")
     text = path.read_text()
-    for name, make in PARTS[path.name].items():
+    parts = PARTS.get(path.name, {})
+    for name, make in parts.items():
         pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             raise InputError(f"{path} has no part '<!-- generated: {name} -->' ... '<!-- end -->'")
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
+    unknown = sorted(set(re.findall(r"<!-- generated: (\w+) -->", text)) - parts.keys())
+    if unknown:
+        raise InputError(f"{path} has parts that nothing writes: {', '.join(unknown)}")
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes or checks."""
-    p = Parser(
-        prog="python -m benchmarks.docs.generate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    p.add_argument("--check", action="store_true")
-    p.add_argument("files", type=Path, nargs="+", metavar="file")
+    """Writes or checks; returns 1 when a file is stale."""
+    p = Parser("python -m benchmarks.docs.generate", __doc__)
+    p.add_argument("--check", action="store_true", help="write nothing")
+    p.add_argument("files", type=Path, nargs="*", default=[DOCS / name for name in PARTS], metavar="file")
     options = p.parse_args(argv)
     stale = False
     for file in options.files:

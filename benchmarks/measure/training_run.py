@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from toruslab.benchmarks.runs.folder import all_agree
+from toruslab.benchmarks.runs.processes import all_agree
 from toruslab.benchmarks.runs.rows import Row, environment, line
 from toruslab.benchmarks.runs.training_options import Texts, TrainingSetting
 from toruslab.models.decoder.parameters import everywhere

@@ -1,18 +1,18 @@
-"""Rows put together by point, and points by cell: what every table and picture of a report starts from.
+"""Rows put together by point, and points by cell: the start of every table and picture of a report.
 
-A *line* is one point with the rows that are known of it; a *cell* holds the lines that may be compared with each other:
-all that differ in layout and attention only. A *family* is what the cells share that differ only in batch and length.
+- A *result* is one point with its rows of all sources.
+- A *cell* holds results that may be compared with each other: they differ in layout and attention only.
+- A *family* holds cells that differ in batch and length only.
 
-Decides what counts as known: a number that is missing, not finite, or of a point that failed is None, never a default.
-Pure Python; touches neither JAX nor the disk.
+Missing, non-finite and failed numbers are None. Nothing is replaced by a default.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # rows are only annotated here: at run time their module would import JAX
+if TYPE_CHECKING:  # only for annotations: at run time its module would import JAX
     from toruslab.benchmarks.runs.rows import Row
 
 COMPARATORS = ("replicated", "auto")
@@ -34,13 +34,14 @@ def seconds(value: object) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One point with everything that is known of it."""
+    """One point, and its row of each source."""
 
     point: "Row"
     rows: "dict[str, Row]"
 
     @property
     def label(self) -> str:
+        """Layout/attention."""
         return f"{self.point.get('layout', '')}/{self.point.get('attention', '')}"
 
     @property
@@ -50,10 +51,12 @@ class Result:
 
     @property
     def family(self) -> str:
-        return family(self.point)
+        """The name of its family."""
+        return f"{self.point.get('phase', '?')}{_conditions(self.point)}"
 
     @property
     def is_auto(self) -> bool:
+        """Whether XLA chose the layout: such a point has no plan."""
         return self.point.get("layout") == "auto"
 
     def row(self, source: str) -> "Row":
@@ -62,26 +65,27 @@ class Result:
         return {} if "error" in found else found
 
     def number(self, source: str, field: str) -> float | None:
-        """A number of a source, None where it is missing or the point failed."""
+        """A number of a source."""
         return number(self.row(source).get(field))
 
     @property
     def error(self) -> str | None:
-        """What failed first, in the order of the sources."""
+        """The first failure, in the order of the sources."""
         return next((f"{s}: {r['error']}" for s, r in self.rows.items() if "error" in r), None)
 
     @property
     def _priced(self) -> "Row":
-        """The row that holds the prediction: of `auto`, which has no plan, the compiled one."""
+        """The row with the prediction: the analytic one, for `auto` the compiled one."""
         return self.row("compiled" if self.is_auto else "analytic")
 
     @property
     def predicted_s(self) -> float | None:
+        """The predicted time of the pass."""
         return seconds(self._priced.get("latency_s"))
 
     @property
     def terms(self) -> dict[str, float]:
-        """Seconds of the prediction by term, in the order of `TERMS`; empty where it has none."""
+        """Seconds of the prediction by term, those of `TERMS` first; empty where it has none."""
         terms = self._priced.get("terms")
         if not isinstance(terms, dict):
             return {}
@@ -90,16 +94,17 @@ class Result:
 
     @property
     def measured_s(self) -> float | None:
+        """The median of all repetitions."""
         return seconds(self.row("measured").get("latency_s"))
 
     @property
     def quartiles_s(self) -> tuple[float, float] | None:
-        """Between which times half of all repetitions lie."""
+        """The interval that holds the middle half of all repetitions."""
         return self._interval("quartiles_s")
 
     @property
     def spread_s(self) -> tuple[float, float] | None:
-        """Between which times 90% of all repetitions lie; half of them, in rows that have no more."""
+        """The interval that holds the middle 90% of all repetitions; the quartiles in rows without it."""
         return self._interval("spread_s") or self.quartiles_s
 
     def _interval(self, field: str) -> tuple[float, float] | None:
@@ -111,19 +116,19 @@ class Result:
 
     @property
     def relative_error(self) -> float | None:
-        """Predicted over measured, minus 1."""
+        """Predicted / measured - 1."""
         return self.predicted_s / self.measured_s - 1 if self.predicted_s and self.measured_s else None
 
     @property
     def collectives(self) -> "list[Row]":
-        """The plan's collectives; of `auto`, which has no plan, the compiled program's own."""
+        """The collectives of the plan; of the compiled program for `auto`."""
         found = self._priced.get("collectives")
         rows = [c for c in found if isinstance(c, dict)] if isinstance(found, list) else []
         return [c for c in rows if c.get("kind") and number(c.get("bytes")) is not None]
 
     @property
     def is_gathered(self) -> bool | None:
-        """Whether weights move: by the plan, else by the layout's name; None for comparators and names not known."""
+        """Whether weights move, by the plan, else by the layout's name. None for comparators and unknown names."""
         name = str(self.point.get("layout", ""))
         if name in COMPARATORS:
             return None
@@ -133,30 +138,25 @@ class Result:
 
 
 def groups(rows: "Iterable[Row]") -> dict[str, list[Result]]:
-    """Lines by cell, in the order of the rows. Of several rows of one source the last counts that did not fail."""
+    """Results by cell, in the order of the rows. If a source has several rows, the last successful one counts."""
     found: dict[str, dict[str, Result]] = {}
     for row in rows:
-        point = row["point"]
-        line = Result(point=point, rows={})
-        known = found.setdefault(title(point), {}).setdefault(line.label, line).rows
+        result = Result(point=row["point"], rows={})
+        known = found.setdefault(title(result.point), {}).setdefault(result.label, result).rows
         if "error" not in row or "error" in known.get(row["source"], {"error": None}):
             known[row["source"]] = row
-    return {name: list(lines.values()) for name, lines in found.items()}
+    return {name: list(results.values()) for name, results in found.items()}
 
 
 def title(point: "Row") -> str:
-    """What the lines of a cell share."""
+    """The name of a point's cell: everything but layout and attention."""
     length = point.get("length", 1)
     sizes = f"batch {point.get('batch', '?')}" + (f" x {length} tokens" if length > 1 else "")
-    return f"{point.get('phase', '?')}, {sizes}{_rest(point)}"
+    return f"{point.get('phase', '?')}, {sizes}{_conditions(point)}"
 
 
-def family(point: "Row") -> str:
-    """What cells share that differ in batch and length only."""
-    return f"{point.get('phase', '?')}{_rest(point)}"
-
-
-def _rest(point: "Row") -> str:
+def _conditions(point: "Row") -> str:
+    """What the cells of a family share besides the phase."""
     context = f", context {point['context']}" if point.get("context") else ""
     context += f", {point['steps_per_call']} steps a call" if point.get("steps_per_call", 1) != 1 else ""
     context += f", {point['accumulate']} parts" if point.get("accumulate", 1) != 1 else ""
@@ -166,25 +166,30 @@ def _rest(point: "Row") -> str:
     return f"{context}, {point.get('model', '?')} {point.get('weights', 'bf16')}{cached} on {where}"
 
 
-def families(cells: dict[str, list[Result]]) -> dict[str, list[Result]]:
-    """All lines by family, those of few tokens first."""
+def families(cells: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """All results by family, those of few tokens first."""
     found: dict[str, list[Result]] = {}
-    for lines in cells.values():
-        for line in lines:
-            found.setdefault(line.family, []).append(line)
-    return {name: sorted(lines, key=lambda x: x.tokens) for name, lines in found.items()}
+    for result in (x for results in cells.values() for x in results):
+        found.setdefault(result.family, []).append(result)
+    return {name: sorted(results, key=lambda x: x.tokens) for name, results in found.items()}
 
 
-def labels(lines: Iterable[Result]) -> list[str]:
-    """Layout/attention of the lines, each once."""
-    return list(dict.fromkeys(x.label for x in lines))
+def labels(results: Iterable[Result]) -> list[str]:
+    """Layout/attention of the results, each once."""
+    return list(dict.fromkeys(x.label for x in results))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traced:
-    """What a profile has of one scope and kind of work, and what it was priced at (collectives only; else None).
+    """One row of a profile: a scope and a kind of work.
 
-    `device_s`: of a device; `wait_s`: the part of it that waits for others; `work_s`: of the cores (`profiling.Spent`).
+    Args:
+        scope, what: of the program; the work, or the collective with its axes.
+        count: executions in a step.
+        predicted_s: the price of all of them, for collectives.
+        device_s: time of a device.
+        wait_s: the part of it that waits for other devices.
+        work_s: time of the cores.
     """
 
     scope: str
@@ -218,11 +223,8 @@ def traced(profile: "Row", collectives: "Iterable[Row]") -> list[Traced]:
             Traced(
                 scope=str(r.get("scope", "")),
                 what=f"{kind}({''.join(axes)})" if kind else str(r.get("kind", "")),
-                count=number(r.get("count")),
                 predicted_s=priced.get((r.get("scope"), kind, axes)),
-                device_s=number(r.get("device_s")),
-                wait_s=number(r.get("wait_s")),
-                work_s=number(r.get("work_s")),
+                **{field: number(r.get(field)) for field in ("count", "device_s", "wait_s", "work_s")},
             )
         )
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from toruslab.benchmarks.reports.style import Panel, Picture, legend_below, log_axes
+from toruslab.benchmarks.reports.style import Panel, Picture, log_axes
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate_many
 from toruslab.partitioning.cost.forward import Constants
@@ -96,7 +96,7 @@ def _predicted(axes: Any, compared: Sequence[tuple]) -> None:
     axes.set(xlabel="published, seconds", ylabel="analytic, seconds")
     log_axes(axes, "xy")
     if len(compared) <= 20:
-        legend_below(axes, columns=1)
+        axes.legend(fontsize="x-small")
 
 
 def _ratios(axes: Any, compared: Sequence[tuple]) -> None:
@@ -185,7 +185,6 @@ def _loss(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xlabel="step", ylabel="loss, nats per byte")
     axes.set_ylim(bottom=0)
     axes.grid(True)
-    legend_below(axes)
 
 
 def front(rows: Sequence[Row]) -> Picture:
@@ -213,8 +212,6 @@ def _front(axes: Any, rows: Sequence[Row]) -> None:
     axes.plot(*at(on_front), "o", markersize=10, markerfacecolor="none", color="black", label="not beaten in both")
     axes.set(xlabel="median normalised latency, ms a token", ylabel="chip-seconds per output token")
     log_axes(axes, "xy")
-    if len(cases) <= 20:
-        legend_below(axes, columns=2)
 
 
 def blocks(rows: Sequence[Row]) -> Picture:

@@ -1,7 +1,7 @@
-"""The mesh as a 3D torus, a drawing for each layout: the collectives of one layer and the axes that they use.
+"""The picture of the mesh as a 3D torus: for each layout, the collectives of one layer and the axes that they use.
 
-An axis' links are coloured where a collective of the layer runs over it, and the thicker the more bytes a chip receives
-over it; a collective over several axes counts for each of them. Says nothing of time.
+The links of an axis are coloured if a collective of the layer uses the axis. They are thicker, the more bytes a chip
+receives over it. A collective over several axes counts for each of them. Times are not shown.
 """
 
 import math
@@ -20,14 +20,14 @@ COLOURS: dict[str, str] = {"x": "#D55E00", "y": "#009E73", "z": "#0072B2"}
 IDLE = "#D0D0D0"
 DIRECTIONS: dict[str, tuple[float, float]] = {"x": (1.0, 0.0), "y": (0.46, 0.36), "z": (0.0, 1.0)}
 BULGES: dict[str, tuple[float, float]] = {"x": (0.0, -0.2), "y": (0.2, -0.14), "z": (-0.2, 0.0)}
-"""Which way a wrap-around link bends, as a share of the ring's length."""
+"""The direction in which a wrap-around link bends, as a share of the ring's length."""
 MOST_DRAWN, MOST_LISTED = 4, 8
 LINE_IN, RING_IN = 0.21, 2.7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Used:
-    """Collectives of one kind over the same axes: how many there are in a layer, and what a chip receives by them."""
+    """Collectives of one kind over the same axes: their number in a layer, and the bytes that a chip receives."""
 
     kind: str
     axes: str
@@ -35,9 +35,9 @@ class Used:
     bytes: float
 
 
-def torus(cells: Mapping[str, list[Result]]) -> Picture:
-    """A drawing for each layout on each mesh, of the cell with the most tokens there."""
-    chosen: dict[tuple, tuple[str, list[Result]]] = {}
+def torus(cells: Mapping[str, Sequence[Result]]) -> Picture:
+    """A drawing for each layout on each mesh, from the cell with the most tokens."""
+    chosen: dict[tuple, tuple[str, Sequence[Result]]] = {}
     for name, lines in cells.items():
         key = tuple(lines[0].point.get(k) for k in ("model", "slice", "mesh"))
         if key not in chosen or lines[0].tokens > chosen[key][1][0].tokens:
@@ -82,7 +82,7 @@ def mesh_of(point: Row) -> tuple[int, int, int] | None:
 
 
 def of_a_layer(collectives: Sequence[Row]) -> list[Used]:
-    """What runs in one layer, in the order of the program, the same kind and axes put together.
+    """The collectives of one layer in the order of the program; those of one kind and axes are one.
 
     Example:
         >>> of_a_layer([{"scope": "layer/x", "kind": "all-gather", "axes": ["y"], "bytes": 8, "count": 4}])
@@ -100,7 +100,7 @@ def of_a_layer(collectives: Sequence[Row]) -> list[Used]:
 
 
 def by_axis(used: Iterable[Used]) -> dict[str, float]:
-    """Bytes of a layer that a chip receives by collectives over each axis that one uses."""
+    """Bytes that a chip receives in a layer, by the axis of the collectives."""
     found: dict[str, float] = {}
     for u in used:
         for axis in u.axes:
@@ -141,7 +141,7 @@ def _n_listed(used: Sequence[Used]) -> int:
 
 
 def _links(ring: Any, shape: Sequence[int], volumes: Mapping[str, float], scale: tuple[float, float]) -> None:
-    """Chips, links and wrap-around links in an oblique view; what lies behind first."""
+    """Chips, links and wrap-around links in an oblique view; the rear ones are drawn first."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

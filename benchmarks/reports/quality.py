@@ -1,11 +1,12 @@
-"""How good the predictions of a run are, and whether two runs agree. From rows alone; no JAX.
+"""How good a run's predictions are, where layouts cross over, and whether two runs agree.
 
-Of a point: the relative error, predicted / measured - 1. Of a cell: Spearman's rank correlation, and the regret, that
-is the measured time of the layout that the model picks (smallest predicted) over that of the best measured one, - 1.
-Of the grid: median, 90th percentile and worst of |error|, Spearman over all points, mean and worst regret. Comparators
-are layouts like all others here.
+- Of a point: the relative error, predicted / measured - 1.
+- Of a cell: Spearman's rank correlation, and the regret. The regret is the measured time of the layout that the model
+  picks (the smallest prediction) over that of the best measured one, - 1.
+- Of all cells: median, 90th percentile and worst of |error|, Spearman over all points, mean and worst regret.
+- Of a family: the number of tokens from which on a weight-gathered layout beats all weight-stationary ones.
 
-Decides the definitions and the targets; words and pictures are of the report.
+Comparators are layouts like all others, but take no part in the crossover. Sentences about quality are in `words`.
 """
 
 import math
@@ -18,7 +19,7 @@ import numpy as np
 
 from toruslab.benchmarks.reports.cells import Result, groups
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # only for annotations: at run time its module would import JAX
     from toruslab.benchmarks.runs.rows import Row
 
 TARGETS = {
@@ -32,7 +33,7 @@ TARGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Regret:
-    """What it costs to take the layout that the model picks; `value` is 0 where that is the best one."""
+    """The cost of the layout that the model picks; `value` is 0 where that is the best one."""
 
     value: float
     picked: str
@@ -51,7 +52,7 @@ class CellQuality:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One target, what was reached, and whether that is enough; `met` is None where nothing was reached or missed."""
+    """One target and the number that was reached."""
 
     name: str
     words: str
@@ -61,6 +62,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
+        """None where the number is not known."""
         if self.value is None:
             return None
         return self.value <= self.limit if self.side == "<=" else self.value >= self.limit
@@ -68,10 +70,9 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """How good the predictions of a grid are, over its points with a prediction and a measurement.
+    """How good the predictions of a run are; None where there is too little to say.
 
-    `n_points` of `n_measured` measured ones have both. Errors are absolute values. Numbers are None where there is too
-    little to say.
+    Errors are absolute values. They are of the `n_points` points with a prediction among the `n_measured` measured.
     """
 
     n_points: int
@@ -87,13 +88,14 @@ class Quality:
 
     @property
     def targets(self) -> list[Target]:
+        """All targets of `TARGETS`."""
         return [
             Target(name=name, words=words, side=side, limit=limit, value=getattr(self, name))
             for name, (words, side, limit) in TARGETS.items()
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers, without the cells', and by target whether it is met."""
+        """The numbers of the run, and for each target whether it is met."""
         numbers = {k: v for k, v in vars(self).items() if k != "cells"}
         return numbers | {"targets_met": {t.name: t.met for t in self.targets}}
 
@@ -118,13 +120,13 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
     return float(np.clip((a @ b) / np.sqrt((a @ a) * (b @ b)), -1, 1))
 
 
-def regret(lines: Iterable[Result]) -> Regret | None:
+def regret(results: Iterable[Result]) -> Regret | None:
     """The regret of one cell.
 
-    The model can pick among the lines that have both a prediction and a measurement, of which there must be two. The
-    best is that of all measured lines, also of those without a prediction. Of equal predictions the slowest counts.
+    The model picks among the results with both a prediction and a measurement; there must be two. The best one may be
+    any that was measured. Of equal predictions the slowest counts.
     """
-    timed = [x for x in lines if x.measured_s]
+    timed = [x for x in results if x.measured_s]
     choices = [x for x in timed if x.predicted_s]
     if len(choices) < 2:
         return None
@@ -137,46 +139,46 @@ def regret(lines: Iterable[Result]) -> Regret | None:
 def quality(rows: "Iterable[Row]") -> Quality:
     """How good the predictions of these rows are."""
     cells = groups(rows)
-    everything = [(name, x) for name, lines in cells.items() for x in lines if x.measured_s]
-    both = [(name, x) for name, x in everything if x.predicted_s]
-    errors = _errors(x for _, x in both)
-    of_cells = {name: _of_cell(lines) for name, lines in cells.items()}
+    measured = [(name, x) for name, results in cells.items() for x in results if x.measured_s]
+    both = [(name, x) for name, x in measured if x.predicted_s]
+    errors, correlation = _errors_and_spearman([x for _, x in both])
+    of_cells = {name: _of_cell(results) for name, results in cells.items()}
     regrets = [c.regret.value for c in of_cells.values() if c.regret]
     worst = int(np.argmax(errors)) if errors else None
     return Quality(
         n_points=len(both),
-        n_measured=len(everything),
+        n_measured=len(measured),
         median_error=float(np.median(errors)) if errors else None,
         p90_error=float(np.quantile(errors, 0.9)) if errors else None,
         worst_error=max(errors, default=None),
         worst_point=None if worst is None else f"{both[worst][1].label}, {both[worst][0]}",
-        spearman=spearman([x.predicted_s or 0 for _, x in both], [x.measured_s or 0 for _, x in both]),
+        spearman=correlation,
         mean_regret=float(np.mean(regrets)) if regrets else None,
         worst_regret=max(regrets, default=None),
         cells=of_cells,
     )
 
 
-def _of_cell(lines: Sequence[Result]) -> CellQuality:
-    both = [x for x in lines if x.relative_error is not None]
-    errors = _errors(both)
+def _of_cell(results: Sequence[Result]) -> CellQuality:
+    errors, correlation = _errors_and_spearman([x for x in results if x.relative_error is not None])
     return CellQuality(
-        n_points=len(both),
+        n_points=len(errors),
         median_error=float(np.median(errors)) if errors else None,
-        spearman=spearman([x.predicted_s or 0 for x in both], [x.measured_s or 0 for x in both]),
-        regret=regret(lines),
+        spearman=correlation,
+        regret=regret(results),
     )
 
 
-def _errors(lines: Iterable[Result]) -> list[float]:
-    return [abs(x.relative_error) for x in lines if x.relative_error is not None]
+def _errors_and_spearman(results: Sequence[Result]) -> tuple[list[float], float | None]:
+    """Of results with both times: absolute errors, and the correlation of predicted and measured."""
+    errors = [abs(x.relative_error) for x in results if x.relative_error is not None]
+    return errors, spearman([x.predicted_s or 0 for x in results], [x.measured_s or 0 for x in results])
 
 
 def agree(spreads: Iterable[tuple[float, float] | None]) -> bool | None:
     """Whether measurements of one point agree: their spreads have a time in common.
 
-    So the runs differ by no more than their own spread explains. None where a run has no spread, or there are fewer
-    than two runs.
+    Such runs differ by no more than their own spread. None where a run has no spread, or there are fewer than two runs.
 
     Example:
         >>> agree([(1.0, 1.2), (1.1, 1.4)]), agree([(1.0, 1.2), (1.3, 1.4)]), agree([(1.0, 1.2), None])
@@ -195,7 +197,7 @@ SOURCES: tuple[Source, ...] = ("measured", "predicted")
 
 @dataclass(frozen=True, kw_only=True)
 class Duel:
-    """The best weight-gathered and the best weight-stationary line of one cell, by one source of times."""
+    """The best weight-gathered time of a cell over its best weight-stationary one, and the better layout of the two."""
 
     tokens: int
     ratio: float
@@ -214,8 +216,7 @@ class Crossover:
 
         None where it never is, or is from the first cell on, or is not at the last one.
         """
-        duels = self.duels[source]
-        for before, after in reversed(list(pairwise(duels))):
+        for before, after in reversed(list(pairwise(self.duels[source]))):
             if after.ratio >= 1:
                 return None
             if before.ratio >= 1:
@@ -224,7 +225,7 @@ class Crossover:
         return None
 
     def says(self, source: Source) -> str | None:
-        """In words; None where there are fewer than two cells to say it of."""
+        """In words; None where the family has fewer than two cells."""
         duels = self.duels[source]
         if len(duels) < 2:
             return None
@@ -236,14 +237,13 @@ class Crossover:
         return f"not up to {duels[-1].tokens:,} tokens" if duels[-1].ratio >= 1 else None
 
 
-def crossovers(cells: Mapping[str, list[Result]]) -> list[Crossover]:
+def crossovers(cells: Mapping[str, Sequence[Result]]) -> list[Crossover]:
     """One for each family that has both kinds in some cell."""
     found: dict[str, dict[Source, list[Duel]]] = {}
-    for lines in cells.values():
+    for results in cells.values():
         for source in SOURCES:
-            duel = _duel(lines, source)
-            if duel:
-                of_family = found.setdefault(lines[0].family, {"measured": [], "predicted": []})
+            if duel := _duel(results, source):
+                of_family = found.setdefault(results[0].family, {"measured": [], "predicted": []})
                 of_family[source].append(duel)
     for duels in found.values():
         for each in duels.values():
@@ -251,7 +251,7 @@ def crossovers(cells: Mapping[str, list[Result]]) -> list[Crossover]:
     return [Crossover(family=name, duels=duels) for name, duels in found.items()]
 
 
-def crossover_sentences(cells: Mapping[str, list[Result]]) -> list[str]:
+def crossover_sentences(cells: Mapping[str, Sequence[Result]]) -> list[str]:
     """Where the crossover is, one sentence for each family of at least two cells."""
     out = []
     for found in crossovers(cells):
@@ -262,11 +262,12 @@ def crossover_sentences(cells: Mapping[str, list[Result]]) -> list[str]:
     return out
 
 
-def _duel(lines: list[Result], source: Source) -> Duel | None:
-    times = [(x.measured_s if source == "measured" else x.predicted_s, x) for x in lines]
-    timed = [(t, x) for t, x in times if t is not None and x.is_gathered is not None]
-    gathered = min(((t, x.label) for t, x in timed if x.is_gathered), default=None)
-    stationary = min(((t, x.label) for t, x in timed if not x.is_gathered), default=None)
-    if gathered is None or stationary is None:
+def _duel(results: Sequence[Result], source: Source) -> Duel | None:
+    best: dict[bool, tuple[float, str]] = {}
+    for x in results:
+        time = x.measured_s if source == "measured" else x.predicted_s
+        if time is not None and x.is_gathered is not None:
+            best[x.is_gathered] = min(best.get(x.is_gathered, (math.inf, "")), (time, x.label))
+    if len(best) < 2:
         return None
-    return Duel(tokens=lines[0].tokens, ratio=gathered[0] / stationary[0], best=min(gathered, stationary)[1])
+    return Duel(tokens=results[0].tokens, ratio=best[True][0] / best[False][0], best=min(best.values())[1])

@@ -1,6 +1,6 @@
-"""Rows of `toruslab serve-bench` -> what they say: curves, the throughput at a common latency, ratios, spread.
+"""Findings from rows of `toruslab serve-bench`: curves, throughput at a common latency, ratios, spread over seeds.
 
-Reads rows only. A run that failed is left out; what is missing is None.
+Failed runs are left out. Missing numbers are None. Tables and pictures are in `serving_report`.
 """
 
 import math
@@ -23,7 +23,7 @@ OverSeeds = tuple[float, float, float]
 class Reached:
     """The throughput at which a latency is reached, requests per second.
 
-    `bound`: "" where it lies between two rates, "≥" where no rate reached that latency, "≤" where all were beyond.
+    `bound` is "" between two rates, "≥" if no rate reached that latency, "≤" if all rates were beyond it.
     """
 
     per_s: float
@@ -32,7 +32,7 @@ class Reached:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyCurve:
-    """One rung with one seed: (rate, sustained throughput, median normalised latency) of each run, by rising rate."""
+    """Runs of one scheme with one seed, by rising rate: rate, sustained throughput, median normalised latency."""
 
     points: tuple[tuple[float, float, float], ...]
 
@@ -42,8 +42,7 @@ class LatencyCurve:
         return max(per_s for _, per_s, _ in self.points)
 
     def at(self, latency_s: float) -> Reached:
-        """The throughput where the latency first passes `latency_s`; between two runs, along the logarithm of the
-        latency.
+        """The throughput at which the latency first passes `latency_s`, between two runs along its logarithm.
 
         Example:
             >>> curve = LatencyCurve(points=((1.0, 1.0, 0.1), (2.0, 2.0, 0.2), (4.0, 3.0, 0.8)))
@@ -63,16 +62,16 @@ class LatencyCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class SchemeResult:
-    """A rung in the table.
+    """The numbers of one scheme.
 
-    Attributes:
-        name, request_level: of the rung.
-        saturation_per_s, low_load_s, at_latency_per_s: highest throughput, median normalised latency at the lowest
-            rate, throughput at the common latency.
-        bound: of the latter, where any seed has one.
+    Args:
+        name, request_level: of the scheme.
+        saturation_per_s: its highest throughput.
+        low_load_s: median normalised latency at the lowest rate.
+        at_latency_per_s, bound: throughput at the common latency, and the bounds of all seeds.
         itl_p99_s, ttft_p90_s, wasted_share, host_share, iteration_s: at the reference rate.
-        goodput_per_s: where limits were given.
-        refused: requests of all of its runs that the scheduler would not have.
+        goodput_per_s: None without limits.
+        refused: number of requests that the scheduler refused, in all runs.
     """
 
     name: str
@@ -92,19 +91,17 @@ class SchemeResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All that a table says.
+    """All numbers of the report. Throughputs and ratios are of the seeds with which a scheme has run at every rate.
 
-    Throughputs and ratios are of seeds with which a rung has run at every rate.
-
-    Attributes:
-        lines: rungs, in the order of their first runs by name.
-        latency_s: the common one.
-        reference_per_s: the rate of the tails and shares.
-        strongest: the request-level rung with the highest throughput at the common latency.
-        ratio: Orca's throughput there over, seed by seed, the best of the request-level rungs.
-        ratio_bound: "≥" where with a seed Orca's curve never reached the latency, or the baseline's began beyond it;
+    Args:
+        lines: the schemes, in the order of the table's lines.
+        latency_s: the common latency.
+        reference_per_s: the rate at which tails and shares are taken.
+        strongest: the request-level scheme with the highest throughput at the common latency.
+        ratio: Orca's throughput at that latency over that of the best request-level scheme, seed by seed.
+        ratio_bound: "≥" if for some seed Orca's curve never reached the latency, or the baseline's began beyond it;
             "≤" the other way round; "~" both.
-        saturation_ratio: of the highest throughputs.
+        saturation_ratio: the same of the highest throughputs.
     """
 
     lines: tuple[SchemeResult, ...]
@@ -117,12 +114,12 @@ class Findings:
 
 
 def good(rows: Iterable[Row]) -> list[Row]:
-    """The last run of each rung, rate and seed, where it did not fail."""
+    """The last successful run of each scheme, rate and seed."""
     return list({(r["rung"], r["rate_per_s"], r["seed"]): r for r in rows if "error" not in r}.values())
 
 
 def curves(rows: Iterable[Row]) -> dict[str, dict[int, LatencyCurve]]:
-    """For each rung, its curve with each seed."""
+    """For each scheme, its curve with each seed."""
     found: dict[str, dict[int, list[tuple[float, float, float]]]] = {}
     for row in good(rows):
         if row["sustained_per_s"] and row["normalised_s"]:
@@ -135,11 +132,11 @@ def curves(rows: Iterable[Row]) -> dict[str, dict[int, LatencyCurve]]:
 
 
 def findings(rows: Sequence[Row]) -> Findings | None:
-    """What the rows say; None where none has a curve."""
+    """The findings; None where no scheme has a curve."""
     rows, of = good(rows), curves(rows)
     if not of:
         return None
-    # of which anything is known: too few requests return at some to tell a throughput
+    # only rates with a known throughput: at some, too few requests return
     rates = sorted({point[0] for seeds in of.values() for curve in seeds.values() for point in curve.points})
     low = {
         name: _spread([point[2] for curve in seeds.values() for point in curve.points if point[0] == rates[0]])
@@ -147,7 +144,7 @@ def findings(rows: Sequence[Row]) -> Findings | None:
     }
     latency_s = MULTIPLE * min(found[0] for found in low.values() if found)
     reference = rates[len(rates) // 2]
-    # a curve that lacks a rate, of a run that failed or was interrupted, would look as if it ended early
+    # a curve without one of the rates, because a run failed, would look as if it ended early
     of = {name: {s: c for s, c in seeds.items() if len(c.points) == len(rates)} for name, seeds in of.items()}
     reached = {name: {seed: curve.at(latency_s) for seed, curve in seeds.items()} for name, seeds in of.items()}
     is_baseline = {row["rung"]: row["request_level"] for row in rows}
@@ -201,7 +198,7 @@ def _ratio(reached: dict[str, dict[int, Reached]], is_baseline: dict[str, bool])
 
 
 def _goodput(rows: Sequence[Row]) -> OverSeeds | None:
-    """0 where no rate was low enough; None where no limits were given."""
+    """The goodput: 0 where no rate was low enough, None without limits."""
     by_seed: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row["within_limits"] is not None:

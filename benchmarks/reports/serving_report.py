@@ -1,6 +1,6 @@
-"""The table of `toruslab serve-bench`, and its pictures: latency against throughput, and who ran when.
+"""The report of `toruslab serve-bench`: its table, and pictures of latency against throughput and of who ran when.
 
-Colours are Okabe and Ito's, warm for request-level batches; see `benchmarks.reports.style`.
+Colours are those of `style`: warm for request-level batches, cool for the others.
 """
 
 import dataclasses
@@ -11,25 +11,47 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from toruslab.benchmarks.reports.serving_curves import Findings, OverSeeds, SchemeResult, curves, findings
-from toruslab.benchmarks.reports.style import Panel, Picture, log_axis, save
+from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, save
+from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs.rows import Row
 
-HEADS = (
-    "rung",
-    "saturation\nrequests/s",
-    "low load\nms/token",
-    "same latency\nrequests/s",
-    "ITL p99\nms",
-    "TTFT p90\nms",
-    "wasted\n%",
-    "host\n%",
-    "iteration\nms",
-)
 WARM, COOL = ("#E69F00", "#D55E00", "#CC79A7", "#882255", "#999933"), ("#0072B2", "#009E73", "#56B4E9", "#000000")
 PARTS = {"waits": "#C8C8C8", "prompt": "#D55E00", "decodes": "#0072B2", "done, not returned": "#F0E442"}
+"""Parts of a request's life in a timeline, and their colours."""
+
+
+def table(rows: Sequence[Row], found: Findings) -> DataTable:
+    """A row for each scheme; Orca and the strongest request-level scheme are marked.
+
+    Goodput has a column where limits were given, refused requests where there are any.
+    """
+
+    def over_seeds(field: str, times: float = 1.0):
+        return lambda x: _number(getattr(x, field), times)
+
+    columns = [
+        Column("rung", lambda x: x.name, numeric=False),
+        Column("saturation\nrequests/s", over_seeds("saturation_per_s")),
+        Column("low load\nms/token", over_seeds("low_load_s", 1e3)),
+        Column("same latency\nrequests/s", lambda x: _number(x.at_latency_per_s, 1, x.bound)),
+        Column("ITL p99\nms", over_seeds("itl_p99_s", 1e3)),
+        Column("TTFT p90\nms", over_seeds("ttft_p90_s", 1e3)),
+        Column("wasted\n%", over_seeds("wasted_share", 100)),
+        Column("host\n%", over_seeds("host_share", 100)),
+        Column("iteration\nms", over_seeds("iteration_s", 1e3)),
+    ]
+    if found.lines[0].goodput_per_s:
+        columns.append(Column("goodput\nrequests/s", over_seeds("goodput_per_s")))
+    if any(x.refused for x in found.lines):
+        columns.append(Column("refused\nrequests", lambda x: str(x.refused)))
+    return DataTable(
+        title=title(rows),
+        columns=columns,
+        records=found.lines,
+        marked=lambda x: x.name in ("orca", found.strongest),
+    )
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -38,21 +60,11 @@ def show(rows: Sequence[Row], console: Console) -> None:
     if found is None:
         console.print("no run has succeeded")
         return
-    drawn = Table(title=escape(title(rows)), title_justify="left", title_style="bold")
-    for head in _heads(found):
-        drawn.add_column(head, justify="left" if head == "rung" else "right", no_wrap=True)
-    for line in found.lines:
-        cells = (cell.replace(" (", "\n").replace(" to ", "–").rstrip(")") for cell in _cells(line, found))
-        drawn.add_row(*map(escape, cells), style="bold" if line.name in ("orca", found.strongest) else None)
-    console.print(drawn)
+    console.print(
+        table(rows, found).rich(lambda text: text.replace(" (", "\n").replace(" to ", "–").rstrip(")"), style="bold")
+    )
     for sentence in sentences(found):
         console.print(escape(sentence), highlight=False)
-
-
-def _heads(found: Findings) -> tuple[str, ...]:
-    """Of the table; goodput where limits were given, refused requests where there are any."""
-    goodput = ("goodput\nrequests/s",) if found.lines[0].goodput_per_s else ()
-    return HEADS + goodput + (("refused\nrequests",) if any(line.refused for line in found.lines) else ())
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -69,7 +81,7 @@ def title(rows: Sequence[Row]) -> str:
 
 
 def sentences(found: Findings) -> list[str]:
-    """How the table is to be read, and the ratio."""
+    """How to read the table, and Orca's throughput over that of the strongest request-level scheme."""
     said = [
         f"Same latency: a median normalised latency of {1e3 * found.latency_s:.3g} ms a token, 3.3 times the lowest at "
         f"low load (the paper's 190 ms over its 58). ITL, TTFT and shares at {found.reference_per_s:g} requests/s; "
@@ -85,25 +97,27 @@ def sentences(found: Findings) -> list[str]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table as text."""
+    """The report as text: where it ran, the table, its sentences, a link to the picture."""
     found = findings(rows)
     if found is None:
         return "no run has succeeded\n"
     e = rows[-1]["environment"]
     loads = " to ".join(f"{pick(row['load_1m'] for row in rows if 'load_1m' in row):g}" for pick in (min, max))
-    names = [head.replace("\n", ", ") for head in _heads(found)]
-    out = [
-        f"# {title(rows)}",
-        "",
-        f"{e['n_devices']} {e['device_kind']} devices, {e['cores']} cores; load {loads}; commit {e['commit']}.",
-    ]
-    out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    out += [f"| {' | '.join(_cells(line, found))} |" for line in found.lines]
-    return "\n".join([*out, "", *sentences(found), "", "![latency](latency.svg)", ""])
+    where = f"{e['n_devices']} {e['device_kind']} devices, {e['cores']} cores; load {loads}; commit {e['commit']}."
+    lines = table(rows, found).markdown()
+    return "\n".join(
+        [f"# {title(rows)}", "", where, "", *lines, "", *sentences(found), "", "![latency](latency.svg)", ""]
+    )
 
 
 def write(rows: Sequence[Row], timelines: Mapping[str, dict[str, Any]], folder: Path) -> list[Path]:
-    """Writes serve.md, summary.json and the pictures; returns their paths."""
+    """Writes serve.md, summary.json and the pictures; returns their paths.
+
+    Args:
+        rows: of the run.
+        timelines: Chrome traces by the scheme's name.
+        folder: of the run.
+    """
     found = findings(rows)
     if found is None:
         return []
@@ -117,7 +131,7 @@ def write(rows: Sequence[Row], timelines: Mapping[str, dict[str, Any]], folder: 
 
 
 def latency(rows: Sequence[Row], found: Findings) -> Picture:
-    """Median normalised latency against throughput, a curve for each rung: the paper's Figure 10."""
+    """Median normalised latency against throughput, a curve for each scheme: the paper's Figure 10."""
     return Picture(
         name="latency",
         heading="Latency against throughput",
@@ -126,21 +140,19 @@ def latency(rows: Sequence[Row], found: Findings) -> Picture:
             Panel(
                 title=title(rows),
                 draw=lambda axes: _latency(axes, rows, found),
-                height_in=4.6,
-                alt="Median normalised latency against throughput, a curve for each rung",
+                height_in=5.0,
             )
         ],
     )
 
 
 def _latency(axes: Any, rows: Sequence[Row], found: Findings) -> None:
-    of = curves(rows)
-    shades = _shades({line.name: line.request_level for line in found.lines})
-    for name, seeds in of.items():
+    schemes = {x.name: x for x in found.lines}
+    shades = _shades(found.lines)
+    for name, seeds in curves(rows).items():
         by_rate: dict[float, list[tuple[float, float]]] = {}
-        for curve in seeds.values():
-            for rate, per_s, latency_s in curve.points:
-                by_rate.setdefault(rate, []).append((per_s, 1e3 * latency_s))
+        for rate, per_s, latency_s in (point for curve in seeds.values() for point in curve.points):
+            by_rate.setdefault(rate, []).append((per_s, 1e3 * latency_s))
         mids = []
         for _, points in sorted(by_rate.items()):
             across, up = [sorted(values) for values in zip(*points, strict=True)]
@@ -148,20 +160,25 @@ def _latency(axes: Any, rows: Sequence[Row], found: Findings) -> None:
             mids.append((x, y))
             axes.plot([x, x], [up[0], up[-1]], color=shades[name], linewidth=0.8)
             axes.plot([across[0], across[-1]], [y, y], color=shades[name], linewidth=0.8)
-        is_request_level = next(line.request_level for line in found.lines if line.name == name)
-        style: dict[str, Any] = {"linestyle": "--", "marker": "s"} if is_request_level else {"marker": "o"}
-        axes.plot(*zip(*mids, strict=True), color=shades[name], markersize=4, linewidth=1.4, label=name, **style)
+        style: dict[str, Any] = {"color": shades[name], "markersize": 4, "linewidth": 1.4, "label": name}
+        style |= {"linestyle": "--", "marker": "s"} if schemes[name].request_level else {"marker": "o"}
+        axes.plot(*zip(*mids, strict=True), **style)
     axes.axhline(1e3 * found.latency_s, color="#555555", linewidth=0.8, linestyle=":")
-    axes.set(xlabel="throughput, requests/s", ylabel="median normalised latency, ms/token", yscale="log")
+    axes.set(xlabel="throughput, requests/s", ylabel="median normalised latency, ms/token")
     axes.set_xlim(left=0)
-    log_axis(axes.yaxis)
-    axes.grid(True)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    log_axes(axes, "y")
+
+
+def _shades(schemes: Sequence[SchemeResult]) -> dict[str, str]:
+    left = {True: list(WARM), False: list(COOL)}
+    return {x.name: left[x.request_level].pop(0) if left[x.request_level] else "#8C8C8C" for x in schemes}
 
 
 def timeline(traces: Mapping[str, dict[str, Any]]) -> Picture:
-    """Requests over time, a panel for each rung, drawn from its Chrome trace."""
-    until_s = max((_end_s(event) for trace in traces.values() for event in _spans(trace)), default=1.0)
+    """Requests over time, a panel for each scheme, drawn from its Chrome trace."""
+    spans = {name: _spans(trace) for name, trace in traces.items()}
+    until_s = max(((e["ts"] + e["dur"]) / 1e6 for events in spans.values() for e in events), default=1.0)
+    *_, last = traces
     return Picture(
         name="timeline",
         heading="Who ran when",
@@ -170,73 +187,34 @@ def timeline(traces: Mapping[str, dict[str, Any]]) -> Picture:
         panels=[
             Panel(
                 title=name,
-                draw=lambda axes, trace=trace, is_last=is_last: _requests(axes, trace, until_s, is_last),
-                height_in=2.2 + 0.4 * is_last,
-                alt=f"Requests over time under {name}",
+                draw=lambda axes, events=events, name=name: _requests(axes, events, until_s, name == last),
+                height_in=2.2 + 0.4 * (name == last),
             )
-            for name, trace in traces.items()
-            for is_last in (name == list(traces)[-1],)
+            for name, events in spans.items()
         ],
     )
 
 
 def _spans(trace: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those of requests: their names are a number and a part."""
+    """The events of requests: their names are a number and a part."""
     events = (event for event in trace["traceEvents"] if event["ph"] == "X")
     return [event for event in events if event["name"].partition(" ")[2] in PARTS]
 
 
-def _end_s(event: Mapping[str, Any]) -> float:
-    return (event["ts"] + event["dur"]) / 1e6
-
-
-def _requests(axes: Any, trace: Mapping[str, Any], until_s: float, is_last: bool) -> None:
-    from matplotlib.patches import Patch
-
+def _requests(axes: Any, events: Sequence[Mapping[str, Any]], until_s: float, is_last: bool) -> None:
+    """Only the last panel has a legend and a label under its axis."""
     for part, colour in PARTS.items():
-        mine = [event for event in _spans(trace) if event["name"].partition(" ")[2] == part]
-        axes.barh(
-            [event["tid"] for event in mine],
-            [event["dur"] / 1e6 for event in mine],
-            left=[event["ts"] / 1e6 for event in mine],
-            height=0.8,
-            color=colour,
-        )
-    axes.set(xlim=(0, until_s), ylabel="place")
+        mine = [event for event in events if event["name"].partition(" ")[2] == part]
+        places, starts = [event["tid"] for event in mine], [event["ts"] / 1e6 for event in mine]
+        label = {"label": part} if is_last else {}
+        axes.barh(places, [event["dur"] / 1e6 for event in mine], left=starts, height=0.8, color=colour, **label)
+    axes.set(xlim=(0, until_s), ylabel="place", xlabel="seconds" if is_last else "")
     axes.invert_yaxis()
-    if is_last:
-        axes.set_xlabel("seconds")
-        handles = [Patch(color=colour, label=part) for part, colour in PARTS.items()]
-        axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.3), ncols=4, columnspacing=1)
-
-
-def _shades(names: Mapping[str, bool]) -> dict[str, str]:
-    left = {True: list(WARM), False: list(COOL)}
-    return {name: left[is_warm].pop(0) if left[is_warm] else "#8C8C8C" for name, is_warm in names.items()}
-
-
-def _cells(line: SchemeResult, found: Findings) -> tuple[str, ...]:
-    cells = (
-        line.name,
-        _number(line.saturation_per_s),
-        _number(line.low_load_s, 1e3),
-        _number(line.at_latency_per_s, 1, line.bound),
-        _number(line.itl_p99_s, 1e3),
-        _number(line.ttft_p90_s, 1e3),
-        _number(line.wasted_share, 100),
-        _number(line.host_share, 100),
-        _number(line.iteration_s, 1e3),
-    )
-    goodput = (_number(line.goodput_per_s),) if line.goodput_per_s else ()
-    return cells + goodput + ((str(line.refused),) if any(one.refused for one in found.lines) else ())
 
 
 def _number(of: OverSeeds | None, times: float = 1.0, bound: str = "") -> str:
+    """The median times a unit, with the lowest and highest where seeds differ."""
     if of is None:
         return "-"
-    middle, low, high = (_three(value * times) for value in of)
+    middle, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (value * times for value in of))
     return f"{bound}{middle}" if low == high else f"{bound}{middle} ({low} to {high})"
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,7 +1,4 @@
-"""Several runs side by side: what was measured of every point, whether the runs agree, how good each prediction is.
-
-A point agrees where its spreads, one of each run, have a time in common (`prediction.agree`).
-"""
+"""Several runs side by side: the measurements of every point, whether the runs agree, how good each prediction is."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,14 +8,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from toruslab.benchmarks.reports import html_page as h
+from toruslab.benchmarks.reports.bench_tables import qualities
 from toruslab.benchmarks.reports.cells import Result, groups
-from toruslab.benchmarks.reports.page import where
-from toruslab.benchmarks.reports.quality import TARGETS, Quality, agree, quality
-from toruslab.benchmarks.reports.style import Panel, Picture, handles, legend_below, log_axis, marks, save, svg
-from toruslab.benchmarks.reports.words import amount, bound, measured, met, milliseconds, percent
+from toruslab.benchmarks.reports.page import comparison_page
+from toruslab.benchmarks.reports.quality import Quality, agree, quality
+from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, marks, save
+from toruslab.benchmarks.reports.tables import Column, DataTable, Value, between, ms, number
+from toruslab.benchmarks.reports.words import measured, percent
 from toruslab.benchmarks.runs.options import InputError
 from toruslab.benchmarks.runs.rows import Row
 
@@ -30,37 +27,43 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One point in all runs; None in `lines` where a run has no measurement of it."""
+    """One point in all runs; `results` has None for a run that did not measure it."""
 
     cell: str
     label: str
-    lines: tuple[Result | None, ...]
+    results: tuple[Result | None, ...]
 
     @property
     def medians_s(self) -> tuple[float | None, ...]:
-        return tuple(x.measured_s if x else None for x in self.lines)
+        """The measured median of each run."""
+        return tuple(x.measured_s if x else None for x in self.results)
 
     @property
     def ratios(self) -> tuple[float | None, ...]:
-        """Of every run but the first, its median over the first one's."""
+        """The median of every run but the first over the first one's."""
         first = self.medians_s[0]
         return tuple(m / first if m and first else None for m in self.medians_s[1:])
 
     @property
-    def agrees(self) -> bool | None:
-        """None where a run did not measure the point, or has no spread of it."""
-        return agree(map(_spread, self.lines))
+    def spreads_s(self) -> tuple[tuple[float, float] | None, ...]:
+        """The spread of each run's repetitions."""
+        return tuple(x.spread_s if x else None for x in self.results)
 
     @property
-    def says(self) -> str:
-        return {True: "yes", False: "no", None: ""}[self.agrees]
+    def agrees(self) -> bool | None:
+        """None where a run did not measure the point, or has no spread of it."""
+        return agree(self.spreads_s)
+
+    def agrees_with_first(self, run: int) -> bool | None:
+        """As `agrees`, of the first run and this one."""
+        return agree((self.spreads_s[0], self.spreads_s[run]))
 
 
 def compare(runs: Sequence[Sequence[Row]]) -> list[Compared]:
     """Every point that some run measured, in the order of the runs."""
-    lines = [{(cell, x.label): x for cell, each in groups(rows).items() for x in each if x.measured_s} for rows in runs]
-    points = dict.fromkeys(key for each in lines for key in each)
-    return [Compared(cell=c, label=label, lines=tuple(x.get((c, label)) for x in lines)) for c, label in points]
+    known = [{(cell, x.label): x for cell, each in groups(rows).items() for x in each if x.measured_s} for rows in runs]
+    points = dict.fromkeys(key for each in known for key in each)
+    return [Compared(cell=c, label=label, results=tuple(x.get((c, label)) for x in known)) for c, label in points]
 
 
 def names(folders: Sequence[Path]) -> list[str]:
@@ -73,22 +76,25 @@ def names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def sentences(called: Sequence[str], points: Sequence[Compared], found: Sequence[Quality]) -> list[str]:
-    """How many points agree, how far the others are apart, and each run's prediction."""
+def sentences(points: Sequence[Compared], runs: Mapping[str, Quality]) -> list[str]:
+    """How many points agree, how far the others are apart, and how good each run's prediction is."""
+    first, *others = runs
     known = [p for p in points if p.agrees is not None]
-    agreed = sum(bool(p.agrees) for p in known)
-    shared = [p for p in points if all(p.medians_s)]
-    out = [f"{len(shared)} of {len(points)} points were measured in all {len(called)} runs."]
+    shared = sum(all(p.medians_s) for p in points)
+    out = [f"{shared} of {len(points)} points were measured in all {len(runs)} runs."]
     if known:
+        agreed = sum(bool(p.agrees) for p in known)
         out.append(f"{agreed} of {len(known)} agree within the runs' spread ({percent(agreed / len(known))}).")
-    for i, name in enumerate(called[1:]):
-        ratios = sorted(r for p in points if (r := p.ratios[i]) is not None)
+    for i, name in enumerate(others, 1):
+        ratios = sorted(r for p in points if (r := p.ratios[i - 1]) is not None)
+        pairs = [a for p in points if (a := p.agrees_with_first(i)) is not None]
+        said = f"; {sum(pairs)} of {len(pairs)} points agree" if pairs and len(runs) > 2 else ""
         if ratios:
             out.append(
-                f"{name} takes {ratios[len(ratios) // 2]:.2f} times as long as {called[0]} in the middle, "
-                f"{ratios[0]:.2f} to {ratios[-1]:.2f} over all points{_pair(points, i + 1, len(called))}."
+                f"{name} takes {ratios[len(ratios) // 2]:.2f} times as long as {first} in the middle, "
+                f"{ratios[0]:.2f} to {ratios[-1]:.2f} over all points{said}."
             )
-    for name, q in zip(called, found, strict=True):
+    for name, q in runs.items():
         if q.n_points:
             missed = [t.words for t in q.targets if t.met is False]
             out.append(
@@ -99,175 +105,88 @@ def sentences(called: Sequence[str], points: Sequence[Compared], found: Sequence
     return out
 
 
-def _pair(points: Sequence[Compared], i: int, n_runs: int) -> str:
-    """How often a run agrees with the first, where there are others beside the two."""
-    agreed = [a for p in points if (a := agree(_spread(x) for x in (p.lines[0], p.lines[i]))) is not None]
-    return f"; {sum(agreed)} of {len(agreed)} points agree" if agreed and n_runs > 2 else ""
+def tables(called: Sequence[str], points: Sequence[Compared]) -> list[DataTable]:
+    """A table for each cell; points that do not agree stand out."""
+    cells: dict[str, list[Compared]] = {}
+    for p in points:
+        cells.setdefault(p.cell, []).append(p)
 
+    def agreement(p: Compared) -> Value:
+        said, mark = {True: ("yes", "good"), False: ("no", "bad"), None: ("", "")}[p.agrees]
+        return Value(text=said, mark=mark)
 
-def _spread(line: Result | None) -> tuple[float, float] | None:
-    return line.spread_s if line else None
+    def time(p: Compared, i: int) -> str:
+        result = p.results[i]
+        return measured(result) if result else ""
 
-
-def show(called: Sequence[str], points: Sequence[Compared], console: Console) -> None:
-    """A table per cell."""
-    for cell, members in _by_cell(points).items():
-        found = Table(title=escape(cell), title_justify="left", title_style="bold")
-        found.add_column("layout", no_wrap=True)
-        for name in called:
-            found.add_column(f"{escape(name)}\nms (half within)", justify="right")
-        for _ in called[1:]:
-            found.add_column("ratio", justify="right")
-        found.add_column("agree")
-        for p in members:
-            times = [measured(x) if x else "" for x in p.lines]
-            ratios = ["" if r is None else f"{r:.2f}" for r in p.ratios]
-            found.add_row(*map(escape, (p.label, *times, *ratios, p.says)), style="red" if p.agrees is False else None)
-        console.print(found)
+    of_runs, later = list(enumerate(called)), list(enumerate(called[1:]))
+    columns = [
+        Column("layout", lambda p: p.label, numeric=False),
+        *(Column(f"{n}\nms (half within)", lambda p, i=i: time(p, i), only="text") for i, n in of_runs),
+        *(Column(f"{n}\nover first", lambda p, i=i: number(p.ratios[i], "{:.2f}")) for i, n in later),
+        Column("agree", agreement, numeric=False),
+        *(Column(f"{n}\nms", lambda p, i=i: ms(p.medians_s[i]), only="page") for i, n in of_runs),
+        *(Column(f"{n}\nspread, ms", lambda p, i=i: between(p.spreads_s[i]), only="page") for i, n in of_runs),
+    ]
+    return [
+        DataTable(title=cell, columns=columns, records=members, failing=lambda p: p.agrees is False)
+        for cell, members in cells.items()
+    ]
 
 
 def ratio_picture(called: Sequence[str], points: Sequence[Compared]) -> Picture:
-    """Every later run's median over the first one's, against the first one's; a panel per run."""
+    """The median of every later run over the first one's, a panel for each run."""
     return Picture(
         name="ratio",
         heading="Medians against the first run's",
         says="On the line the two medians are equal. Filled: the two runs agree within their spread; hollow: not.",
         panels=[
-            Panel(
-                title=f"{name} over {called[0]}",
-                draw=lambda axes, i=i: _ratio(axes, points, i),
-                height_in=3.6 + 0.19 * -(-len({p.label for p in points}) // 3),
-                alt=f"Ratio of the medians of {name} and {called[0]}",
-            )
-            for i, name in enumerate(called[1:])
-            if any(p.ratios[i] for p in points)
+            Panel(title=f"{name} over {called[0]}", draw=lambda axes, i=i: _ratio(axes, points, i))
+            for i, name in enumerate(called[1:], 1)
+            if any(p.ratios[i - 1] for p in points)
         ],
     )
 
 
-def _ratio(axes: Any, points: Sequence[Compared], i: int) -> None:
+def _ratio(axes: Any, points: Sequence[Compared], run: int) -> None:
     axes.axhline(1, color="#333333", linewidth=1)
     for p in points:
-        first, ratio = p.medians_s[0], p.ratios[i]
+        first, ratio = p.medians_s[0], p.ratios[run - 1]
         if first and ratio:
-            face = {} if agree(map(_spread, (p.lines[0], p.lines[i + 1]))) else {"markerfacecolor": "white"}
-            axes.plot(first * 1e3, ratio, **marks(p.label) | {"linestyle": "none", "markersize": 5.5} | face)
-    legend_below(axes, handles(p.label for p in points if p.ratios[i]))
-    axes.set(xscale="log", yscale="log", xlabel="ms per pass, first run", ylabel="ratio of the medians")
+            axes.plot(first * 1e3, ratio, **marks(p.label, hollow=not p.agrees_with_first(run)))
+    axes.set(xlabel="ms per pass, first run", ylabel="ratio of the medians", yscale="log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 0.8), max(high, 1.25))
-    log_axis(axes.xaxis)
-    log_axis(axes.yaxis)
-    axes.grid(True)
-
-
-def write(
-    called: Sequence[str],
-    runs: Sequence[Sequence[Row]],
-    points: Sequence[Compared],
-    found: Sequence[Quality],
-    folder: Path,
-) -> list[Path]:
-    """Writes compare.html and the picture; returns their paths."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = ratio_picture(called, points)
-        paths = [folder / "compare.html"]
-        paths[0].write_text(page(called, runs, points, found, picture), encoding="utf-8")
-        if picture.panels:
-            paths += save(picture, folder)
-    except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
-    return paths
-
-
-def page(
-    called: Sequence[str],
-    runs: Sequence[Sequence[Row]],
-    points: Sequence[Compared],
-    found: Sequence[Quality],
-    picture: Picture,
-) -> str:
-    """The comparison as a self-contained page."""
-    parts = [
-        h.element("h1", f"toruslab report: {len(called)} runs compared"),
-        h.element("p", ", ".join(called), class_="soft"),
-        h.bullets(sentences(called, points, found)),
-        h.element("p", RULE, class_="soft"),
-        h.element("h2", "Quality of the predictions", id="quality"),
-        _qualities(called, found),
-    ]
-    if picture.panels:
-        drawn = [h.figure(svg(p, f"{picture.name}-{i}"), p.title) for i, p in enumerate(picture.panels)]
-        parts += [h.element("h2", picture.heading, id="ratio"), h.element("p", picture.says, class_="soft")]
-        parts += [h.element("div", *drawn, class_="cards")]
-    parts.append(h.element("h2", "Point by point", id="points"))
-    for cell, members in _by_cell(points).items():
-        columns = [("layout", False), *((f"{n}\nover first", True) for n in called[1:]), ("agree", False)]
-        columns += [(f"{n}\nms", True) for n in called]
-        columns += [(f"{n}\nquartiles, ms", True) for n in called]
-        rows = [[h.Cell(text=p.label), *_row(p)] for p in members]
-        parts += [h.element("h3", cell), h.table(columns, rows, label=cell)]
-    parts.append(h.element("h2", "What was run where", id="where"))
-    for name, rows in zip(called, runs, strict=True):
-        parts += [h.element("h3", name), *where(rows)]
-    return h.page("toruslab report: " + ", ".join(called), parts)
-
-
-def _row(p: Compared) -> list[h.Cell]:
-    cells = [h.Cell(text="" if r is None else f"{r:.2f}", value=r) for r in p.ratios]
-    cells.append(h.Cell(text=p.says, style={True: "good", False: "bad", None: ""}[p.agrees]))
-    cells += [h.Cell(text=milliseconds(m), value=m) for m in p.medians_s]
-    for spread in map(_spread, p.lines):
-        text = " to ".join(map(milliseconds, spread)) if spread else ""
-        cells.append(h.Cell(text=text, value=spread[0] if spread else None))
-    return cells
-
-
-def _qualities(called: Sequence[str], found: Sequence[Quality]) -> h.Markup:
-    columns = [("run", False), ("points", True)]
-    columns += [
-        (f"{words}\nwanted {bound(t)}", True) for (words, *_), t in zip(TARGETS.values(), found[0].targets, strict=True)
-    ]
-    columns += [("90th percentile\nof |error|", True), ("worst\n|error|", True)]
-    rows = []
-    for name, q in zip(called, found, strict=True):
-        reached = [
-            h.Cell(
-                text=f"{amount(t, t.value)}" + (f", {met(t)}" if t.value is not None else ""),
-                value=t.value,
-                style={True: "good", False: "bad", None: ""}[t.met],
-            )
-            for t in q.targets
-        ]
-        ends = [h.Cell(text=percent(v), value=v) for v in (q.p90_error, q.worst_error)]
-        rows.append([h.Cell(text=name), h.Cell(text=str(q.n_points), value=q.n_points), *reached, *ends])
-    return h.table(columns, rows, label="Quality of the predictions")
-
-
-def _by_cell(points: Sequence[Compared]) -> Mapping[str, list[Compared]]:
-    found: dict[str, list[Compared]] = {}
-    for p in points:
-        found.setdefault(p.cell, []).append(p)
-    return found
+    log_axes(axes, "xy")
 
 
 def run(folders: Sequence[Path], runs: Sequence[Sequence[Row]], out: Path, as_json: bool, console: Console) -> int:
-    """Prints and writes the comparison."""
-    called, points, found = names(folders), compare(runs), [quality(rows) for rows in runs]
-    paths = write(called, runs, points, found, out)
+    """Writes compare.html and the picture, and prints the comparison."""
+    called, points = names(folders), compare(runs)
+    found = {name: quality(rows) for name, rows in zip(called, runs, strict=True)}
+    cells, said, picture = tables(called, points), sentences(points, found), ratio_picture(called, points)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        rows = dict(zip(called, runs, strict=True))
+        page = comparison_page(rows, said, RULE, qualities(found), cells, picture)
+        paths = [out / "compare.html"]
+        paths[0].write_text(page, encoding="utf-8")
+        paths += save(picture, out) if picture.panels else []
+    except OSError as error:
+        raise InputError(f"out={str(out)!r} cannot be written: {error.strerror}") from None
     if as_json:
         for p in points:
-            line = next(x for x in p.lines if x)
             fields = {"medians_s": p.medians_s, "ratios": p.ratios, "agrees": p.agrees}
-            print(json.dumps({"kind": "point", "point": line.point, **fields}))
+            point = next(x for x in p.results if x).point
+            print(json.dumps({"kind": "point", "point": point, **fields}))
         known = [p.agrees for p in points if p.agrees is not None]
         summary = {"n_points": len(points), "n_compared": len(known), "n_agree": sum(known)}
-        qualities = {name: q.to_json() for name, q in zip(called, found, strict=True)}
-        print(json.dumps({"kind": "summary", **summary, "prediction": qualities}))
+        predictions = {name: q.to_json() for name, q in found.items()}
+        print(json.dumps({"kind": "summary", **summary, "prediction": predictions}))
         return 0
-    show(called, points, console)
-    for sentence in (RULE, *sentences(called, points, found)):
+    for table in cells:
+        console.print(table.rich())
+    for sentence in (RULE, *said):
         console.print(escape(sentence))
     for path in paths:
         print(path)

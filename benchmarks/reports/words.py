@@ -1,4 +1,4 @@
-"""How the report words its numbers, verdicts and sentences: the same in the terminal, in Markdown and on the page."""
+"""The report's numbers, verdicts and sentences as text, the same in the terminal, in Markdown and on the page."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def percent(share: float | None, *, signed: bool = False) -> str:
 
 
 def measured(line: Result) -> str:
-    """Median and quartiles in ms."""
+    """The measured median and its quartiles, in ms."""
     spread = line.quartiles_s
     return milliseconds(line.measured_s) + (
         f" ({milliseconds(spread[0])}..{milliseconds(spread[1])})" if spread and line.measured_s else ""
@@ -42,13 +42,13 @@ def measured(line: Result) -> str:
 
 
 def predicted(line: Result) -> str:
-    """Prediction in ms and its error."""
+    """The prediction in ms and its error."""
     error = line.relative_error
     return milliseconds(line.predicted_s) + (f" ({percent(error, signed=True)})" if error is not None else "")
 
 
 def volume(line: Result, source: str) -> str:
-    """Number of collectives and kB a chip; in brackets for the plan that `auto` is held against, not its own."""
+    """Number of collectives and kB a chip. Brackets mark the plan of ws2d, with which `auto` is compared."""
     total, n = line.number(source, "collective_bytes"), line.number(source, "n_collectives")
     if total is None:
         return ""
@@ -57,7 +57,7 @@ def volume(line: Result, source: str) -> str:
 
 
 def verdict(line: Result) -> str:
-    """Whether the program is the plan; for `auto`, its bytes as a multiple of the plan of ws2d."""
+    """Whether the program follows the plan; for `auto`, its bytes as a multiple of the plan of ws2d."""
     compiled, plan = line.row("compiled"), line.number("analytic", "collective_bytes")
     if line.error:
         return "failed"
@@ -76,7 +76,7 @@ def verdict(line: Result) -> str:
 
 
 def kind(line: Result) -> str:
-    """By the plan: whether weights move."""
+    """Whether weights move, by the plan."""
     return {True: "weight-gathered", False: "weight-stationary", None: ""}[line.is_gathered]
 
 
@@ -86,7 +86,7 @@ def fastest(lines: Iterable[Result]) -> float | None:
 
 
 def cell_sentence(name: str, lines: Sequence[Result]) -> str | None:
-    """Which of the paper's layouts was fastest, and how the comparators did."""
+    """The fastest of the paper's layouts, and the times of the comparators."""
     timed = sorted((x for x in lines if x.measured_s), key=lambda x: x.measured_s or 0)
     own = [x for x in timed if x.point.get("layout") not in COMPARATORS]
     if not own:
@@ -106,7 +106,7 @@ def cell_sentences(cells: Mapping[str, Sequence[Result]]) -> list[str]:
 
 
 def quality_sentences(found: Quality) -> list[str]:
-    """How good the predictions are, and which targets they miss; nothing where nothing was measured."""
+    """How good the predictions are, then which targets they miss. Empty where nothing was measured."""
     if not found.n_measured:
         return []
     if not found.n_points:
@@ -127,7 +127,7 @@ def quality_sentences(found: Quality) -> list[str]:
 
 
 def target(t: Target) -> str:
-    """A target and what was reached."""
+    """A target and the number that was reached."""
     return f"{t.words} {amount(t, t.value)}, wanted {bound(t)}"
 
 
@@ -137,24 +137,24 @@ def bound(t: Target) -> str:
 
 
 def amount(t: Target, value: float | None) -> str:
-    """A target's number: rank correlations as they are, all others in percent."""
+    """A target's number: rank correlations as such, all others in percent."""
     if value is None:
         return "not known"
     return f"{value:.3f}" if t.name == "spearman" else percent(value)
 
 
 def met(t: Target) -> str:
-    """In words."""
+    """Whether the target is met, in words."""
     return {True: "met", False: "missed", None: "not known"}[t.met]
 
 
-def sentences(cells: Mapping[str, list[Result]], found: Quality) -> list[str]:
+def sentences(cells: Mapping[str, Sequence[Result]], found: Quality) -> list[str]:
     """All sentences of a run: cell by cell, the crossover, the prediction."""
     return [*cell_sentences(cells), *crossover_sentences(cells), *quality_sentences(found)]
 
 
 def environments(rows: Iterable[Row]) -> list[Row]:
-    """The different environments that rows were taken in, by all but their load and date, the last of each."""
+    """The environments of the rows, each once. Those that differ in load and date only are one; the last counts."""
     found: dict[str, Row] = {}
     for row in rows:
         e = row.get("environment")
@@ -164,7 +164,7 @@ def environments(rows: Iterable[Row]) -> list[Row]:
 
 
 def where(e: Row) -> str:
-    """An environment in one sentence; what it does not say is left out."""
+    """An environment in one sentence, without the facts that it lacks."""
 
     def known(*parts: tuple[str, Any]) -> str:
         return ", ".join(text.format(value) for text, value in parts if value is not None)
@@ -179,7 +179,7 @@ def where(e: Row) -> str:
 
 
 def loads(rows: Iterable[Row]) -> str:
-    """The lowest and the highest load while points were timed; empty where no row says."""
+    """The lowest and the highest load while points were timed; empty where no row has it."""
     found = [x for r in rows if r.get("source") == "measured" and (x := number(r.get("load_1m"))) is not None]
     return f"{min(found):g} to {max(found):g}" if found else ""
 

@@ -1,6 +1,6 @@
-"""The folder of one run: its rows, its settings, the calibration that it predicts from, what an interrupted one left.
+"""The folder of a run: its rows and settings, kept from other runs, and when an interrupted run goes on.
 
-Decides when a run goes on and when it starts afresh. What is measured is `benchmarks.bench`'s.
+Also the plain output folder of a command: checked before the work, filled after it. What is measured is not here.
 """
 
 import argparse
@@ -16,68 +16,69 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toruslab.benchmarks.runs.options import InputError, Parser
-from toruslab.benchmarks.runs.rows import Row, RowFile, changes, commit, environment, line, of_a_point
-from toruslab.partitioning.plan.point import Point
-from toruslab.partitioning.torus.chip import Chip
+from toruslab.benchmarks.runs.output import print_rows
+from toruslab.benchmarks.runs.rows import Row, RowFile, changes, commit, line, of_a_point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class BenchRun:
-    """Where the rows of one run go, what it predicts from, and what an interrupted one has left.
+class RunFolder:
+    """The rows of one run, those of an interrupted run included.
 
     Args:
-        options: of the command.
-        rows: of the folder; None in a process that writes none.
+        path: of the folder.
+        check: of a row, see `benchmarks.runs.rows.read`.
+        as_json: whether every row is printed as well, those that are there already first.
+
+    Raises:
+        DamagedResults: see `benchmarks.runs.rows.RowFile`.
     """
 
-    def __init__(self, options: argparse.Namespace, rows: RowFile | None):
-        self.options, self.rows = options, rows
-        self.chip: Chip | None = None
-        self.folder = options.out.resolve()
-        self.environment = environment(options.seed)
-        if options.json and self.rows:
-            for row in self.rows.rows:
-                print(line(row), flush=True)
+    def __init__(self, path: Path, check: Callable[[Row], object], as_json: bool):
+        self.path, self._as_json = path, as_json
+        self.file = RowFile(path / "rows.jsonl", check)
+        if as_json:
+            print_rows(self.rows)
 
-    def add(self, point: Point, source: str, numbers: Row) -> None:
-        """Keeps a row, and prints it under `--json`; not a second time what an interrupted run has left."""
-        if self.rows and not self.rows.find(point, source):
-            row = {"point": point.to_json(), "source": source, **numbers, "environment": self.environment}
-            self.rows.add(row)
-            if self.options.json:
-                print(line(row), flush=True)
+    @property
+    def rows(self) -> list[Row]:
+        return self.file.rows
 
-    def has(self, point: Point) -> bool:
-        """Whether an earlier, interrupted run has measured the point; all processes agree on it."""
-        return all_agree(bool(self.rows and self.rows.find(point, "measured")))
+    def add(self, row: Row) -> None:
+        """Writes a row, and prints it under `--json`."""
+        self.file.add(row)
+        if self._as_json:
+            print_rows([row])
 
     def finish(self) -> None:
         """Marks the run as finished: the next one starts afresh."""
-        (self.options.out / "finished").touch()
+        (self.path / "finished").touch()
 
 
 @contextlib.contextmanager
 def open_run(
-    folder: Path, settings: Row, argv: Sequence[str], check: Callable[[Row], object] = of_a_point, *others: str
-) -> Iterator[RowFile]:
-    """A run's folder, kept from other runs: a run that was left there with the same settings goes on, another one is
-    put aside.
+    options: argparse.Namespace,
+    settings: Row,
+    argv: Sequence[str],
+    check: Callable[[Row], object] = of_a_point,
+    others: Sequence[str] = (),
+) -> Iterator[RunFolder]:
+    """Opens the folder `--out` of a run and keeps other runs out of it.
+
+    A run that was left there with the same settings goes on. Another one is put aside, under a number.
 
     Args:
-        folder: of the run.
+        options: with `out` and `json`.
         settings: what the rows depend on, besides the code.
-        argv: the options, for `unfinished`.
+        argv: the command line, for `unfinished`.
         check: of a row, see `benchmarks.runs.rows.read`.
-        others: files that the run keeps beside the rows, to be forgotten with them.
-
-    Yields:
-        The rows that are there already.
+        others: files beside the rows that a run which starts afresh must not find.
 
     Raises:
         InputError: damaged rows, a folder that cannot be written, or that another run is in.
     """
+    folder: Path = options.out.resolve()
     settings = settings | {"commit": commit(), "changes": digest(changes())}
     marker = folder / "settings.json"
     with contextlib.ExitStack() as held:
@@ -86,19 +87,19 @@ def open_run(
                 if (folder / "finished").exists() or _load(marker) != settings:
                     RowFile(folder / "rows.jsonl", check)  # damaged results are never moved away unseen
                     put_aside(folder)
-                    for name in ("chip.toml", "finished", *others):
+                    for name in ("finished", *others):
                         (folder / name).unlink(missing_ok=True)
             held.enter_context(claim(folder))
             (folder / "argv.json").write_text(json.dumps(_without(list(argv), "--out", "--json", "--resume")))
             marker.write_text(json.dumps(settings, indent=1))
-            rows = RowFile(folder / "rows.jsonl", check)
+            opened = RunFolder(folder, check, options.json)
         except OSError as error:
             raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
-        yield rows
+        yield opened
 
 
 def options_of(parser: Parser, argv: Sequence[str], quick: Mapping[str, Any]) -> argparse.Namespace:
-    """The options of a run; `--quick` fills in those that were left alone, also where the default was given.
+    """The options of a run. `--quick` fills in those that the command line does not give.
 
     Raises:
         InputError: others beside `--resume` than those of where rows go.
@@ -114,8 +115,36 @@ def options_of(parser: Parser, argv: Sequence[str], quick: Mapping[str, Any]) ->
     return options
 
 
+def as_started(options: argparse.Namespace, argv: list[str]) -> list[str]:
+    """The command line of a run; under `--resume` that of the run in `--out`.
+
+    Raises:
+        InputError: see `unfinished`.
+    """
+    if not options.resume:
+        return argv
+    return [*unfinished(options.out), "--out", str(options.out), *(["--json"] if options.json else [])]
+
+
+def unfinished(folder: Path) -> list[str]:
+    """The options of the run that was left in a folder.
+
+    Raises:
+        InputError: there is none, or it was finished, or the code is not what it was.
+    """
+    settings, argv = _load(folder / "settings.json"), _load(folder / "argv.json")
+    if not isinstance(settings, dict) or not isinstance(argv, list) or (folder / "finished").exists():
+        raise InputError(f"out={str(folder)!r} holds no unfinished run; start it without --resume")
+    if (settings.get("commit"), settings.get("changes")) != (commit(), digest(changes())):
+        raise InputError(
+            f"out={str(folder)!r} was measured with the code of commit {settings.get('commit')}, which is not what is "
+            "here; start it anew without --resume"
+        )
+    return argv
+
+
 def _without(argv: list[str], *names: str) -> list[str]:
-    """The arguments without these options; `--out` takes its value with it."""
+    """The arguments without these options, and without the value of `--out`."""
     kept, skip = [], False
     for word in argv:
         name = word.split("=")[0]
@@ -138,7 +167,7 @@ def digest(text_: str) -> str:
 
 
 def put_aside(folder: Path) -> None:
-    """Moves an earlier run's folder away; its results stay, under a number."""
+    """Renames the folder of an earlier run: FOLDER.1, or the first number that is free."""
     if not (folder / "rows.jsonl").exists():
         return
     number = 1
@@ -149,9 +178,9 @@ def put_aside(folder: Path) -> None:
 
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made where it lacks; a process that dies lets go of it.
+    """Keeps other runs out of a folder, which is made if it does not exist. A process that dies releases it.
 
-    The lock is on the folder itself, so nothing is left in it, and it goes with a folder that is moved. A file system
+    The lock is on the folder itself, so that nothing is left in it and that it moves with the folder. A file system
     without such locks (some network ones) guards nothing.
 
     Raises:
@@ -175,34 +204,12 @@ def claim(folder: Path) -> Iterator[None]:
         os.close(opened)
 
 
-def unfinished(folder: Path) -> list[str]:
-    """The options of the run that was left in a folder.
+def writable(folder: Path, field: str = "out") -> None:
+    """Makes a folder, and refuses one that nothing can be written to.
 
-    Raises:
-        InputError: there is none, or it was finished, or the code is not what it was.
-    """
-    settings, argv = _load(folder / "settings.json"), _load(folder / "argv.json")
-    if not isinstance(settings, dict) or not isinstance(argv, list) or (folder / "finished").exists():
-        raise InputError(f"out={str(folder)!r} holds no unfinished run; start it without --resume")
-    if (settings.get("commit"), settings.get("changes")) != (commit(), digest(changes())):
-        raise InputError(
-            f"out={str(folder)!r} was measured with the code of commit {settings.get('commit')}, which is not what is "
-            "here; start it anew without --resume"
-        )
-    return argv
-
-
-def all_agree(value: bool) -> bool:
-    """What the first process says."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
-
-
-def writable(folder: Path) -> None:
-    """Makes the folder, and refuses one that nothing can be written to.
+    Args:
+        folder: to write to.
+        field: the option's name, for the message.
 
     Raises:
         InputError: why.
@@ -210,12 +217,12 @@ def writable(folder: Path) -> None:
     probe = folder / ".part"
     try:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"out={str(folder)!r} is a file, not a folder")
+            raise InputError(f"{field}={str(folder)!r} is a file, not a folder")
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"out={str(folder)!r} cannot be written: {error.strerror}") from None
+        raise InputError(f"{field}={str(folder)!r} cannot be written: {error.strerror}") from None
 
 
 def save(folder: Path, name: str, rows: Iterable[Mapping[str, Any]], figures: "Mapping[str, Figure]") -> list[Path]:

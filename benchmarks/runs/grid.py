@@ -1,13 +1,15 @@
 """The points of a bench: which layouts, phases and sizes are measured against each other.
 
-Decides the cells, each a list of points that differ in layout and attention only and are timed in turn. Touches no
+A bench is a list of cells. The points of a cell differ in layout and attention only, and are timed in turn. Touches no
 device.
 """
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 
-from toruslab.benchmarks.runs.options import InputError, read_lines
+from toruslab.benchmarks.runs.options import integers, refused
+from toruslab.benchmarks.runs.point_options import of_file
 from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point
@@ -22,12 +24,12 @@ WIDE_LENGTH = 16
 
 
 def grid(options: argparse.Namespace) -> list[list[Point]]:
-    """The points, in groups that are timed against each other.
+    """The cells that the options ask for.
 
     Raises:
         InputError: an option that no point can be made of.
     """
-    try:
+    with refused():
         if options.points is not None:
             return _from_file(options.points)
         if options.grid != "default":
@@ -40,15 +42,13 @@ def grid(options: argparse.Namespace) -> list[list[Point]]:
         common = {"model": options.model, "slice": options.slice, "mesh": options.mesh, "weights": options.weights}
         common |= {"cache": options.cache}
         return [_cell(options, common | sizes) for phase in phases for sizes in passes(phase)]
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
 
 
-def _passes(options: argparse.Namespace):
-    """phase -> the sizes of its passes."""
+def _passes(options: argparse.Namespace) -> Callable[[str], list[dict]]:
+    """The sizes of a phase's passes."""
     each = max(8, Slice.parse(options.slice).n_chips)
-    batches = _numbers("batches", f"{each},{16 * each}" if options.batches is None else options.batches)
-    lengths = _numbers("lengths", options.lengths)
+    batches = integers("batches", f"{each},{16 * each}" if options.batches is None else options.batches)
+    lengths = integers("lengths", options.lengths)
 
     def of(phase: str) -> list[dict]:
         if phase in ("prefill", "train"):
@@ -63,7 +63,7 @@ def _passes(options: argparse.Namespace):
 
 
 def _wide(options: argparse.Namespace) -> list[list[Point]]:
-    """Two models, two meshes of the same 8 chips, both phases, four batches; `full`: each model on each mesh."""
+    """Two models, two meshes of 8 chips, both phases, four batches. `full` has each model on each mesh."""
     slice_ = Slice.parse(options.slice)
     if slice_.n_chips != 8:
         raise ValueError(f"slice={options.slice} has {slice_.n_chips} chips; grid={options.grid!r} is made for 8")
@@ -80,45 +80,19 @@ def _wide(options: argparse.Namespace) -> list[list[Point]]:
 
 
 def _cell(options: argparse.Namespace, sizes: dict) -> list[Point]:
-    """Every layout and attention that makes sense, of one model, mesh and pass."""
+    """Every layout with every attention that it has an axis for, of one model, mesh and pass."""
     names, attentions = options.layouts.split(","), options.attention.split(",")
-    common = Point(layout=names[0], attention=_first_legal(names[0], attentions), **sizes)
+    legal = [a for a in attentions if _has_axis(names[0], a)]
+    common = Point(layout=names[0], attention=[*legal, *attentions][0], **sizes)
     return [
         dataclasses.replace(common, layout=name, attention=attention)
         for name in names
         for attention in attentions
-        if len(attentions) == 1 or _makes_sense(name, attention)
+        if len(attentions) == 1 or _has_axis(name, attention)
     ]
 
 
-def _from_file(path: str) -> list[list[Point]]:
-    groups: dict[tuple, list[Point]] = {}
-    for number, line in read_lines("points", path):
-        try:
-            if isinstance(line, ValueError):
-                raise line
-            point = Point.from_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-        of = (point.model, point.mesh_shape, point.phase, point.batch, point.length, point.context, point.weights)
-        of += (point.cache, point.steps_per_call, point.accumulate, point.remat)
-        groups.setdefault(of, []).append(point)
-    if not groups:
-        raise ValueError(f"points={path!r} holds no point")
-    slices = {p.slice for group in groups.values() for p in group}
-    if len(slices) > 1:
-        raise ValueError(f"points={path!r} names {len(slices)} slices; a run measures one")
-    return list(groups.values())
-
-
-def _numbers(field: str, value: str) -> list[int]:
-    try:
-        return [int(n) for n in value.split(",")]
-    except ValueError:
-        raise ValueError(f"{field}={value!r} must be integers with commas between them") from None
-
-
-def _makes_sense(name: str, attention: str) -> bool:
+def _has_axis(name: str, attention: str) -> bool:
     try:
         layout(name, attention, (2, 2, 2), 1)
     except NoAxisLeft:
@@ -126,5 +100,19 @@ def _makes_sense(name: str, attention: str) -> bool:
     return True
 
 
-def _first_legal(name: str, attentions: list[str]) -> str:
-    return next((a for a in attentions if _makes_sense(name, a)), attentions[0])
+def _from_file(path: str) -> list[list[Point]]:
+    """The points of a file; those of one model, mesh and pass make a cell."""
+    cells: dict[tuple, list[Point]] = {}
+    for number, found in of_file(path):
+        if isinstance(found, ValueError):
+            raise ValueError(f"{path}, line {number}: {found}")
+        p = found
+        key = (p.model, p.mesh_shape, p.phase, p.batch, p.length, p.context, p.weights)
+        key += (p.cache, p.steps_per_call, p.accumulate, p.remat)
+        cells.setdefault(key, []).append(p)
+    if not cells:
+        raise ValueError(f"points={path!r} holds no point")
+    slices = {p.slice for cell in cells.values() for p in cell}
+    if len(slices) > 1:
+        raise ValueError(f"points={path!r} names {len(slices)} slices; a run measures one")
+    return list(cells.values())

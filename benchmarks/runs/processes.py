@@ -1,8 +1,9 @@
-"""More than one process: local ones that this module starts, or one on every host of a slice.
+"""Devices and processes: how a command gets its mesh, alone or with other processes.
 
-Decides how processes find each other. What they compute is the same program in each.
+Processes are local ones that this module starts, or one on every host of a slice. All of them run the same program.
 """
 
+import argparse
 import os
 import signal
 import socket
@@ -10,17 +11,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from toruslab.benchmarks.runs.options import InputError
-from toruslab.partitioning.torus.mesh import Slice
+from toruslab.benchmarks.runs.options import InputError, at_least
+from toruslab.partitioning.torus.mesh import Shape, Slice, attach
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
 
 
-def start_locally(module: str, argv: Sequence[str], n: int) -> int:
-    """Runs `python -m module argv` in `n` processes on this machine; the first one speaks. Returns the exit code.
+def add_mesh(p: argparse.ArgumentParser) -> None:
+    """Adds `--slice`, `--mesh`, `--platform` and `--processes`, for commands that measure on a mesh."""
+    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order")
+    p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
+    p.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: cpu or gpu as the slice says, else tpu")
+    p.add_argument("--processes", type=at_least(1), default=1, help="local processes over one mesh")
 
-    When one fails, the others, which would wait for it for ever, are ended.
+
+def must_start(n_processes: int, n_chips: int) -> bool:
+    """Whether this process must start the others, and not take part itself.
+
+    Raises:
+        InputError: the chips cannot be shared out among so many.
+    """
+    if n_chips % n_processes:
+        raise InputError(f"processes={n_processes} does not divide the {n_chips} chips of the slice")
+    return n_processes > 1 and not is_started()
+
+
+def start_locally(module: str, argv: Sequence[str], n: int) -> int:
+    """Runs `python -m module argv` in `n` processes on this machine; only the first one prints.
+
+    When one process fails, the others are ended: they would wait for it for ever.
+
+    Returns:
+        The exit code.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -70,7 +97,7 @@ def join(platform: str, n_chips: int, n_processes: int) -> None:
 
     Args:
         platform: `cpu`, `gpu` or `tpu`.
-        n_chips: places in the mesh, a multiple of `n_processes`; fake CPU devices are shared out evenly.
+        n_chips: places in the mesh, a multiple of `n_processes`. Every process has an equal part of fake CPU devices.
         n_processes: of `start_locally`, else 1. On a TPU slice of several hosts the processes find each other.
     """
     import jax
@@ -90,3 +117,48 @@ def join(platform: str, n_chips: int, n_processes: int) -> None:
             jax.distributed.initialize()
         except (RuntimeError, ValueError) as error:  # no cluster here: the host's own chips
             print(f"one host: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def attached(
+    slice_: Slice, shape: Shape, platform: str | None = None, n_processes: int = 1, *, explicit: bool = True
+) -> "Mesh":
+    """Joins the other processes and returns the mesh of the devices that are here.
+
+    Args:
+        slice_: chip and number of chips.
+        shape: extents of the mesh.
+        platform: as the option `--platform` asks for it.
+        n_processes: of `start_locally`, else 1.
+        explicit: whether mesh axes are of Explicit type.
+
+    Raises:
+        InputError: the devices are not here.
+    """
+    join(platform_of(slice_, platform), slice_.n_chips, n_processes)
+    try:
+        return attach(shape, chip=slice_.chip, explicit=explicit)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"slice={slice_}: {str(error).splitlines()[0]}") from None
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes: of several, the first one does."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether this process has all devices: a profile of a part of them would not be one of the step."""
+    import jax
+
+    return jax.process_count() == 1
+
+
+def all_agree(value: bool) -> bool:
+    """The first process's value, in every process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value

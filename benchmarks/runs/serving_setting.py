@@ -1,6 +1,6 @@
 """What `toruslab serve-bench` measures: schemes, rates and seeds, and the engine that all of them share.
 
-Decides which sizes an engine has by default, and in which order runs are made. Touches no device.
+Also the default sizes of the engine and the order of the runs. Touches no device.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from toruslab.benchmarks.runs import serving_options
 from toruslab.benchmarks.runs.weights_option import chosen
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
@@ -26,22 +27,22 @@ from toruslab.serving.engine.pages import Held, n_pages
 from toruslab.serving.results.metrics import Limits
 from toruslab.serving.scheduling.policies import Policy, policy
 from toruslab.serving.scheduling.reservation import Reservation, reservation
-from toruslab.serving.traffic.traces import Pattern, Trace, arrivals, trace
+from toruslab.serving.traffic.traces import Pattern, Trace, trace
 
 PIECE, PAGE = 16, 32
-"""Tokens in a piece of a prompt, positions in a page of the cache."""
+"""Tokens in a piece of a prompt; positions in a page of the cache."""
 PIECES_TOKENS = 512
-"""About so many tokens of prompts go into one pass."""
+"""The largest pass has about so many tokens of prompts."""
 MOST = {"requests": 1_000_000, "seeds": 1000, "max_bs": 4096, "slots": 10**9}
 LEAST_RATE, MOST_RATE = 1e-3, 1e6
 MOST_FACTOR = 1000.0
 SHARES = (0.25, 0.4, 0.6, 0.85, 1.2, 1.8)
-"""Of the capacity that a closed burst shows: the rates, where none are given."""
+"""The default rates, as shares of the capacity that a closed burst shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A way to make batches, and how many of them are in flight at most."""
+    """A batching scheme: a policy, and the largest number of batches in flight. Rows call it `rung`."""
 
     policy: Policy
     n_workers: int
@@ -53,10 +54,10 @@ class Scheme:
 
     @classmethod
     def parse(cls, text_: str, stages: int) -> "Scheme":
-        """Reads `orca` or `request-level@2`; without a number, a batch for each stage.
+        """Reads `orca` or `request-level@2`. Without a number there is a batch in flight for each stage.
 
         Raises:
-            ValueError: an unknown policy, or no such number.
+            ValueError: an unknown policy, or a number that is out of bounds.
         """
         name, at, workers = text_.partition("@")
         if at and not (workers.isdecimal() and 1 <= int(workers) <= 64):
@@ -68,13 +69,13 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSetting:
-    """One engine, and the traffic that it gets.
+    """One engine and its traffic.
 
     Args:
         shape: extents of one stage's mesh.
         scale: of prompts, of outputs.
         n_slots: of the KV cache, for every scheme.
-        warm_up: share of the time of arrivals that is left out.
+        warm_up: share of the arrivals' time that is not measured.
         limits: of a request, for goodput.
         checkpoint: a folder with the weights; None: random ones.
     """
@@ -110,12 +111,12 @@ class ServingSetting:
 
     @property
     def rows(self) -> int:
-        """Requests that may hold a row at once, whatever the scheme."""
+        """The most requests that hold a row at once, over all schemes."""
         return self.max_bs * max(scheme.n_workers for scheme in self.schemes)
 
     @property
     def least_bytes(self) -> int:
-        """What weights, none repeated, and KV cache take, of all chips together."""
+        """Bytes of weights and KV cache on all chips together, if no weight is stored twice."""
         config, sizes = self.config, {"n_slots": self.n_slots, "page": PAGE, "longest": self.trace.longest}
         positions = PAGE * n_pages(rows=self.rows, held=self.held, **sizes)
         split = {axis for entry in entries(self.made.cache) for axis in axes_of(entry)}
@@ -157,17 +158,6 @@ def read(options: argparse.Namespace) -> ServingSetting:
     config = _config(options.model, options.checkpoint)
     if config.vocab < byte_ids.VOCAB:
         raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
-    if options.weights not in WEIGHTS:
-        raise ValueError(f"weights={options.weights!r} must be one of {', '.join(WEIGHTS)}")
-    for field, least in (("stages", 1), ("max_bs", 1), ("requests", 2), ("seeds", 1)):
-        if getattr(options, field) < least:
-            raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
-    for field, most in MOST.items():
-        value = getattr(options, field)
-        if value is not None and value > most:
-            raise ValueError(f"{field}={value} must be at most {most}")
-    if not 0 <= options.warm_up < 1:
-        raise ValueError(f"warm_up={options.warm_up} must be a share of the time, 0 <= warm_up < 1")
     slice_, stages = Slice.parse(options.slice), options.stages
     if config.n_layers % stages:
         raise ValueError(f"stages={stages} does not divide the {config.n_layers} layers of {config.name}")
@@ -181,52 +171,36 @@ def read(options: argparse.Namespace) -> ServingSetting:
         raise ValueError(f"slots={n_slots} must be at least {asked.longest}, what the longest request needs")
     if options.held not in ("rows", "pages"):
         raise ValueError(f"held={options.held!r} must be rows or pages")
+    as_given = ("stages", "layout", "attention", "weights", "max_bs", "requests", "seeds", "warm_up", "checkpoint")
     return ServingSetting(
         model=config.name,
         slice=slice_,
         shape=shape,
-        stages=stages,
-        layout=options.layout,
-        attention=options.attention,
-        weights=options.weights,
         schemes=_schemes(options.policies, stages, options.max_bs),
         reservation=reservation(options.reservation),
         held=cast(Held, options.held),
-        max_bs=options.max_bs,
         n_slots=n_slots,
         trace=asked,
-        arrivals=arrivals(options.arrivals, options.requests),
+        arrivals=serving_options.pattern(options),
         scale=scale,
-        requests=options.requests,
-        seeds=options.seeds,
-        warm_up=options.warm_up,
-        limits=_limits(options.limits),
-        checkpoint=options.checkpoint,
+        limits=serving_options.limits(options),
+        **{name: getattr(options, name) for name in as_given},
     )
 
 
-def rates(text_: str) -> tuple[float, ...]:
-    """Requests per second, ascending.
-
-    Raises:
-        ValueError: what is no number, out of bounds, or stands there twice.
-    """
-    try:
-        found = [float(part) for part in text_.split(",")]
-    except ValueError:
-        raise ValueError(f"rates={text_!r} must be numbers of requests per second, such as 2,4,8") from None
-    if not all(LEAST_RATE <= rate <= MOST_RATE for rate in found) or len(set(found)) < len(found):
-        raise ValueError(f"rates={text_!r} must be positive, {LEAST_RATE:g} to {MOST_RATE:g}, and each different")
-    return tuple(sorted(found))
+def rates(options: argparse.Namespace, setting: ServingSetting) -> tuple[float, ...] | None:
+    """The rates that were asked for, in requests per second, or None: they are measured then."""
+    rule = f"positive, {LEAST_RATE:g} to {MOST_RATE:g}, and each different"
+    return serving_options.rates(options, setting.arrivals, LEAST_RATE, MOST_RATE, rule)
 
 
 def rates_around(capacity: float) -> tuple[float, ...]:
-    """A ladder of rates up to beyond a capacity, both in requests per second; three digits each."""
+    """Rates from far below a capacity to beyond it, in requests per second, with three digits each."""
     return tuple(float(f"{share * capacity:.3g}") for share in SHARES)
 
 
 def runs(setting: ServingSetting, of_rates: Sequence[float]) -> Iterator[tuple[Scheme, float, int]]:
-    """Scheme, rate and seed of every run: all schemes one after another, each time in another order."""
+    """Scheme, rate and seed of every run. All schemes run at one rate before the next, each time in another order."""
     for seed in range(setting.seeds):
         for i, rate in enumerate(of_rates):
             schemes = list(setting.schemes)
@@ -236,7 +210,9 @@ def runs(setting: ServingSetting, of_rates: Sequence[float]) -> Iterator[tuple[S
 
 
 def sizes_of_passes(max_bs: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Singles and pieces of one part, such that the programs are few: a batch of decodes fits into one pass.
+    """The numbers of single tokens and of pieces for which passes are compiled, per part of the batch.
+
+    They are few, and a batch of decodes fits into one pass.
 
     Example:
         >>> sizes_of_passes(32, 1)
@@ -290,15 +266,3 @@ def _scale(text_: str) -> tuple[float, float]:
 def _fraction(text_: str) -> float:
     above, slash, below = text_.partition("/")
     return float(above) / float(below) if slash else float(above)
-
-
-def _limits(text_: str | None) -> Limits | None:
-    if text_ is None:
-        return None
-    try:
-        ttft_s, tpot_s = map(float, text_.split(":"))
-    except ValueError:
-        ttft_s = tpot_s = 0.0
-    if not (0 < ttft_s < math.inf and 0 < tpot_s < math.inf):
-        raise ValueError(f"limits={text_!r} must be TTFT:TPOT in seconds, both positive, such as 0.5:0.05")
-    return Limits(ttft_s=ttft_s, tpot_s=tpot_s)

@@ -1,14 +1,14 @@
 """Serial against parallel blocks, and kinds of attention over context: analytic beside published, measured if asked.
 
-    toruslab comparisons
-    toruslab comparisons --measure
-    toruslab comparisons --contexts 128,2048,32768 --json
+    python -m benchmarks.studies.comparisons
+    python -m benchmarks.studies.comparisons --measure
+    python -m benchmarks.studies.comparisons --contexts 128,2048,32768 --json
 
-Block: the decode step of PaLM 540B on 64 TPU v4 at batch 512, where the paper found the serial block 14% slower.
-Attention: Figure 8 of the paper, 8 layers of it at batch 256: multihead and multiquery split over heads, multiquery
-split over batch, from short contexts to long ones, and where memory runs out. Multihead has heads of half the width, so
-that attention has as many parameters (suffix -mha).
-With --measure the bench's own model on 8 fake CPU devices as well, kinds in turn.
+- Block: the decode step of PaLM 540B on 64 TPU v4 at batch 512. The paper found the serial block 14% slower.
+- Attention: Figure 8 of the paper, 8 layers at batch 256, from short contexts to long ones, and the context at which
+  memory runs out. Multihead and multiquery split over heads, multiquery split over batch. Multihead has heads of half
+  the width, so that attention has as many parameters (suffix -mha).
+- With --measure also the bench's own model on 8 fake CPU devices, kinds in turn.
 """
 
 import argparse
@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.studies import ratios
 from toruslab.models.presets import model, suffixed
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.limits import longest_context
@@ -39,16 +41,16 @@ KINDS: dict[str, tuple[tuple[str, ...], str]] = {
     "multiquery over heads": ((), "heads"),
     "multiquery over batch": ((), "batch"),
 }
-"""Suffixes of the model, and what attention is split over."""
+"""Suffixes of the model, and the dimension over which attention is split."""
 MEASURED = ("measured_model", "measured_batch", "measured_contexts", "repeats", "seed")
-"""Options that say something with --measure only."""
+"""Options that need --measure."""
 KV_FRACTION = 0.3
-"""Of a chip's memory, for K and V: the rule of the paper's Table 1 and Figure 8."""
+"""The share of a chip's memory for K and V: the rule of the paper's Table 1 and Figure 8."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(prog="toruslab comparisons", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = Parser("python -m benchmarks.studies.comparisons", __doc__)
     p.add_argument("--model", default="palm-540b-h64", help="preset, multiquery and parallel (default: %(default)s)")
     p.add_argument("--slice", default="v4:4x4x4", help="default: %(default)s")
     p.add_argument("--weights", default="bf16", help="default: %(default)s")
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print("\n".join(map(json.dumps, rows)))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        show(rows, output.console())
     if folder:
         from toruslab.benchmarks.reports import figures, style
 
@@ -99,14 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuses options that make no sense, before names are made of them.
+    """Refuses options that make no sense.
 
     Raises:
         ValueError: field, value and rule.
     """
-    for field, least in (("repeats", 1), ("seed", 0), ("layers", 1)):
-        if getattr(options, field) < least:
-            raise ValueError(f"{field}={getattr(options, field)} must be at least {least}")
+    ratios.at_least(options, repeats=1, seed=0, layers=1)
     for field in MEASURED if not options.measure else ():
         if getattr(options, field) != parser().get_default(field):
             raise ValueError(f"{field}={getattr(options, field)!r} is of what is measured; give --measure, too")
@@ -129,15 +129,8 @@ def _point(name: str, slice_: str, batch: int, context: int, attention: str, wei
     return Point(model=name, slice=slice_, phase="decode", layout="ws2d", attention=attention, **sizes)
 
 
-def _numbers(field: str, text: str) -> list[int]:
-    try:
-        return [int(n) for n in text.split(",")]
-    except ValueError:
-        raise InputError(f"{field}={text!r} must be integers with commas between them") from None
-
-
 def analytic(options: argparse.Namespace) -> list[Row]:
-    """The rows that need no device: both comparisons, what is published, and how far memory goes.
+    """The rows that need no device: both comparisons, the published ratio, and the limits of memory.
 
     Raises:
         ValueError: what a point or the cost model refuses.
@@ -152,7 +145,7 @@ def analytic(options: argparse.Namespace) -> list[Row]:
     published = {"point": found[1]["point"], "source": "published", "comparison": "block", "kind": "serial"}
     if (options.model, options.slice, options.weights) == ("palm-540b-h64", "v4:4x4x4", "bf16"):
         found.append(published | {"ratio": paper["ratio"], "citation": paper["source"]})
-    contexts = _numbers("contexts", options.contexts)
+    contexts = ratios.integers("contexts", options.contexts)
     for kind, (suffixes, attention) in KINDS.items():
         few, whole = (suffixed(options.model, *more, *suffixes) for more in ((f"-{options.layers}l",), ()))
         points = [_point(few, options.slice, options.batch, n, attention, options.weights) for n in sorted(contexts)]
@@ -169,7 +162,7 @@ def _row(point: Point, comparison: str, kind: str) -> Row:
 
 
 def _memory(options: argparse.Namespace, few: str, whole: str, attention: str, kind: str) -> Row:
-    """How long the context may be: of the few layers and of the whole model with all memory, and by Table 1's rule."""
+    """The longest context: of few layers and of the whole model with all memory, and by Table 1's rule."""
     few_layers, all_layers = (
         _point(m, options.slice, options.batch, 1, attention, options.weights) for m in (few, whole)
     )
@@ -193,8 +186,8 @@ Measured = tuple[Point, str, str]
 
 
 def _measured_points(options: argparse.Namespace) -> list[list[Measured]]:
-    """In groups that are timed in turn."""
-    contexts = _numbers("measured_contexts", options.measured_contexts)
+    """The measured points, in groups that are timed in turn."""
+    contexts = ratios.integers("measured_contexts", options.measured_contexts)
 
     def point(suffixes: Sequence[str], context: int, attention: str) -> Point:
         name = suffixed(options.measured_model, *suffixes)
@@ -211,50 +204,37 @@ def _measured_points(options: argparse.Namespace) -> list[list[Measured]]:
 
 
 def measure(groups: Sequence[Sequence[Measured]], options: argparse.Namespace) -> list[Row]:
-    """Times the members of every group in turn; the ratio of the blocks is the median over repetitions."""
-    import statistics
-
+    """Times the members of every group in turn. The ratio of the blocks is the median over repetitions."""
     from toruslab.benchmarks.runs import processes
 
     processes.join("cpu", 8, 1)
 
-    from toruslab.benchmarks.measure.contenders import clear, prepare
-    from toruslab.benchmarks.measure.timing import interleaved
     from toruslab.benchmarks.runs.rows import environment
-    from toruslab.models.weights import corpus
 
     found = []
     for group in groups:
-        rows, steps = [], []
-        for point, comparison, kind in group:
-            row: Row = {"point": point.to_json(), "source": "measured", "comparison": comparison, "kind": kind}
-            rows.append(row | {"environment": environment(options.seed)})
-            try:
-                steps.append((rows[-1], prepare(point, options.seed, corpus.read()).step))
-            except Exception as error:
-                rows[-1]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        timings = interleaved([step for _, step in steps], repeats=options.repeats, budget_s=5)
-        for (row, _), timing in zip(steps, timings, strict=True):
-            row |= timing.numbers()
-        if group[0][1] == "block" and len(steps) == len(rows):
-            pairs = zip(rows[1]["times_s"], rows[0]["times_s"], strict=False)
-            rows[1]["ratio"] = statistics.median([serial / parallel for serial, parallel in pairs])
-        clear()
+        points = [point for point, _, _ in group]
+        timed = ratios.measured(points, repeats=options.repeats, budget_s=5, seed=options.seed)
+        rows: list[Row] = [
+            {
+                "point": x.point.to_json(),
+                "source": "measured",
+                "comparison": comparison,
+                "kind": kind,
+                "environment": environment(options.seed),
+                **(x.timing.numbers() if x.timing else {"error": x.error}),
+            }
+            for x, (_, comparison, kind) in zip(timed, group, strict=True)
+        ]
+        if group[0][1] == "block" and timed[0].timing and timed[1].timing:
+            _, rows[1]["ratio"], _ = ratios.shares(timed[1].timing.times_s, timed[0].timing.times_s)
         found += rows
     return found
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """Both comparisons for a person."""
-    blocks = Table(title="Decode step, serial against parallel block", title_justify="left", title_style="bold")
-    for heading in ("point", "source", "block", "ms a step", "serial / parallel"):
-        blocks.add_column(heading, justify="right" if heading in ("ms a step", "serial / parallel") else "left")
-    for r in (r for r in rows if r["comparison"] == "block"):
-        p = r["point"]
-        where = f"{p['model']}, {p['slice']}, batch {p['batch']}, context {p['context']}"
-        taken = f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else ""
-        blocks.add_row(where, r["source"], r["kind"], taken, f"{r['ratio']:.3f}" if "ratio" in r else "")
-    console.print(blocks)
+    """Prints both comparisons and the limits of memory."""
+    console.print(_blocks([r for r in rows if r["comparison"] == "block"]).rich())
     parallel, serial = (r for r in rows if (r["comparison"], r["source"]) == ("block", "analytic"))
     more, moved = (serial[n] - parallel[n] for n in ("latency_s", "collective_s"))
     console.print(
@@ -264,34 +244,64 @@ def show(rows: Sequence[Row], console: Console) -> None:
     for source in ("analytic", "measured"):
         members = [r for r in rows if (r["comparison"], r["source"]) == ("attention", source)]
         if members:
-            console.print(_over_context(members, source))
-    memory = Table(title="Longest context that memory allows", title_justify="left", title_style="bold")
-    for heading in ("attention", "few layers", "whole model", f"whole model, {KV_FRACTION:.0%} of memory for K, V"):
-        memory.add_column(heading, justify="left" if heading == "attention" else "right")
-    for r in (r for r in rows if r["comparison"] == "memory"):
-        names = ("max_context_few_layers", "max_context", "max_context_by_rule")
-        memory.add_row(r["kind"], *("none" if r[n] is None else f"{r[n]:,}" for n in names))
-    console.print(memory)
+            console.print(_over_context(members, source).rich())
+            if not all(r.get("fits", True) for r in members):
+                console.print("(in brackets: does not fit the chips)")
+    console.print(_limits([r for r in rows if r["comparison"] == "memory"]).rich())
 
 
-def _over_context(members: Sequence[Row], source: str) -> Table:
+def _blocks(rows: Sequence[Row]) -> DataTable:
+    def where(r: Row) -> str:
+        p = r["point"]
+        return f"{p['model']}, {p['slice']}, batch {p['batch']}, context {p['context']}"
+
+    return DataTable(
+        title="Decode step, serial against parallel block",
+        records=rows,
+        columns=[
+            Column("point", where, numeric=False),
+            Column("source", lambda r: r["source"], numeric=False),
+            Column("block", lambda r: r["kind"], numeric=False),
+            Column("ms a step", lambda r: f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else ""),
+            Column("serial / parallel", lambda r: f"{r['ratio']:.3f}" if "ratio" in r else ""),
+        ],
+    )
+
+
+def _over_context(members: Sequence[Row], source: str) -> DataTable:
     p = members[0]["point"]
-    model = p["model"].replace("-mha", "")
-    title = f"Decode step over context, ms, {source}: {model} on {p['slice']}, batch {p['batch']}"
-    caption = None if all(r.get("fits", True) for r in members) else "(in brackets: does not fit the chips)"
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption)
-    table.add_column("context", justify="right")
-    for kind in KINDS:
-        table.add_column(kind, justify="right")
     known = {(r["kind"], r["point"]["context"]): r for r in members}
-    for context in sorted({r["point"]["context"] for r in members}):
-        cells = []
-        for kind in KINDS:
-            r = known[kind, context]
-            taken = f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else "failed"
-            cells.append(taken if r.get("fits", True) else f"({taken})")
-        table.add_row(f"{context:,}", *cells)
-    return table
+
+    def time(kind: str, context: int) -> str:
+        r = known[kind, context]
+        taken = f"{r['latency_s'] * 1e3:,.2f}" if "latency_s" in r else "failed"
+        return taken if r.get("fits", True) else f"({taken})"
+
+    model = p["model"].replace("-mha", "")
+    return DataTable(
+        title=f"Decode step over context, ms, {source}: {model} on {p['slice']}, batch {p['batch']}",
+        records=sorted({r["point"]["context"] for r in members}),
+        columns=[
+            Column("context", lambda context: f"{context:,}"),
+            *(Column(kind, lambda context, kind=kind: time(kind, context)) for kind in KINDS),
+        ],
+    )
+
+
+def _limits(rows: Sequence[Row]) -> DataTable:
+    def tokens(field: str):
+        return lambda r: "none" if r[field] is None else f"{r[field]:,}"
+
+    return DataTable(
+        title="Longest context that memory allows",
+        records=rows,
+        columns=[
+            Column("attention", lambda r: r["kind"], numeric=False),
+            Column("few layers", tokens("max_context_few_layers")),
+            Column("whole model", tokens("max_context")),
+            Column(f"whole model, {KV_FRACTION:.0%} of memory for K, V", tokens("max_context_by_rule")),
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ for in the same way. Overhead is the time of the empty call as a share of the wh
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from toruslab.benchmarks.runs import processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.studies import ratios
 from toruslab.models.weights import corpus
 from toruslab.partitioning.plan.point import Point
 
@@ -25,9 +26,7 @@ WANTED = 0.02
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.dispatch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.dispatch", __doc__)
     p.add_argument("--steps", default="1,4,16", help="in one call (default: %(default)s)")
     p.add_argument("--batch", type=int, default=16, help="default: %(default)s")
     p.add_argument("--context", type=int, default=256, help="default: %(default)s")
@@ -40,58 +39,45 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
+    """Runs the study; returns 1 when a point failed."""
     options = parser().parse_args(argv)
-    for field in ("repeats", "seed"):
-        if getattr(options, field) < (field == "repeats"):
-            raise InputError(f"{field}={getattr(options, field)} must be at least {int(field == 'repeats')}")
-    points = _points(options)
-    processes.join("cpu", 8, 1)
-
-    from toruslab.benchmarks.measure.contenders import prepare
-    from toruslab.benchmarks.measure.timing import interleaved
-    from toruslab.benchmarks.runs.rows import environment
-
-    contenders = [prepare(p, options.seed, corpus.read()) for p in points]
-    steps = [s for c in contenders for s in (c.step, empty(c.point))]
-    timings = interleaved(steps, repeats=options.repeats, budget_s=20)
-    rows = []
-    for contender, called, nothing in zip(contenders, timings[::2], timings[1::2], strict=True):
-        n = contender.point.steps_per_call
-        shares = [a / b for a, b in zip(nothing.times_s, called.times_s, strict=False)]
-        rows.append(
-            {
-                "point": contender.point.to_json(),
-                "source": "measured",
-                **called.per(n).numbers(),
-                "call_s": called.median_s,
-                "empty_call_s": nothing.median_s,
-                "dispatch_share": statistics.median(shares),
-                "dispatch_share_quartiles": statistics.quantiles(shares, n=4)[::2] if len(shares) > 1 else shares * 2,
-            }
-        )
-    if options.json:
-        known = environment(options.seed)
-        print("\n".join(json.dumps(row | {"environment": known}) for row in rows))
-    else:
-        show(rows)
-    return 0
-
-
-def _points(options: argparse.Namespace) -> list[Point]:
-    try:
-        each = [int(n) for n in options.steps.split(",")]
-    except ValueError:
-        raise InputError(f"steps={options.steps!r} must be integers with commas between them") from None
+    ratios.at_least(options, repeats=1, seed=0)
     fields = {"model": "toy", "slice": "cpu:2x2x2", "phase": "decode", "weights": "f32"}
     fields |= {name: getattr(options, name) for name in ("batch", "context", "layout", "attention")}
     try:
-        return [Point.from_json(fields | {"steps_per_call": n}) for n in each]
+        points = [Point.from_json(fields | {"steps_per_call": n}) for n in ratios.integers("steps", options.steps)]
     except ValueError as error:
         raise InputError(str(error)) from None
+    processes.join("cpu", 8, 1)
+
+    from toruslab.benchmarks.runs.rows import environment
+
+    timed = ratios.measured(points, repeats=options.repeats, budget_s=20, seed=options.seed, beside=empty)
+    rows = [row(x) for x in timed if not x.error]
+    if options.json:
+        known = environment(options.seed)
+        print("\n".join(json.dumps(each | {"environment": known}) for each in rows))
+    else:
+        show(rows)
+    return ratios.failures(timed, [f"{p.steps_per_call} steps a call" for p in points])
 
 
-def empty(point: Point):
+def row(x: ratios.TimedPoint) -> Row:
+    """Seconds of a step, of a whole call and of the empty one, and the share of the latter."""
+    assert x.timing and x.beside
+    low, share, high = ratios.shares(x.beside.times_s, x.timing.times_s)
+    return {
+        "point": x.point.to_json(),
+        "source": "measured",
+        **x.timing.per(x.point.steps_per_call).numbers(),
+        "call_s": x.timing.median_s,
+        "empty_call_s": x.beside.median_s,
+        "dispatch_share": share,
+        "dispatch_share_quartiles": [low, high],
+    }
+
+
+def empty(point: Point) -> Callable[[], None]:
     """A step that calls a program with the arguments and results of a point's, which does nothing, and waits for it."""
     from toruslab.benchmarks.measure.timing import idle, stepper
     from toruslab.models.decoder.parameters import initial
@@ -105,17 +91,17 @@ def empty(point: Point):
     return stepper(program, idle(program), params, corpus.prompts(point.batch, 1, 0, corpus.read()), point.start)
 
 
-def show(rows: Sequence[dict]) -> None:
+def show(rows: Sequence[Row]) -> None:
     """A line for every number of steps."""
     headings = f"{'steps a call':>12}{'ms a step':>11}{'half within':>16}{'empty call, ms':>16}"
     print(f"{headings}   dispatch's share (half within)")
-    for row in rows:
-        (low, high), (q1, q3) = row["quartiles_s"], row["dispatch_share_quartiles"]
-        much = " above 2%" if row["dispatch_share"] > WANTED else ""
+    for each in rows:
+        (low, high), (q1, q3) = each["quartiles_s"], each["dispatch_share_quartiles"]
+        much = " above 2%" if each["dispatch_share"] > WANTED else ""
         print(
-            f"{row['point'].get('steps_per_call', 1):12}{row['latency_s'] * 1e3:11.2f}"
-            f"{f'{low * 1e3:.2f}..{high * 1e3:.2f}':>16}{row['empty_call_s'] * 1e3:16.3f}"
-            f"   {row['dispatch_share']:.2%} ({q1:.2%}..{q3:.2%}){much}"
+            f"{each['point'].get('steps_per_call', 1):12}{each['latency_s'] * 1e3:11.2f}"
+            f"{f'{low * 1e3:.2f}..{high * 1e3:.2f}':>16}{each['empty_call_s'] * 1e3:16.3f}"
+            f"   {each['dispatch_share']:.2%} ({q1:.2%}..{q3:.2%}){much}"
         )
 
 

@@ -1,10 +1,12 @@
 """Orca's Figure 10 by simulation: the paper's models, slices, trace and policies, and the paper's points beside it.
 
-Decides what is compared and how. Three constants are fitted, on panel (b) alone (GPT-3 175B, 2 stages of 8 A100 40 GB):
-`python -m benchmarks.studies.orca` fits them anew. The other panels are predictions with the same constants.
+    python -m benchmarks.studies.orca --out results/orca
+    python -m benchmarks.studies.orca --fit
+
+Three constants are fitted, on panel (b) alone (GPT-3 175B, 2 stages of 8 A100 40 GB); `--fit` fits them anew. The other
+panels are predictions with the same constants. The ladder goes from the baseline to Orca, one change at a time.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,11 +15,13 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
+from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
+from toruslab.benchmarks.runs import output
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.partitioning.published.papers import data
 from toruslab.serving.scheduling.policies import ORCA, REQUEST_LEVEL, REQUEST_LEVEL_EARLY, SHORTEST_PROMPT, Policy
@@ -29,9 +33,12 @@ from toruslab.serving.traffic.lengths import ORCA_OUTPUT, ORCA_PROMPT
 from toruslab.serving.traffic.workload import Workload
 
 FITTED = {"matmul_efficiency": 0.364, "hbm_efficiency": 0.534, "baseline_slowdown": 1.325}
-"""All on Figure 10(b). The shares of the A100's peak rates that Orca's engine reaches: on Orca's four peaks and its
-curve of max_bs 32 up to 6 requests/s. How much slower the baseline's engine is: on its two peaks and its rate in
-HEADLINE, so that the worst error is least."""
+"""Fitted on Figure 10(b).
+
+- Shares of the A100's peak rates that Orca's engine reaches: on Orca's four peaks and its curve of max_bs 32 up to 6
+  requests/s.
+- Slowdown of the baseline's engine: on its two peaks and its rate in `HEADLINE`, for the smallest worst error.
+"""
 ASSUMED = {"link_efficiency": 1.0, "collective_s": 3.84e-6, "hop_s": 1e-6}
 """Not fitted: NVLink's full rate, v4's cost of a collective, one pass through the switch: 2% of an iteration."""
 PANELS = {"orca-13b": (1, 1), "orca-101b": (1, 8), "orca-175b": (2, 8), "orca-341b": (4, 8)}
@@ -45,12 +52,12 @@ MOST_PROMPT = ORCA_PROMPT.high
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSystem:
-    """A line of the figure.
+    """A serving system of the figure.
 
     Args:
         name: as in the data file.
-        policy, max_bs: its scheduling.
-        in_flight: batches in the pipeline; None: as many as stages.
+        policy, max_bs: of its scheduler.
+        in_flight: batches in the pipeline; None for one per stage.
         baseline: whether it runs on the baseline's engine.
     """
 
@@ -65,7 +72,7 @@ SYSTEMS = (
     *(ServingSystem(name=f"orca{n}", policy=ORCA, max_bs=n) for n in (1, 8, 16, 32)),
     *(ServingSystem(name=f"ft{n}", policy=SHORTEST_PROMPT, max_bs=n, in_flight=1, baseline=True) for n in (1, 8)),
 )
-"""A micro-batch of the baseline is as large as its batch, so that one is in the pipeline at a time."""
+"""A micro-batch of the baseline is its whole batch: one is in the pipeline at a time."""
 
 LADDER = (
     (
@@ -84,7 +91,7 @@ LADDER = (
 
 
 def scenario(system: ServingSystem, model: str = "orca-175b", fitted: dict[str, float] | None = None) -> Scenario:
-    """The server of a line, for one of the paper's models."""
+    """The server of a system, for one of the paper's models."""
     constants = dict(FITTED if fitted is None else fitted)
     slowdown = constants.pop("baseline_slowdown")
     stages, n_chips = PANELS[model]
@@ -103,7 +110,7 @@ def scenario(system: ServingSystem, model: str = "orca-175b", fitted: dict[str, 
 
 
 def trace(rate: float, n: int, seed: int = 0) -> Workload:
-    """The paper's: Poisson arrivals, prompts of 32 to 512 tokens, outputs of 1 to 128, no early stop."""
+    """The paper's trace: Poisson arrivals, prompts of 32 to 512 tokens, outputs of 1 to 128, no early stop."""
     return Workload(n=n, arrivals=Poisson(rate=rate), prompt=ORCA_PROMPT, output=ORCA_OUTPUT, seed=seed)
 
 
@@ -115,7 +122,7 @@ def latency_s(case: Scenario, rate: float, n: int, seed: int = 0) -> float:
 
 
 def peak_per_s(case: Scenario, n: int, seed: int = 0) -> float:
-    """Throughput under a load that never ends; from n requests, or 20 batches."""
+    """Throughput under unlimited load, from n requests or 20 batches, whichever is more."""
     return case.peak_per_s(trace(1.0, max(n, 20 * case.server.max_bs), seed))
 
 
@@ -178,7 +185,7 @@ def predict(models: Iterable[str], n: int, seed: int = 0, tick: Callable[[], Any
 
 
 def ladder(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> list[dict[str, Any]]:
-    """Where the factor comes from: rates at `LIMIT_S`, one change after another."""
+    """Rates at `LIMIT_S` from the baseline to Orca, one change after another: the parts of the paper's factor."""
     rows, first = [], None
     for what, system in LADDER:
         rate = rate_at_limit(scenario(system), n, seed) or 0.0
@@ -189,8 +196,11 @@ def ladder(n: int, seed: int = 0, tick: Callable[[], Any] = lambda: None) -> lis
 
 
 def fit(n: int, seed: int = 0, rounds: int = 6) -> dict[str, float]:
-    """The three constants, on what `FITTED` says: the first two by least squares of the logarithms, peaks and curve
-    weighing the same, by grids that shrink."""
+    """Fits the three constants to the data that `FITTED` names.
+
+    The first two are fitted by least squares of the logarithms, with equal weight of peaks and curve, on grids that
+    shrink.
+    """
     paper = data("orca_fig10_175b")
     orca = [c for c in SYSTEMS if not c.baseline]
     peaks = {name: max(rate for rate, _ in paper[name]) for name in paper if name != "source"}
@@ -284,9 +294,7 @@ def _ladder(axes: Any, steps: Sequence[Row]) -> None:
 
 def parser() -> Parser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.orca", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.orca", __doc__)
     p.add_argument("--requests", type=int, default=1000, help="of each run (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the traces (default: %(default)s)")
     p.add_argument("--fit", action="store_true", help="fit the three constants anew and print them")
@@ -307,15 +315,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.out is not None:
         run_folder.writable(options.out)
-    rows = [*compare(n, seed), *ladder(n, seed), *predict([m for m in PANELS if m != "orca-175b"], n, seed)]
+    others = [m for m in PANELS if m != "orca-175b"]
+    with progress("orca", what="the paper's points, the ladder, other models", total=50) as bar:
+        rows = compare(n, seed, bar.advance) + ladder(n, seed, bar.advance) + predict(others, n, seed, bar.advance)
+        figures = sheets(figure_10b(n, seed), ladder_picture(rows)) if options.out else {}
     if options.out is not None:
-        figures = sheets(figure_10b(n, seed), ladder_picture(rows))
         for path in run_folder.save(options.out, "rows", rows, figures):
             print(path, file=sys.stderr)
     if options.json:
         print("\n".join(map(line, rows)))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 170))
+        show(rows, output.console(170))
     return 0
 
 
@@ -323,30 +333,28 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """Prints the figure, the ladder and the other panels as tables."""
     constants = ", ".join(f"{k} {v}" for k, v in FITTED.items())
     console.print(f"GPT-3 175B, 2 stages of 8 A100 40 GB; fitted on this figure: {constants}")
-    _table(
-        console, [r for r in rows if r["figure"] == "10b"], ("line", "what", "at", "simulated", "published", "error")
+    console.print(
+        _table(
+            [r for r in rows if r["figure"] == "10b"], ("line", "what", "at", "simulated", "published", "error")
+        ).rich()
     )
     console.print("Requests/s at 190 ms a token, one change after another")
-    _table(console, [r for r in rows if r["figure"] == "ladder"], ("step", "rate", "factor"))
+    console.print(_table([r for r in rows if r["figure"] == "ladder"], ("step", "rate", "factor")).rich())
     console.print("Predicted with the same constants, nothing fitted")
-    _table(console, [r for r in rows if r["figure"].startswith("orca-")], ("figure", "line", "what", "simulated"))
+    console.print(
+        _table([r for r in rows if r["figure"].startswith("orca-")], ("figure", "line", "what", "simulated")).rich()
+    )
 
 
-def _table(console: Console, rows: Sequence[Row], fields: Sequence[str]) -> None:
-    table = Table()
-    for field in fields:
-        table.add_column(field, justify="left" if field in ("line", "what", "figure", "step") else "right")
-    for row in rows:
-        table.add_row(*(_cell(field, row[field]) for field in fields))
-    console.print(table)
+def _table(rows: Sequence[Row], fields: Sequence[str]) -> DataTable:
+    def text(value: Any, field: str) -> str:
+        if isinstance(value, float):
+            return f"{value:+.1%}" if field == "error" else f"{value:.3g}"
+        return "" if value is None else str(value)
 
-
-def _cell(field: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:+.1%}" if field == "error" else f"{value:.3g}"
-    return str(value)
+    names = ("line", "what", "figure", "step")
+    columns = [Column(f, lambda row, f=f: text(row[f], f), numeric=f not in names) for f in fields]
+    return DataTable(title="", columns=columns, records=rows)
 
 
 if __name__ == "__main__":

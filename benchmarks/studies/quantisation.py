@@ -1,12 +1,12 @@
 """What int8 costs in accuracy: weights and KV cache against float, by layer and matrix, on logits, on held-out text.
 
-    toruslab quantisation
-    toruslab quantisation --model toy-s --windows 16 --length 256 --json
+    python -m benchmarks.studies.quantisation
+    python -m benchmarks.studies.quantisation --model toy-s --windows 16 --length 256 --json
 
-A layer's output is what it adds to the residual stream; its error is of one matrix as int8 (or the cache, or all
-matrices), everything else and what goes in as float. Loss is nats per byte on text that no training sees: the end of
-the built-in English, or of --text. Weights are random until there is a checkpoint to load: loss is then near
-ln(vocabulary), and agreement of the likeliest tokens says more than it. Runs on one device.
+A layer's output is what it adds to the residual stream. Its error is that of one matrix as int8 (or of the cache, or of
+all matrices), with everything else and its input as float. Loss is nats per byte on held-out text: the end of the
+built-in English, or of --text. The weights are random, so that loss is near ln(vocabulary); agreement of the likeliest
+tokens says more. Runs on one device.
 """
 
 import argparse
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.reports.tables import Column, DataTable
+from toruslab.benchmarks.runs import output, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.studies import ratios
 from toruslab.models.config import ModelConfig
 from toruslab.models.presets import model
 from toruslab.models.weights import byte_ids, corpus
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
     from flax import nnx
 
 VARIANTS = {"float": (False, False), "int8 weights": (True, False), "int8 cache": (False, True), "both": (True, True)}
-"""What is int8: weights, cache."""
+"""Whether weights and cache are int8."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(prog="toruslab quantisation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = Parser("python -m benchmarks.studies.quantisation", __doc__)
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
     p.add_argument("--platform", default="cpu", choices=["cpu", "gpu", "tpu"], help="default: %(default)s")
     p.add_argument("--dtype", default="f32", choices=["f32", "bf16"], help="of what is float (default: %(default)s)")
@@ -53,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     options = parser().parse_args(argv)
     try:
-        for name, least in (("windows", 1), ("length", 2), ("seed", 0)):
-            if getattr(options, name) < least:
-                raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
+        ratios.at_least(options, windows=1, length=2, seed=0)
         config = model(options.model)
         if config.vocab < byte_ids.VOCAB:
             raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
@@ -83,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "length": options.length,
         "ln_vocab": math.log(config.vocab),
     }
-    rows = [*layers(config, params, ids, options.platform), *variants(config, params, ids, options.platform), summary]
+    with progress("quantisation", what="layer by layer, then the whole model"):
+        of_layers = list(layers(config, params, ids, options.platform))
+        rows = [*of_layers, *variants(config, params, ids, options.platform), summary]
     if options.json:
         for row in rows:
             print(json.dumps(row))
     else:
-        show(rows, Console(width=None if sys.stdout.isatty() else 120))
+        show(rows, output.console())
     return 0
 
 
@@ -108,8 +110,9 @@ def held_out(n: int, length: int, text: str) -> np.ndarray:
 
 
 def layers(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform: str = "cpu") -> Iterator[Row]:
-    """Per layer and matrix the relative RMS errors of the weight and of the layer's output; and of the cache, and all
-    matrices. Computed in float32, so that nothing but int8 adds to them.
+    """Relative RMS errors by layer: of each matrix and the layer's output with it, then of all matrices and the cache.
+
+    Computed in float32, so that int8 alone causes them.
 
     Args:
         config, params: the float model, whole on one device of `platform`.
@@ -209,8 +212,9 @@ def _layer(config: ModelConfig, platform: str, batch: int) -> Callable[[dict, "j
 
 
 def variants(config: ModelConfig, params: "nnx.State", ids: np.ndarray, platform: str = "cpu") -> Iterator[Row]:
-    """Of each of `VARIANTS` the errors of logits against float, relative to the largest, the share of likeliest tokens
-    that agree, and the loss in nats per byte.
+    """For each of `VARIANTS`: errors of the logits, agreement of the likeliest tokens, loss in nats per byte.
+
+    Errors are differences from float over the largest logit.
 
     Args:
         config, params, ids: see `layers`; loss is of every token but the first of each row.
@@ -281,31 +285,40 @@ def _alone(config: ModelConfig, platform: str):
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
-    """For a person."""
+    """Prints both tables and what they can say."""
     summary = rows[-1]
     console.print(
         f"[bold]{summary['model']}[/], {summary['weights']} weights of seed {summary['seed']}, {summary['dtype']}; "
         f"{summary['windows']} windows of {summary['length']} tokens of held-out text"
     )
-    listing = Table(title="relative RMS error of int8, by layer", title_justify="left")
-    for heading in ("layer", "what is int8", "of the weight", "of the layer's output"):
-        listing.add_column(heading, justify="right" if heading.startswith("of") else "left")
-    for r in rows:
-        if r["kind"] == "matrix":
-            what = f"{r['block']}/{r['matrix']}"
-            listing.add_row(str(r["layer"]), what, f"{r['weight_error']:.3%}", f"{r['output_error']:.3%}")
-        elif r["kind"] == "layer":
-            what = {"int8 weights": "all matrices", "int8 cache": "the cache"}[r["of"]]
-            listing.add_row(str(r["layer"]), what, "", f"{r['output_error']:.3%}", end_section=r["of"] == "int8 cache")
-    console.print(listing)
-    listing = Table(title="the whole model; logits against float, relative to the largest", title_justify="left")
-    for heading in ("", "largest error", "RMS error", "same likeliest token", "loss, nats per byte"):
-        listing.add_column(heading, justify="right" if heading else "left")
-    for r in rows:
-        if r["kind"] == "variant":
-            errors = (f"{r['largest_error']:.3%}", f"{r['rms_error']:.3%}", f"{r['greedy_agreement']:.2%}")
-            listing.add_row(r["variant"], *errors, f"{r['loss_nats_per_byte']:.5f}")
-    console.print(listing)
+
+    def what(r: Row) -> str:
+        named = {"int8 weights": "all matrices", "int8 cache": "the cache"}
+        return f"{r['block']}/{r['matrix']}" if r["kind"] == "matrix" else named[r["of"]]
+
+    by_layer = DataTable(
+        title="relative RMS error of int8, by layer",
+        records=[r for r in rows if r["kind"] in ("matrix", "layer")],
+        columns=[
+            Column("layer", lambda r: str(r["layer"]), numeric=False),
+            Column("what is int8", what, numeric=False),
+            Column("of the weight", lambda r: f"{r['weight_error']:.3%}" if "weight_error" in r else ""),
+            Column("of the layer's output", lambda r: f"{r['output_error']:.3%}"),
+        ],
+    )
+    whole = DataTable(
+        title="the whole model; logits against float, relative to the largest",
+        records=[r for r in rows if r["kind"] == "variant"],
+        columns=[
+            Column("", lambda r: r["variant"], numeric=False),
+            Column("largest error", lambda r: f"{r['largest_error']:.3%}"),
+            Column("RMS error", lambda r: f"{r['rms_error']:.3%}"),
+            Column("same likeliest token", lambda r: f"{r['greedy_agreement']:.2%}"),
+            Column("loss, nats per byte", lambda r: f"{r['loss_nats_per_byte']:.5f}"),
+        ],
+    )
+    for table in (by_layer, whole):
+        console.print(table.rich())
     console.print(
         f"The weights are random, so that a loss near ln(vocabulary) = {summary['ln_vocab']:.3f} is all there can be, "
         "and likeliest tokens are nearly tied: what int8 costs in text shows with trained weights only."

@@ -8,18 +8,16 @@
 of the same turn. LAYOUT/ATTENTION/N takes N decode steps in a call; what is shown is one step's.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from toruslab.benchmarks.runs import processes
+from toruslab.benchmarks.reports.tables import Column, DataTable
+from toruslab.benchmarks.runs import output, processes
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
-from toruslab.models.weights import corpus
+from toruslab.benchmarks.runs.rows import Row
+from toruslab.benchmarks.studies import ratios
 from toruslab.partitioning.plan.point import Point
 
 DECODE = (
@@ -36,9 +34,7 @@ MODEL = "toy-v1024"
 
 def parser() -> Parser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.ratio", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = Parser("python -m benchmarks.studies.ratio", __doc__)
     p.add_argument("--phase", choices=["decode", "prefill"], default="decode", help="default: %(default)s")
     p.add_argument(
         "--layouts", help="LAYOUT/ATTENTION or LAYOUT/ATTENTION/N, with commas between; all are shares of the first"
@@ -70,64 +66,68 @@ def points(phase: str, layouts: Sequence[str]) -> list[Point]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
+    """Runs the study; returns 1 when a point failed."""
     options = parser().parse_args(argv)
     names = (
-        options.layouts.split(",") if options.layouts else (DECODE if options.phase == "decode" else PREFILL).split()
+        options.layouts.split(",") if options.layouts else {"decode": DECODE, "prefill": PREFILL}[options.phase].split()
     )
     todo = points(options.phase, names)
-    if options.repeats < 2:
-        raise InputError(f"repeats={options.repeats} must be at least 2")
+    ratios.at_least(options, repeats=2)
     processes.join("cpu", 8, 1)
-
-    from toruslab.benchmarks.measure.contenders import prepare
-    from toruslab.benchmarks.measure.timing import interleaved
-
-    ready, failed = [], []
-    for name, point in zip(names, todo, strict=True):
-        try:
-            contender = prepare(point, 0, corpus.read())
-            contender.step()  # whether there is memory to run it
-            ready.append((name, contender))
-        except Exception as error:  # it is said, and the others are timed
-            failed.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-            print(f"failed: {name}: {failed[-1]}", file=sys.stderr)
-            if options.json:
-                print(json.dumps({"point": point.to_json(), "source": "measured", "error": failed[-1]}))
+    timed = ratios.measured(todo, repeats=options.repeats, budget_s=60)
+    code = ratios.failures(timed, names)
+    if options.json:
+        for x in timed:
+            if x.error:
+                print(json.dumps({"point": x.point.to_json(), "source": "measured", "error": x.error}))
+    ready = [(name, x) for name, x in zip(names, timed, strict=True) if not x.error]
     if not ready:
-        return 1
-    names, ready = [name for name, _ in ready], [contender for _, contender in ready]
-    timings = interleaved([c.step for c in ready], repeats=options.repeats, budget_s=60)
-    times = [[t / c.point.steps_per_call for t in timing.times_s] for c, timing in zip(ready, timings, strict=True)]
-    table = Table()
-    for heading in ("", "ms", "half within", "collectives", "kB a chip", f"share of {names[0]}", "half within"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, contender, taken in zip(names, ready, times, strict=True):
-        row = contender.compiled_row
-        shares = statistics.quantiles([a / b for a, b in zip(taken, times[0], strict=False)], n=4)
+        return code
+    rows = [row | {"name": name} for (name, _), row in zip(ready, numbers([x for _, x in ready]), strict=True)]
+    if options.json:
+        print("\n".join(json.dumps({k: v for k, v in row.items() if k != "name"}) for row in rows))
+    else:
+        output.console().print(table(rows).rich())
+    return code
+
+
+def numbers(timed: Sequence[ratios.TimedPoint]) -> list[Row]:
+    """A row for each point: seconds of one step, its collectives, its share of the first point's."""
+    times = [x.timing.per(x.point.steps_per_call).times_s for x in timed if x.timing]
+    rows = []
+    for x, taken in zip(timed, times, strict=True):
         low, median, high = statistics.quantiles(taken, n=4)
-        numbers = {
-            "latency_s": median,
-            "quartiles_s": [low, high],
-            "n_collectives": row["n_collectives"],
-            "collective_bytes": row["collective_bytes"],
-            "share": shares[1],
-            "share_quartiles": [shares[0], shares[2]],
-        }
-        if options.json:
-            print(json.dumps({"point": contender.point.to_json(), "source": "measured", **numbers}))
-        table.add_row(
-            name,
-            f"{median * 1e3:.2f}",
-            f"{low * 1e3:.2f}..{high * 1e3:.2f}",
-            str(row["n_collectives"]),
-            f"{row['collective_bytes'] / 1e3:,.0f}",
-            f"{shares[1]:.2f}",
-            f"{shares[0]:.2f}..{shares[2]:.2f}",
+        low_share, share, high_share = ratios.shares(taken, times[0])
+        rows.append(
+            {
+                "point": x.point.to_json(),
+                "source": "measured",
+                "latency_s": median,
+                "quartiles_s": [low, high],
+                "n_collectives": x.compiled["n_collectives"],
+                "collective_bytes": x.compiled["collective_bytes"],
+                "share": share,
+                "share_quartiles": [low_share, high_share],
+            }
         )
-    if not options.json:
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 1 if failed else 0
+    return rows
+
+
+def table(rows: Sequence[Row]) -> DataTable:
+    """The rows for a person."""
+    return DataTable(
+        title="",
+        records=rows,
+        columns=[
+            Column("", lambda r: r["name"], numeric=False),
+            Column("ms", lambda r: f"{r['latency_s'] * 1e3:.2f}"),
+            Column("half within", lambda r: "..".join(f"{s * 1e3:.2f}" for s in r["quartiles_s"])),
+            Column("collectives", lambda r: str(r["n_collectives"])),
+            Column("kB a chip", lambda r: f"{r['collective_bytes'] / 1e3:,.0f}"),
+            Column(f"share of {rows[0]['name']}", lambda r: f"{r['share']:.2f}"),
+            Column("half within", lambda r: "..".join(f"{s:.2f}" for s in r["share_quartiles"])),
+        ],
+    )
 
 
 if __name__ == "__main__":

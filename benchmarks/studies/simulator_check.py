@@ -3,9 +3,10 @@
     python -m benchmarks.studies.simulator_check
     python -m benchmarks.studies.simulator_check --traces orca,fixed:34:16 --policies orca --json
 
-First the engine serves other seeds of the traces, at the same rates; what its one stage took for each batch becomes the
-simulator's table (`benchmarks.studies.engine_times`), the median gap between two batches its host's time. Then trace by
-trace, engine and simulation: throughput (completions while all batches could be full), and median normalised latency.
+1. The engine serves other seeds of the traces at the same rates. Its stage times become the simulator's table
+   (`benchmarks.studies.engine_times`); the median gap between two batches becomes the host's time.
+2. Each trace runs through engine and simulator. Compared are the throughput (completions while all batches could be
+   full) and the median normalised latency.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from toruslab.benchmarks import serve_bench
-from toruslab.benchmarks.runs import processes, serving_setting
+from toruslab.benchmarks.runs import output, processes, serving_setting
 from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
 from toruslab.benchmarks.studies.engine_times import EngineTimes, Padding
 from toruslab.serving.results.metrics import Metrics
@@ -35,18 +36,14 @@ if TYPE_CHECKING:
     from toruslab.serving.traffic.workload import Workload
 
 SHARES = (0.4, 0.7, 1.3)
-"""Of the capacity: rates of the runs that are compared; beyond 1 only throughput counts."""
+"""Rates of the compared runs, as shares of the capacity. Beyond 1 only throughput counts."""
 CALIBRATION = 1000
-"""Seeds from here on are for the table only."""
+"""Seeds from here on serve the table only."""
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    p = Parser(
-        prog="python -m benchmarks.studies.simulator_check",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = Parser("python -m benchmarks.studies.simulator_check", __doc__)
     p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
     p.add_argument("--slice", default="cpu:2x2x2", help="default: %(default)s")
     p.add_argument("--layout", default="ws1d+lean", help="default: %(default)s")
@@ -62,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark."""
+    """Runs the study."""
     options = parser().parse_args(argv)
     try:
         settings = _settings(options)
@@ -72,22 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from toruslab.benchmarks.measure.serving_run import engine
 
     longest = max(settings, key=lambda setting: setting.trace.longest)
-    console = Console(stderr=True)
-    with console.status("compiling"):
+    with progress("simulator_check", what="compiling"):
         opened = engine(longest, lambda done, of: None)
     with opened as made:
         if made.parts != 1:
             raise InputError(f"attention={options.attention!r} splits the batch over {made.parts} parts; give heads")
-        _compare(options, settings, made, console)
+        _compare(options, settings, made)
     return 0
 
 
-def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine", console: Console) -> None:
-    """Runs everything, and says what came out."""
+def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], made: "Engine") -> None:
+    """Runs everything and prints the result."""
     from toruslab.benchmarks.measure.serving_run import capacity, run_once, warm
 
     rows: list[dict[str, Any]] = []
-    with console.status("the engine's stage times") as status:
+    with progress("simulator_check", what="the engine's stage times") as bar:
         for setting in settings:
             warm(setting, made)
         rates = {setting.trace.name: capacity(setting, made) for setting in settings}
@@ -105,7 +101,7 @@ def _compare(options: argparse.Namespace, settings: Sequence[ServingSetting], ma
             for seed in range(setting.seeds):
                 for share in SHARES:
                     for scheme in setting.schemes:
-                        status.update(f"{setting.trace.name}, {scheme.name}, {share} of capacity")
+                        bar.advance(what=f"{setting.trace.name}, {scheme.name}, {share} of capacity")
                         rate = share * rates[setting.trace.name]
                         rows.append(_row(setting, made, scheme, rate, share, seed, times, host_s))
                         if options.json:
@@ -127,7 +123,7 @@ def show(rows: Sequence[dict[str, Any]], times: EngineTimes, host_s: float) -> N
             *(f"{1e3 * r['normalised_s'][k]:.1f}" for k in ("engine", "simulated")),
             f"{r['normalised_error']:+.1%}",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = output.console()
     console.print(table)
     below = [r for r in rows if r["share"] < 1]
     console.print(
@@ -139,7 +135,7 @@ def show(rows: Sequence[dict[str, Any]], times: EngineTimes, host_s: float) -> N
 
 
 class _Seen(Observer):
-    """What the one stage took."""
+    """The stage times of the engine's batches, and the gaps between them."""
 
     def __init__(self):
         self.samples: list[tuple[Batch, float]] = []
@@ -150,7 +146,7 @@ class _Seen(Observer):
 
     @property
     def gap_s(self) -> float:
-        """Median time between the end of a batch and the start of the next one, which was ready."""
+        """Median time between the end of a batch and the start of the next one, if that was ready."""
         return statistics.median(self._gaps)
 
     def stage(self, batch: Batch, stage: int, start_s: float, end_s: float) -> None:

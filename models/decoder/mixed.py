@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.attention import rope, rope_tables
 from toruslab.models.decoder.cache import Cache, cache_spec, pad_width
-from toruslab.models.decoder.sequences import arrays, heads_read, place
+from toruslab.models.decoder.sequences import arrays, heads_read, place, token_ladder
 from toruslab.partitioning.layouts.layout import Layout, axes_of, entries
 from toruslab.partitioning.layouts.moves import follow, local
 from toruslab.partitioning.layouts.precision import exact
@@ -110,11 +110,11 @@ class Paged(NamedTuple):
         """The sequences that `whole` [parts, width] describes; it is whole on every chip."""
         split = entries(layout.cache)[0]
         by_part = () if not layout.explicit else (P(None, None), P(split, None)) if axes_of(split) else (P(None, None),)
-        by_token = place(layout, P(split, None))
+        by_token = token_ladder(layout)
         control = follow(whole, by_part)
 
         def tables(control):
-            positions = jax.vmap(lambda row: token_positions(form, form.read(row)))(control)
+            positions = jax.vmap(lambda part: token_positions(form, form.read(part)))(control)
             return rope_tables(positions.reshape(-1), config.d_head, config.rope_theta)
 
         return cls(form, control, *local(tables, [by_part], [by_token, by_token])(control))
@@ -139,9 +139,8 @@ class Paged(NamedTuple):
             o = attend_pages(form, rope(q, cos, sin), k, v, layer, told, which)
             return o, k, v
 
-        split = P(entries(layout.cache)[0], None)
         held = [place(layout, cache_spec(layout))] * 2
-        ins = [layout.q, layout.kv, place(layout, P()), *[place(layout, split)] * 3, *held]
+        ins = [layout.q, layout.kv, place(layout, P()), *[token_ladder(layout)] * 3, *held]
         arguments = (q, kv, layer, self.control, self.cos, self.sin, *arrays(cache))
         o, *stored = local(on_shards, ins, [layout.o, *held])(*arguments)
         return o, Cache(*stored)

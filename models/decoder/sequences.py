@@ -50,7 +50,7 @@ class Aligned(NamedTuple):
     @classmethod
     def of(cls, starts: jax.Array, length: int, config: ModelConfig, layout: Layout) -> "Aligned":
         """Sequences with `length` new tokens each, from `starts` [B], whole on every chip."""
-        by_sequence, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
+        by_sequence, by_token = batch_ladder(layout, layout.cache), token_ladder(layout)
         starts = follow(starts, by_sequence)
 
         def tables(starts):
@@ -85,7 +85,7 @@ class Aligned(NamedTuple):
                 o = read(stored, layer, *found)
             return o.reshape(t, h, width), *arrays(stored)
 
-        by_sequence, by_token = batch_ladder(layout, layout.cache), _by_token(layout)
+        by_sequence, by_token = batch_ladder(layout, layout.cache), token_ladder(layout)
         held = [place(layout, P(*entries(cache_spec(layout))[: a.ndim])) for a in arrays(cache)]
         ins = [layout.q, layout.kv, place(layout, P()), by_sequence, by_token, by_token, *held]
         o, *stored = local(on_shards, ins, [layout.o, *held])(q, kv, layer, *self, *arrays(cache))
@@ -166,6 +166,6 @@ def index(axes: Axes) -> jax.Array | int:
     return lax.axis_index(axes) if axes else 0
 
 
-def _by_token(layout: Layout) -> Ladder:
+def token_ladder(layout: Layout) -> Ladder:
     """The ladder of a [T, ...] array that is split as attention splits tokens."""
     return place(layout, P(entries(layout.cache)[0], None))

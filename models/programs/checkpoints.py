@@ -1,8 +1,8 @@
 """Checkpoints: the state of training on disk, written under one layout and mesh and read under any other.
 
 orbax writes and reads the arrays, each chip its own shards, while training goes on. An array is stored under its name
-and global shape, which no layout changes. Our own record beside the arrays
-(`models.programs.checkpoint_folder`) is the reason that damaged checkpoints, and those of other models, are refused.
+and global shape, which no layout changes. With our own record beside the arrays (`models.programs.checkpoint_folder`),
+damaged checkpoints and those of other models are refused.
 
 This module imports orbax. Commands that may not need orbax import this module late.
 """
@@ -228,20 +228,11 @@ def named(state: Any) -> Named:
     """
     found: Named = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        keys = [_key(k) for k in path]
-        name = ".".join(keys[:-1] if keys[-1] == "value" else keys)
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         if name in found:
             raise ValueError(f"state has two arrays named {name!r}; each must have a name of its own")
         found[name] = leaf
     return found
-
-
-def _key(key: Any) -> str:
-    """The name of one step of a path in a pytree."""
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    raise ValueError(f"state has a node without names: {key!r}")
 
 
 def _parts(arrays: Named) -> dict[str, Named]:

@@ -133,8 +133,6 @@ class Evidence:
     @property
     def overlapped(self) -> float | None:
         """The share of the collectives' analytic seconds that compute hides; None without collectives."""
-        if self.exposed is None:
-            return None
         total = math.fsum(seconds * m.count for m, seconds, _ in self._priced)
         return math.fsum(hidden * m.count for m, _, hidden in self._priced) / total if total else None
 
@@ -340,8 +338,6 @@ def _summed(by_scope: Mapping[str, float]) -> dict[str, float]:
 
 def _relayouts(by_scope: Mapping[str, float]) -> dict[str, float]:
     """See `Evidence.relayouts`."""
-    if not by_scope:
-        return {}
     found, matmuls = {}, 0.0
     for weight, at in MATMULS.items():
         multiplied = math.fsum(s for n, s in by_scope.items() if _ends(n, at) and "dot_general" in n)
@@ -373,18 +369,12 @@ def _copies(point: Point, module: Module, trips: int, n: int) -> tuple[int, int]
     weights = {
         _long(_shard([size[d] for d in dims], entries(spec), sizes))
         for s in suffixes
-        for ladder, dims in (
-            (layout.w_in, ("E", "C" + s)),
-            (layout.w_kv, ("E", "D")),
-            (layout.w_out, ("G" + s, "E")),
-        )
+        for ladder, dims in ((layout.w_in, ("E", "C" + s)), (layout.w_kv, ("E", "D")), (layout.w_out, ("G" + s, "E")))
         for spec in ladder
     }
     itemsize = min(pass_.weight_itemsize, pass_.itemsize)
-    least = min(
-        [math.prod(w) * itemsize for w in weights]
-        + [math.prod(c) * (1 if pass_.int8_cache else pass_.itemsize) for c in cached]
-    )
+    cache_itemsize = 1 if pass_.int8_cache else pass_.itemsize
+    least = min([math.prod(w) * itemsize for w in weights] + [math.prod(c) * cache_itemsize for c in cached])
     found = [0, 0]
     for c in copies(module, least, unknown_trips=trips):
         if c.from_space == c.to_space and not c.fused:

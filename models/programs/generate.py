@@ -64,29 +64,23 @@ class Generator:
             raise ValueError(f"chunk={self.chunk} does not fit a cache of {self.capacity} positions")
         if self.steps_per_call < 1:
             raise ValueError(f"steps_per_call={self.steps_per_call} must be at least 1")
-        _ = self.first, self.second
+        _ = self.prefilling, self.decoding()  # they refuse sizes that a layout cannot divide
 
     @functools.cached_property
-    def first(self) -> Program:
+    def prefilling(self) -> Program:
         """The prefill pass of one chunk."""
         return self._program(self.prefill, self.chunk)
 
     @functools.cached_property
-    def second(self) -> Program:
-        """The decode pass of one step."""
-        return self._program(self.decode, 1)
-
-    @functools.cached_property
-    def _longer(self) -> dict[tuple[int, int | None], Program]:
+    def _decoding(self) -> dict[tuple[int, int | None], Program]:
         return {}
 
-    def decoding(self, steps: int, stop: int | None) -> Program:
+    def decoding(self, steps: int = 1, stop: int | None = None) -> Program:
         """The decode pass of `steps` steps; it ends early if all sequences have reached `stop`."""
-        if steps == 1:
-            return self.second
-        if (steps, stop) not in self._longer:
-            self._longer[steps, stop] = self._program(self.decode, 1, steps, stop)
-        return self._longer[steps, stop]
+        key = (steps, None if steps == 1 else stop)
+        if key not in self._decoding:
+            self._decoding[key] = self._program(self.decode, 1, *key)
+        return self._decoding[key]
 
     def _program(self, layout: Layout, length: int, steps: int = 1, stop: int | None = None) -> Program:
         pass_ = Pass(
@@ -129,7 +123,7 @@ class Generator:
         self._check(prompts, n_new)
         lengths = np.array([len(p) for p in prompts], np.int32)
         requests = np.arange(self.batch, dtype=np.int32)
-        mesh, dtype = self.first.mesh, self.first.dtype
+        mesh, dtype = self.prefilling.mesh, self.prefilling.dtype
         cache = empty_cache(self.config, self.batch, self.capacity, self.prefill, mesh, dtype, self.int8_cache)
 
         picked = np.zeros(self.batch, np.int32)
@@ -141,9 +135,9 @@ class Generator:
             ids = np.zeros((self.batch, self.chunk), np.int32)
             for i, prompt in enumerate(prompts):
                 ids[i, : now[i]] = prompt[starts[i] : starts[i] + now[i]]
-            picked, cache = self._run(self.first, params, ids, starts, now, cache, requests)
+            picked, cache = self._run(self.prefilling, params, ids, starts, now, cache, requests)
 
-        params, cache = self._hand_over(params, cache, self.second)
+        params, cache = self._hand_over(params, cache, self.decoding())
         columns = picked[:, None]
         each(columns)
         while (ran := columns.shape[1] - 1) < n_new - 1:

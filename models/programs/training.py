@@ -27,7 +27,7 @@ from toruslab.models.decoder.sequences import Causal, split_axes
 from toruslab.models.programs.program import Compiled
 from toruslab.partitioning.layouts.layout import Layout
 from toruslab.partitioning.layouts.moves import follow
-from toruslab.partitioning.layouts.ownership import copies, gradient_ladder, owned, update_ladder
+from toruslab.partitioning.layouts.ownership import copy_axes, gradient_ladder, owned, update_ladder
 from toruslab.partitioning.plan.passes import Pass
 from toruslab.partitioning.torus.mesh import AXES
 
@@ -303,7 +303,7 @@ class Trainer:
         """This chip's term of the sum of squares of the gradient. Elements with several owners count once."""
 
         def of_leaf(spec: P, g: jax.Array, like: Any) -> jax.Array:
-            left = copies(self._owned(spec, like), self.sizes) if self.layout.explicit else ()
+            left = copy_axes(self._owned(spec, like), self.sizes) if self.layout.explicit else ()
             return jnp.sum(jnp.square(g)) / math.prod(self.sizes[a] for a in left)
 
         found = jax.tree.map(of_leaf, resting, gradients, self._shapes.params, is_leaf=_is_spec)

@@ -1,6 +1,6 @@
 """What it costs to change the layout between prefill and decode: no weight moves, but the KV cache may have to.
 
-Two layouts can follow each other where their weights rest in the same places (`same_weights`). The cache then moves from
+Two layouts can follow each other if their weights rest in the same places (`same_weights`). The cache then moves from
 where prefill leaves it to where decode reads it. Both layouts are on one slice and one mesh.
 """
 

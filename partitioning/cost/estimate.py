@@ -111,7 +111,7 @@ def _estimate(point: Point, cost: Cost, row: int) -> Estimate:
     """One of a group of passes that were priced together."""
 
     def pick(array: Any) -> float:
-        return float(array[row]) if np.ndim(array) else float(array)
+        return float(array[row]) if isinstance(array, np.ndarray) and array.ndim else float(array)
 
     bounds = {k: pick(getattr(cost, f"{k}_s")) for k in ("compute", "memory", "collective")}
     held = int(pick(cost.hbm_bytes_per_chip))

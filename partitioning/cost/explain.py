@@ -1,6 +1,6 @@
-"""One layer's ladder in the paper's notation: every tensor of a pass, every step, and what each step moves.
+"""A pass in the paper's notation: every tensor, every step of its ladder, and what each step moves.
 
-`BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E; `(partialsum-x)` says that the chips along
+`BLE_xyz` is a tensor of B*L tokens by E, split over all three axes along E. `(partialsum-x)` says that the chips along
 x hold terms of a sum. Touches no device.
 """
 
@@ -16,7 +16,8 @@ from toruslab.partitioning.plan.tensors import TRANSPOSED, Tensor, letters, tens
 from toruslab.partitioning.torus.chip import PLATFORMS
 from toruslab.partitioning.torus.mesh import AXES
 
-LETTERS = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
+NOTATION = {"T": "BL", "R": "B", "C_mlp": "C", "G_mlp": "G", "n": "", "2": ""}
+"""Letters of the plan -> the paper's, where they differ."""
 WHAT = {
     "embed": "look up",
     "x": "into the matmuls",
@@ -36,11 +37,13 @@ WHAT = {
     "loss": "largest logit, then sums",
     "clip": "the loss",
 }
-RIDERS = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V", (): "with it: the gradient's square"}
+"""Last part of a scope -> what its tensor is."""
+FUSED = {("T",): "with it: sum of squares", ("T", "D"): "with it: K and V", (): "with it: the gradient's square"}
+"""Letters of a tensor that shares a collective -> what it is."""
 
 
 def notation(dims: Sequence[str], spec: P) -> str:
-    """A tensor's dimensions and spec as the paper writes them; axes in the order x, y, z, whatever their order here.
+    """A tensor's dimensions and spec as the paper writes them; axes always in the order x, y, z.
 
     Example:
         >>> notation(("T", "C"), P(None, ("z", "y"), unreduced=frozenset("x")))
@@ -49,21 +52,34 @@ def notation(dims: Sequence[str], spec: P) -> str:
     parts = []
     for dim, entry in zip(dims, entries(spec), strict=True):
         axes = "".join(a for a in AXES if a in axes_of(entry))
-        letters_ = LETTERS.get(dim, dim)
-        parts.append(letters_[:1] + (f"_{axes}" if axes else "") + letters_[1:])
+        written = NOTATION.get(dim, dim)
+        parts.append(written[:1] + (f"_{axes}" if axes else "") + written[1:])
     partial = "".join(a for a in AXES if a in spec.unreduced)
     return "".join(parts) + (f"(partialsum-{partial})" if partial else "")
 
 
 def steps(point: Point) -> list[dict]:
-    """Every step of the pass as a row: scope, before, kind, axes, after, bytes a chip receives, seconds, count; `rides`
-    says that it shares the collective of another tensor of its scope, `in_layer` that it is in every layer.
+    """Every step of a pass, in order; a tensor that does not move is one step without a kind.
 
-    A step that is looped with its matmul also has its number of `sends`.
+    Returns:
+        A row per step, with these fields:
 
-    Seconds are analytic, and None for chips without a data sheet.
+        - `scope`, `tensor`, `shape`: what moves; in training also the `part` of the step (forward, backward, ...).
+        - `from`, `kind`, `axes`, `to`: the step, in the paper's notation.
+        - `bytes`: bytes that one chip receives in one execution; `count`: executions in the pass.
+        - `seconds`: analytic, of one execution; None for chips without a data sheet and for steps that move nothing.
+        - `rides`: whether it shares the collective of another tensor in the same scope.
+        - `in_layer`: whether it is in every layer.
+        - `sends`: number of collective-permutes, of a step that is looped with its matmul only.
 
-    A tensor that does not move is one row without a kind.
+    Raises:
+        ValueError: a mesh that cannot be laid over the slice.
+
+    Example: the residual stream of 2D weight-stationary is gathered over y and z before the matmuls.
+        >>> rows = steps(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
+        ...                    layout="ws2d", attention="batch"))
+        >>> next((row["from"], row["kind"], row["to"]) for row in rows if row["scope"] == "layer/x")
+        ('BLE_xyz', 'all-gather', 'BLE_x')
     """
     sizes = dict(zip(AXES, point.mesh_shape, strict=True))
     config, layout = point.config, point.layout_value
@@ -80,8 +96,8 @@ def steps(point: Point) -> list[dict]:
             nothing = {"kind": None, "axes": [], "to": at, "bytes": 0, "seconds": None, "count": tensor.count}
             found.append({**common, "from": at, **nothing})
         runs = list(tensor.collectives(sizes, size))
-        steps_ = list(moves(tensor.ladder))
-        for move in reversed(steps_) if back else steps_:
+        ladder = list(moves(tensor.ladder))
+        for move in reversed(ladder) if back else ladder:
             parts = [kind for kind, _, _, of in runs if of == move]
             seconds = [c.seconds for _, c in zip(parts, priced, strict=False)]
             src, dst = (dual(move.dst, sizes), dual(move.src, sizes)) if back else (move.src, move.dst)
@@ -102,8 +118,10 @@ def steps(point: Point) -> list[dict]:
 
 
 def dual(spec: P, sizes: Mapping[str, int]) -> P:
-    """Where the gradient of a tensor lies: split alike; of what chips had alike each has a part of the sum, and of a
-    partial sum all have the whole.
+    """The spec of the gradient of a tensor. It is split as the tensor is.
+
+    Where chips hold copies of the tensor, each has a term of the gradient's sum. Where chips hold terms of a partial
+    sum, all have the whole gradient.
 
     Example:
         >>> dual(P("y", None, unreduced=frozenset("x")), {"x": 2, "y": 2, "z": 2}) == P("y", None, unreduced={"z"})
@@ -114,7 +132,7 @@ def dual(spec: P, sizes: Mapping[str, int]) -> P:
 
 
 def _kind(move: Move, back: bool) -> str:
-    """The name of a move, or of its transpose; a slice moves nothing, nor does what lies around it as zeros."""
+    """The name of a move, or of its transpose. A slice moves nothing, and its transpose pads with zeros."""
     if not back:
         return move.kind
     return "pad" if move.kind == "slice" else TRANSPOSED[move.kind]
@@ -122,7 +140,7 @@ def _kind(move: Move, back: bool) -> str:
 
 def _what(tensor: Tensor) -> str:
     if tensor.fused and tensor.scope != "loss":
-        return RIDERS[tensor.dims]
+        return FUSED[tensor.dims]
     first, last = tensor.scope.split("/")[0], tensor.scope.rsplit("/", 1)[-1]
     if first in ("gradients", "update"):
         return {"gradients": "its sum, to its owner", "update": "new values, to all copies"}[first]

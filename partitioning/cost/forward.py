@@ -1,6 +1,6 @@
 """What a forward pass costs: seconds, bytes and fit, from the plan and the chip's figures. Touches no device.
 
-The collectives are the layout's own (`partitioning.plan.plan`). Matmuls, attention and memory follow from the same specs.
+The collectives are those of the plan (`partitioning.plan`). Matmuls, attention and memory follow from the same specs.
 What goes beyond the data sheet is decided here and nowhere else:
 
 - The multiply-adds of a matmul and its memory traffic (weights, and activations in and out) overlap, but not perfectly.

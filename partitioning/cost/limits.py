@@ -1,4 +1,4 @@
-"""How much a slice can hold: the largest batch and the longest context of a point that fit the chips' memory."""
+"""The largest batch and the longest context of a point that fit the memory of its chips."""
 
 import dataclasses
 import functools
@@ -16,19 +16,19 @@ from toruslab.partitioning.plan.point import WEIGHTS, Point
 from toruslab.partitioning.torus.mesh import AXES, Shape, Slice
 
 MOST = 2**40
-"""No batch, context or length is larger."""
+"""The largest batch, context or length that is tried."""
 
 
 @functools.lru_cache(maxsize=65536)
 def batch_step(made: Layout, block: str, mesh: Shape) -> int:
-    """What a batch must be a multiple of under a layout."""
+    """The number that a batch must be a multiple of under a layout."""
     sizes = dict(zip(AXES, mesh, strict=True))
     splits = (axes for dim, axes in requirements(made, block) if dim in ("B", "T", "R"))
     return math.lcm(1, *(math.prod(sizes[a] for a in axes) for axes in splits))
 
 
 def largest_batch(point: Point) -> int | None:
-    """The largest batch that a point's slice can hold, all else equal; None where not even the smallest fits.
+    """The largest batch that fits the point's slice, all else equal; None if not even the smallest fits.
 
     Example:
         >>> largest_batch(Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", batch=64, context=2048,
@@ -41,15 +41,15 @@ def largest_batch(point: Point) -> int | None:
 
 
 def step_of_batches(point: Point) -> int:
-    """What a point's batch must be a multiple of; in training each of its parts."""
+    """The number that a point's batch must be a multiple of; in training every part of it."""
     return batch_step(point.layout_value, point.config.block, point.mesh_shape) * point.accumulate
 
 
 def longest_context(point: Point) -> int | None:
-    """The longest `context` that a point's slice can hold, all else equal; None where not even the shortest fits, and
-    in training, which has none.
+    """The longest `context` that fits the point's slice, all else equal; None if not even the shortest fits.
 
-    As in a point: with this pass's token in decode (1 at least), before this pass's tokens in prefill (0 at least).
+    It is counted as in a point: in decode with the token of this pass (at least 1), in prefill without the tokens of
+    this pass (at least 0). Training has no context: None.
     """
     if point.phase == "train":
         return None
@@ -59,14 +59,16 @@ def longest_context(point: Point) -> int | None:
 
 
 def _last(point: Point, most: int, change) -> int | None:
-    """The largest k of 1..most whose changed point fits; memory never falls as k grows, so 1024 are tried at a time;
-    of training steps, which are priced one by one, one."""
+    """The largest k of 1..most whose changed point fits; None if there is none.
+
+    Memory never falls as k grows, so the search narrows an interval: 1024 tries at a time, or one in training, where
+    points are priced one by one.
+    """
     below, above, at_once = 0, most + 1, 1 if point.phase == "train" else 1024
     while above - below > 1:
         tried = np.unique(np.linspace(below, above, at_once + 2, dtype=np.int64)[1:-1])
         tried = tried[(tried > below) & (tried < above)]
-        fits = _fits(point, change(tried))
-        n = int(np.count_nonzero(fits))
+        n = int(np.count_nonzero(_fits(point, change(tried))))
         below, above = (int(tried[n - 1]) if n else below), (int(tried[n]) if n < len(tried) else above)
     return below or None
 

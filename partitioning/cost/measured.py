@@ -1,8 +1,8 @@
 """What a pass takes on a machine that was measured: the plan's collectives and the decoder's own blocks, added up.
 
-The counterpart of `partitioning.cost.forward` for chips that `toruslab calibrate` has written. Nothing in it is fitted to
-steps. Fake devices share their cores, so nothing hides behind anything and all terms add up. Attention to an int8 cache
-is priced as if the cache had the dtype of the activations, for which there are samples.
+The counterpart of `partitioning.cost.forward` for chips that `toruslab calibrate` has written. Nothing here is fitted
+to steps. Fake devices share their cores, so nothing hides behind anything and all terms add up. Attention to an int8
+cache is priced as if the cache had the dtype of the activations, for which there are samples.
 
     step = dispatch + layers x (matmuls + weights out of the stack + attention + the rest + collectives) + both ends
 

@@ -1,4 +1,4 @@
-"""The sizes of many passes as arrays, under the letters of the plan: what prices are computed from. Touches no device."""
+"""The sizes of passes as arrays, under the letters of the plan: what prices are computed from. Touches no device."""
 
 import functools
 from collections.abc import Mapping, Sequence

@@ -25,7 +25,8 @@ from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 
 PERMUTE = "collective-permute"
 Where = str | tuple[str, str]
-"""`outside` the layers, `exposed` in a layer, `hidden` under its matmuls, or (weight, suffix): looped with that matmul."""
+"""`outside` the layers, `exposed` in a layer, `hidden` under its matmuls, or (weight, suffix) of the one matmul that a
+looped collective overlaps."""
 WEIGHT = {"w_in": "w_in", "h": "w_in", "w_kv": "w_kv", "w_out": "w_out", "g": "w_out", "out": "w_out"}
 """A ladder that can be looped -> the weight of the matmul that it is looped with."""
 SUFFIX = {"layer": "", "attention": "", "mlp": "_mlp"}
@@ -65,7 +66,7 @@ class Transfer:
     """A collective of the plan with its sizes left open: bytes = factor x product of `dims` x bytes of an element.
 
     Args:
-        scope, kind, axes: as in the plan. A looped collective is a row of collective-permutes.
+        scope, kind, axes: as in the plan. A looped collective is a sequence of collective-permutes.
         dims: letters of the tensor.
         dtype: `act`, `weight`, `f32` or `i32`.
         factor: of the bytes that a chip receives; the parts that the tensor is split into are divided out.
@@ -253,14 +254,14 @@ def coefficients(layout: Layout, block: str, slice_: Slice, mesh: Shape, overlap
 def collective_rate(
     kind: str, axes: Axes, mesh: Shape, slice_: Slice, chip_: Chip, *, ways: int, one_way: bool
 ) -> tuple[float, float]:
-    """Seconds per byte and hops of a collective; of a permute, as one of a loop that sends in so many `ways`."""
+    """Seconds per byte and hops of a collective, or of one permute of a looped collective with so many `ways`."""
     if kind == PERMUTE:
         return permute_rate(axes[0], mesh, chip_, mesh_shape(slice_), ways=ways)
     return rate(kind, axes, mesh, chip_, mesh_shape(slice_), one_way=one_way)
 
 
 def n_messages(t: Transfer) -> int:
-    """Messages that each chip of an all-to-all sends one by one; 0 for other collectives."""
+    """The number of messages that each chip of an all-to-all sends one by one; 0 for other collectives."""
     return t.n_group if t.kind == "all-to-all" else 0
 
 

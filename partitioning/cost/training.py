@@ -1,7 +1,7 @@
 """What a training step costs: forward, backward and update of a point of the phase `train`. Touches no device.
 
 The forward pass of one part of the batch is priced as a prefill of whole sequences with all logits, by
-`partitioning.cost.forward`, or by `partitioning.cost.measured` on a machine that was calibrated. The rest follows from it:
+`partitioning.cost.forward`, or by `partitioning.cost.measured` on a calibrated machine. The rest follows from it:
 
 - The gradient of a matmul is two matmuls of its size, so layers cost three forward passes. They cost a fourth where
   they are recomputed.
@@ -185,7 +185,8 @@ def held_bytes(point: Point) -> int:
 
     - the state: parameters, two moments, and float32 master weights beside bfloat16 ones, where they are owned;
     - the gradients of all layers as the backward pass makes them, and their sums where the batch is in parts;
-    - what is kept of each layer (`plan.REMAT`): its input, or all that it made, with the gathered weights or without;
+    - what is kept of each layer (`plan.passes.REMAT`): its input, or all that it made, with or without the gathered
+      weights;
     - the copy of the input projections, in the layout of the forward pass, that XLA:TPU makes once a step.
 
     Beside these the larger of two: the logits, as partial sums, and scattered with their gradient in float32; or a

@@ -1,9 +1,8 @@
-"""Optimised HLO text -> the collectives of the program.
+"""Optimised HLO text -> the collectives of the program: bytes, mesh axes, executions and scope of each.
 
-Decides what a collective moves, over which mesh axes, how often and under which name; needs no JAX. `hlo_text` makes
-text into instructions, `hlo_groups` replica groups into axes, `hlo_loops` visits instructions as often as they run;
-`hlo_cycles` reads copies and cycles. Whether the collectives are those of a plan is `evidence`'s question, what they
-cost the cost model's. What cannot be read raises `HloError` with its line: never a silent zero.
+The other files of this room do the parts of this: `text` reads instructions, `groups` finds the axes, `loops` counts
+executions. `compare` matches the result with the plan. Anything that cannot be read raises `HloError` with its line; no
+collective is skipped in silence. Imports no JAX.
 """
 
 from __future__ import annotations
@@ -38,35 +37,35 @@ _NARROW = {"bf16", "f16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective of the program. One that the compiler merged out of several is several: one for each tensor."""
+    """One collective of the program. A merged collective, which moves several tensors, is one of these per tensor."""
 
     kind: CompiledKind
-    axes: tuple[str, ...]  # mesh axes of size > 1 that it runs over, in mesh order; a permute's: where any pair differs
-    bytes: int  # what ONE chip must receive in one execution, rounded up; padding that the compiler added moves too
-    dtype: str  # what moves
-    logical_dtype: str  # what the program asked for: bf16 where XLA:CPU widened to f32 and narrows again
-    scope: str  # op_name, in full; "" where the compiler dropped it (then see `near`)
-    near: tuple[str, ...]  # op_names of its reduction and of what computes its operand
+    axes: tuple[str, ...]  # of size > 1, in mesh order; of a permute, those along which any pair differs
+    bytes: int  # that ONE chip must receive in one execution, rounded up; including the compiler's padding
+    dtype: str  # of what moves
+    logical_dtype: str  # of what the program asked for: bf16 where XLA:CPU widened it to f32
+    scope: str  # the whole op_name; "" if the compiler dropped it (then see `near`)
+    near: tuple[str, ...]  # op_names of its reduction and of the instruction that computes its operand
     trips: int  # executions in one execution of the program
-    group_size: int  # K, the chips in one group: the product of `axes`, but for `partial_axes`
+    group_size: int  # K, the chips in one group: the product of `axes`, except with `partial_axes`
     asynchronous: bool  # a start/done pair, or a TPU async collective fusion
-    sliced: bool  # an all-reduce of which only 1/K is used: a reduce-scatter that was not made
+    sliced: bool  # an all-reduce of which each chip uses only 1/K: it could have been a reduce-scatter
     strategy: str | None  # TPU: the ring strategy that the compiler names
-    emitter: str | None  # TPU: the code generator it names, there also where `strategy` is not
-    branch: str | None  # "conditional.1[0]" when it stands in a branch: it may not run; all branches are reported
+    emitter: str | None  # TPU: the code generator that the compiler names, even without a strategy
+    branch: str | None  # such as "conditional.1[0]"; a branch may not run, and all branches are reported
     line: int  # in the text, from 1
-    part: int  # which of the tensors, when merged
+    part: int  # number of the tensor in a merged collective, from 0
     n_merged: int  # tensors that share this instruction
 
     @property
     def logical_bytes(self) -> int:
-        """`bytes`, had the collective run in `logical_dtype`."""
+        """`bytes` if the collective ran in `logical_dtype`."""
         logical, real = (ArrayShape(dtype=d, dims=(8,)).n_bytes(self.line) for d in (self.logical_dtype, self.dtype))
         return -(-self.bytes * logical // real)
 
 
 def _is_collective(i: Instruction) -> bool:
-    """Raises for what looks like a collective and is none that is known."""
+    """Whether it is a collective; raises `HloError` if it looks like one that this reader does not know."""
     if i.opcode.removesuffix("-start") in _KINDS:
         return True
     if i.opcode == "custom-call":
@@ -81,7 +80,10 @@ def _is_collective(i: Instruction) -> bool:
 
 
 def _users(i: Instruction, frame: Frame) -> list[Place] | None:
-    """Who uses it, seen through fusions: out of the one it is the root of, into those it enters. None: it escapes."""
+    """The instructions that use it, also outside a fusion whose root it is, and inside fusions that take it.
+
+    None if it is the result of a computation other than a fusion, whose users are not known.
+    """
     found: list[Place] = []
     if i.is_root:
         if not frame.caller or not frame.parent or frame.caller.opcode != "fusion":
@@ -104,7 +106,7 @@ def _users(i: Instruction, frame: Frame) -> list[Place] | None:
 
 
 def _parts(i: Instruction, frame: Frame, part: int, n_merged: int) -> list[Place]:
-    """The instructions that are element `part` of the result."""
+    """The instructions whose value is element `part` of the result."""
     users = _users(i, frame) or []
     if len(users) == 1 and users[0][0].opcode.endswith("-done"):
         return _parts(*users[0], part, n_merged)
@@ -114,7 +116,7 @@ def _parts(i: Instruction, frame: Frame, part: int, n_merged: int) -> list[Place
 
 
 def _is_sliced(i: Instruction, frame: Frame, n_elements: int) -> bool:
-    """Whether all that is ever used of it is a dynamic-slice of `n_elements`."""
+    """Whether its only uses are dynamic-slices of `n_elements`."""
     users = _users(i, frame) or []
     return bool(users) and all(
         u.shapes[0].n_elements == n_elements
@@ -125,7 +127,7 @@ def _is_sliced(i: Instruction, frame: Frame, n_elements: int) -> bool:
 
 
 def _producer(i: Instruction, frame: Frame) -> Place:
-    """What computed it, seen through fusions and through what only moves it."""
+    """The instruction that computed it, also inside fusions, and before instructions that only move it."""
     while True:
         if i.opcode in _MOVED:
             i = frame.computation.operand(i)
@@ -139,7 +141,7 @@ def _producer(i: Instruction, frame: Frame) -> Place:
 
 
 def _narrowed(i: Instruction, frame: Frame) -> set[str]:
-    """The dtypes of what first uses it for more than moving it."""
+    """The dtypes of its first uses, not counting instructions that only move it."""
     found: set[str] = set()
     for u, f in _users(i, frame) or [(i, frame)]:
         moves = u is not i and (u.opcode == "get-tuple-element" or u.opcode in _MOVED)
@@ -148,8 +150,11 @@ def _narrowed(i: Instruction, frame: Frame) -> set[str]:
 
 
 def _logical_dtype(i: Instruction, operand: Place, parts: list[Place]) -> str:
-    """The dtype before XLA:CPU widened: it marks reductions of one operand `_promoted`, and converts around what only
-    moves."""
+    """The dtype before XLA:CPU widened it.
+
+    XLA:CPU marks a widened reduction of one operand as `_promoted`. Around other collectives it converts to f32 and
+    back.
+    """
     dtype = operand[0].shapes[0].dtype
     if dtype != "f32":
         return dtype
@@ -178,7 +183,7 @@ def _near(i: Instruction, frame: Frame, operand: Instruction) -> tuple[str, ...]
 
 
 def _received(kind: str, size: int, k: int) -> int:
-    """Bytes that one of `k` chips must receive, for `size` bytes of operand, rounded up."""
+    """Bytes that one of `k` chips must receive for an operand of `size` bytes, rounded up."""
     if k == 1:
         return 0
     if kind == "all-gather":
@@ -189,13 +194,13 @@ def _received(kind: str, size: int, k: int) -> int:
 
 
 def _tensors(i: Instruction, frame: Frame, k: int) -> list[tuple[Instruction, int]]:
-    """Each tensor that it moves: the (first) instruction that computes it, and its bytes."""
+    """The tensors that a collective moves: the (first) operand of each, and its bytes."""
     operands = [frame.computation.operand(i, n) for n in range(len(i.operands))]
     if not operands or any(len(o.shapes) != 1 for o in operands) or "slice_sizes" in i.attributes:
         raise HloError(i.line, f"operands of {i.name} are not one array each")
     tensors = [(o, o.shapes[0].n_bytes(i.line)) for o in operands]
     kind = i.opcode.removesuffix("-start")
-    if kind == "ragged-all-to-all":  # the first operand is the data, the others say how much of it moves
+    if kind == "ragged-all-to-all":  # the first operand is the data, the others its offsets and sizes
         return tensors[:1]
     if kind == "all-to-all" and len(operands) > 1:
         if len(operands) != k:
@@ -248,7 +253,7 @@ def _collectives(
 
 
 def _op_names(op_name: str, n: int) -> list[str]:
-    """Of each of the `n` tensors of a collective that XLA's combiner made of several: `a/(b/psum:c/psum)` names both.
+    """The op_name of each of `n` merged tensors: XLA's combiner writes `a/(b/psum:c/psum)`.
 
     Example:
         >>> _op_names("jit(f)/(clip/psum:jvp(loss)/psum)", 2)
@@ -264,25 +269,28 @@ def read(
 ) -> list[Collective]:
     """The collectives of an optimised program, in the order in which they run.
 
-    Bytes are those that one chip must receive in one execution, with K chips in a group: all-gather output (K-1)/K,
-    reduce-scatter and all-to-all input (K-1)/K, all-reduce twice its size (K-1)/K, permute and broadcast the operand;
-    a ragged all-to-all at most input (K-1)/K.
+    Bytes are those that one chip must receive in one execution. With K chips in a group:
+
+    - all-gather: output (K-1)/K
+    - reduce-scatter, all-to-all: input (K-1)/K; of a ragged all-to-all this is the most that it can be
+    - all-reduce: twice its size (K-1)/K
+    - permute, broadcast: the operand
 
     Args:
-        text: `compiled.as_text()`, or what `parse` made of it.
-        mesh: axis name -> size, in mesh order; device ids are row-major over it.
-        unknown_trips: counted for a loop whose trip count the text does not tell; None: such a loop is an error
-            when it holds a collective.
-        partial_axes: name the axes also for groups that are only a part of them, as XLA's sort makes them; then
-            `group_size` is less than the product of `axes`. False: such groups are an error.
+        text: `compiled.as_text()`, or the `Module` that `parse` returns for it.
+        mesh: mesh axis -> size, in mesh order; device ids are row-major over the mesh.
+        unknown_trips: trip count of loops for which the text gives none. If None, such a loop with a collective in it
+            is an error.
+        partial_axes: allow groups that are only a part of their axes, as XLA's sort has them. `group_size` is then
+            less than the product of `axes`. If False, such groups are an error.
 
     Returns:
-        One `Collective` per tensor and call site; `trips` is not multiplied in. Collectives over axes of size 1 are
-        there, with no axes and 0 bytes. Those of every branch of a conditional are there, each once. Not seen: what
-        a custom kernel sends on its own.
+        One `Collective` for each tensor and call site, not multiplied by `trips`. Collectives over axes of size 1 are
+        included, with no axes and 0 bytes, and so are those of every branch of a conditional. Transfers inside custom
+        kernels are not.
 
     Raises:
-        HloError: anything that cannot be read for certain, with its line.
+        HloError: anything that cannot be read with certainty, with its line.
 
     Example:
         >>> text = '''HloModule m, num_partitions=4
@@ -310,7 +318,7 @@ def read(
             ended.append(i)
             continue
         elif inside and frame.computation.name.startswith("async_collective_fusion") and async_key(i) in begun:
-            continue  # a step of one that has begun, overlapped with the rest of this fusion
+            continue  # a part of one that has begun, which overlaps the rest of this fusion
         axes, k = mesh_axes(i, module, mesh, partial_axes)
         found += _collectives(i, frame, axes, k, frame.asynchronous or i.opcode.endswith("-start") or begins)
     for i in ended:

@@ -1,7 +1,7 @@
-"""What an HLO module spends beside its collectives: tensors that it copies, and the TPU compiler's cycles.
+"""What an HLO module costs besides collectives: tensors that it copies, and the cycle estimates of the TPU compiler.
 
-Decides which copies are large enough to report and which estimates count: no estimate inside a fusion, of a
-conditional only the slowest branch. Leaves trip counts to `hlo_loops`.
+An estimate inside a fusion does not count, because the fusion has its own. Of a conditional the slowest branch counts.
+Trip counts come from `loops`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(-?\d+)')
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
-    """A tensor copied as it is. Between memory spaces it is a prefetch; within space 0 it is traffic for nothing."""
+    """A tensor that is copied unchanged. Between memory spaces this is a prefetch; within space 0 it is waste."""
 
-    bytes: int  # written in one execution
+    bytes: int  # that one execution writes
     dtype: str
     dims: tuple[int, ...]
-    scope: str  # op_name, or that of the fusion around it
+    scope: str  # op_name of the copy, or else of the fusion around it
     trips: int
-    fused: bool  # inside a fusion: it may never be stored
+    fused: bool  # inside a fusion, where it may never be stored
     asynchronous: bool
     from_space: int
     to_space: int
@@ -34,10 +34,10 @@ class Copy:
 
 
 def copies(text: str | Module, min_bytes: int, *, unknown_trips: int | None = None) -> list[Copy]:
-    """The copies of at least `min_bytes` (values per chip, one execution), those inside fusions included.
+    """The copies of at least `min_bytes` on one chip in one execution, including those inside fusions.
 
     Raises:
-        HloError: as `hlo.read` does.
+        HloError: as in `collectives.read`.
     """
     module = parse(text) if isinstance(text, str) else text
     large = {
@@ -71,32 +71,40 @@ def copies(text: str | Module, min_bytes: int, *, unknown_trips: int | None = No
 
 @dataclass(frozen=True, kw_only=True)
 class Cycles:
-    """What XLA:TPU's own cost model estimates, in core clocks of one execution; collectives carry no estimate."""
+    """Estimates of XLA:TPU's own cost model, in core clocks of one execution. Collectives have none."""
 
     total: int
-    by_scope: Mapping[str, int]  # op_name -> clocks; "" is what has none
-    in_loops: Mapping[str, int]  # the part of it that is in loops, but for those around all
-    n_unknown: int  # instructions on which the compiler gives no usable estimate: they count as nothing
+    by_scope: Mapping[str, int]  # op_name -> clocks; "" for instructions without op_name
+    in_loops: Mapping[str, int]  # the part of `by_scope` inside loops
+    n_unknown: int  # instructions whose estimate is unusable; they count as 0
 
 
 def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None, outer_loops: int = 0) -> Cycles | None:
-    """Sum of `estimated_cycles` times trips. Of a conditional's branches the slowest counts. None: there are none.
+    """The sum of `estimated_cycles` times trips, with the slowest branch of each conditional.
 
-    `outer_loops`: how many loops stand around those that `in_loops` is about.
+    Args:
+        text: the program.
+        unknown_trips: see `collectives.read`.
+        outer_loops: loops around the whole pass, such as that over decode steps; they do not count for `in_loops`.
+
+    Returns:
+        None if the program has no estimates: only XLA:TPU gives them.
 
     Raises:
-        HloError: as `hlo.read` does.
+        HloError: as in `collectives.read`.
     """
     module = parse(text) if isinstance(text, str) else text
     cycles, n_unknown = _estimates(module)
     if not cycles:
         return None
-    by_branch: dict[str, dict[tuple[str, bool], int]] = {"": {}}  # of (op_name, whether in a loop)
+    by_branch: dict[str, dict[tuple[str, bool], int]] = {"": {}}  # branch -> (op_name, whether in a loop) -> clocks
     for i, frame in walk(module, set(cycles), unknown_trips):
         scopes = by_branch.setdefault(frame.branch or "", {})
         key = (i.op_name, frame.loops > outer_loops)
         scopes[key] = scopes.get(key, 0) + cycles[i.line] * frame.trips
-    while len(by_branch) > 1:  # the innermost conditional first: its slowest branch joins what is around it
+    while (
+        len(by_branch) > 1
+    ):  # from the innermost conditional outwards: its slowest branch is added to the code around it
         innermost = max(by_branch, key=lambda branch: branch.count("["))
         conditional = innermost.rpartition("[")[0]
         rivals = [by_branch.pop(b) for b in list(by_branch) if b.rpartition("[")[0] == conditional and b]
@@ -111,16 +119,16 @@ def estimated_cycles(text: str | Module, *, unknown_trips: int | None = None, ou
 
 
 def cycles_meanwhile(text: str | Module, *, unknown_trips: int | None = None) -> dict[int, int]:
-    """What is computed while each asynchronous collective is under way, in core clocks of one execution.
+    """Core clocks of computation that the compiler scheduled while each asynchronous collective runs, in one execution.
 
-    Between its start and its done, in the order in which the compiler has put the instructions: the same work counts
-    for every collective that is under way.
+    These are the instructions between its start and its done. If several collectives run at once, the same instructions
+    count for each of them.
 
     Returns:
-        line of the collective (as `hlo.Collective.line`) -> clocks. Synchronous ones are not there.
+        Line of the collective (`Collective.line`) -> clocks. Synchronous collectives are left out.
 
     Raises:
-        HloError: as `hlo.read` does.
+        HloError: as in `collectives.read`.
     """
     module = parse(text) if isinstance(text, str) else text
     estimates, _ = _estimates(module)
@@ -150,13 +158,13 @@ def cycles_meanwhile(text: str | Module, *, unknown_trips: int | None = None) ->
 
 
 def async_key(i: Instruction) -> tuple[str, ...]:
-    """What the steps of one asynchronous collective fusion have in common."""
+    """A key that the parts of one TPU async collective fusion share: start, steps beside other work, done."""
     a = i.attributes
     return (i.opcode, *(a.get(k, "") for k in ("channel_id", "replica_groups", "frontend_attributes")))
 
 
 def feeds(i: Instruction, computation: Computation, target: str) -> bool:
-    """Whether a custom-call to `target` consumes the instruction (a TPU async collective fusion's mark)."""
+    """Whether a custom-call to `target` uses the instruction. This is how a TPU async collective fusion is marked."""
     behind, seen = [i], {i.name}
     while behind:
         for user in computation.users.get(behind.pop().name, ()):
@@ -169,8 +177,8 @@ def feeds(i: Instruction, computation: Computation, target: str) -> bool:
 
 
 def _estimates(module: Module) -> tuple[dict[int, int], int]:
-    """Line -> estimated clocks, and how many lines have an estimate that cannot be one (the largest integer, a negative
-    one); an estimate inside a fusion is the fusion's and not counted."""
+    """Line -> estimated clocks, without those inside fusions; and how many lines have an unusable estimate, which is
+    negative or the largest integer."""
     fused = {name for i in module.instructions if i.opcode == "fusion" for name in i.called}
     counted = [c for c in module.computations.values() if c.name not in fused]
     said = {i.line: int(found[1]) for c in counted for i in c.instructions if (found := _CYCLES.search(i.rest))}

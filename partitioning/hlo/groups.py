@@ -1,7 +1,8 @@
-"""Replica groups, in every spelling that XLA prints -> the axes of a mesh.
+"""Replica groups, in every spelling that XLA prints -> mesh axes.
 
-Decides which devices exchange anything: lists, iotas and named meshes of ids, XLA's four meanings of an id, and
-whether the groups are a product of whole mesh axes. Leaves bytes to `hlo`. Device ids are row-major over the mesh.
+The groups of a collective are written as lists of ids, as iotas (transposed ranges), or as axes of a named mesh, and an
+id has one of four meanings. This file finds the devices of each group, and the mesh axes whose product the groups are.
+Device ids are row-major over the mesh. Bytes are counted in `collectives`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Literal
 from toruslab.partitioning.hlo.text import HloError, Instruction, Module
 
 Groups = tuple[tuple[int, ...], ...]
+"""Groups of ids."""
 _Mode = Literal["flat", "replicas", "partitions", "replicas with all partitions"]
+"""What an id in the text stands for: XLA's four group modes."""
 
 _IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _LISTED = re.compile(r"\{\s*(?:\{[\d,\s]*\}\s*,?\s*)*\}")
@@ -25,7 +28,7 @@ _AXIS = re.compile(r"\s*'?([^',:=]+?)'?(?:=(\d+)|:\((\d+)\)(\d+))?\s*")
 
 
 def _order(dims: tuple[int, ...], axes: tuple[int, ...]) -> list[int]:
-    """Row-major ids of an array of `dims`, its axes transposed to the order `axes`, flattened."""
+    """The row-major ids of an array of `dims`, transposed to the order `axes` and flattened."""
     ids = [0]
     for axis in axes:
         stride = prod(dims[axis + 1 :])
@@ -42,7 +45,7 @@ def _chunks(ids: list[int], size: int) -> Groups:
 
 
 def _iota(text: str) -> list[int]:
-    """`[2,4]T(1,0)`: ids of a [2,4] array, transposed, flattened."""
+    """`[2,4]T(1,0)`: the row-major ids of a [2,4] array, transposed and flattened."""
     found = _IOTA.fullmatch(text.strip())
     if not found:
         raise ValueError(f"{text!r} is not dims, or dimsT(permutation)")
@@ -54,13 +57,16 @@ def _iota(text: str) -> list[int]:
 
 
 def _mesh_groups(text: str) -> Groups:
-    """`mesh['a'=2,'b'=4] {'b'}`, also with sub-axes `'b':(1)2` = (size before)size, and with a device order."""
+    """`mesh['a'=2,'b'=4] {'b'}`: groups along axis b.
+
+    An axis can be given in part: `'b':(2)4` is the part of size 4 after parts of size 2. A device order can be given.
+    """
     found = _MESH.fullmatch(text)
     if not found:
         raise ValueError("not mesh[axes] {axes}")
     axes = [_AXIS.fullmatch(a) for a in found[1].split(",")]
     sizes = {a[1]: int(a[2]) for a in axes if a and a[2]}
-    wanted: dict[str, list[tuple[int, int]]] = {}  # axis -> its ranges [before, before * size)
+    wanted: dict[str, list[tuple[int, int]]] = {}  # axis -> its parts as (before, before * size)
     for ref in [_AXIS.fullmatch(a) for a in found[3].split(",") if a.strip()]:
         if not ref or ref[1] not in sizes or ref[2]:
             raise ValueError(f"{found[3]!r} names an axis that the mesh does not have")
@@ -79,7 +85,7 @@ def _mesh_groups(text: str) -> Groups:
             dims.append(high // low)
     outside = [d for d in range(len(dims)) if d not in inside]
     ids = _order(tuple(dims), (*outside, *inside))
-    if found[2]:  # position in the mesh -> device
+    if found[2]:  # maps positions in the mesh to devices
         devices = _iota(found[2]) if found[2].startswith("[") else list(_numbers(found[2]))
         if sorted(devices) != sorted(ids):
             raise ValueError(f"device_ids=({found[2]}) is no order of {len(ids)} devices")
@@ -88,10 +94,10 @@ def _mesh_groups(text: str) -> Groups:
 
 
 def replica_groups(text: str, n: int) -> Groups:
-    """The groups of ids that `replica_groups=` spells, in any of its spellings; `{}` is all `n` ids in one group.
+    """The groups of ids that the text of `replica_groups=` gives. `{}` is one group of all `n` ids.
 
     Raises:
-        ValueError: a spelling that is not known, or that does not divide its ids into equal groups.
+        ValueError: an unknown spelling, groups of different sizes, or an id in two groups.
 
     Example:
         >>> replica_groups("{{0,2},{1,3}}", 4) == replica_groups("[2,2]<=[2,2]T(1,0)", 4)
@@ -120,7 +126,7 @@ def replica_groups(text: str, n: int) -> Groups:
 
 
 def _mode(i: Instruction) -> _Mode:
-    """What the ids in its text count: XLA's four group modes."""
+    """What the ids of a collective stand for."""
     if i.attributes.get("use_global_device_ids") == "true":
         return "flat"
     if "channel_id" not in i.attributes:
@@ -130,18 +136,21 @@ def _mode(i: Instruction) -> _Mode:
 
 
 def _devices(mode: _Mode, n_r: int, n_p: int) -> list[list[list[int]]]:
-    """For each repetition of the groups: id -> flat device ids, which are replica * n_p + partition."""
+    """For each repetition of the groups: id -> devices, which are replica * n_p + partition.
+
+    `n_r` and `n_p` are the numbers of replicas and partitions.
+    """
     if mode == "flat":
         return [[[d] for d in range(n_r * n_p)]]
-    if mode == "replicas":  # each partition for itself
+    if mode == "replicas":  # repeated for each partition
         return [[[r * n_p + p] for r in range(n_r)] for p in range(n_p)]
-    if mode == "partitions":  # each replica for itself
+    if mode == "partitions":  # repeated for each replica
         return [[[r * n_p + p] for p in range(n_p)] for r in range(n_r)]
     return [[[r * n_p + p for p in range(n_p)] for r in range(n_r)]]
 
 
 def _strides(mesh: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Each axis, the distance of its neighbours' ids, and its size."""
+    """For each axis its name, the distance between neighbours' ids, and its size."""
     found, stride = [], prod(mesh.values())
     for name, size in mesh.items():
         stride //= size
@@ -153,7 +162,7 @@ def _strides(mesh: Mapping[str, int]) -> list[tuple[str, int, int]]:
 def _locate(
     text: str, mode: _Mode, n_r: int, n_p: int, mesh: tuple[tuple[str, int], ...], partial_axes: bool
 ) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that replica groups run over, and K."""
+    """The mesh axes of replica groups, and K, the size of a group."""
     devices = _devices(mode, n_r, n_p)
     n = len(devices[0])
     groups = replica_groups(text, n)
@@ -167,7 +176,7 @@ def _locate(
 
 
 def _permuted(text: str, mode: _Mode, n_r: int, n_p: int, mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The axes along which a permute moves anything."""
+    """The axes along which the two devices of any pair differ."""
     devices = _devices(mode, n_r, n_p)
     pairs = [_numbers(p) for p in re.findall(r"\{([\d,\s]*)\}", text[1:-1])]
     if not _LISTED.fullmatch(text) or any(len(p) != 2 or max(p) >= len(devices[0]) for p in pairs):
@@ -177,7 +186,7 @@ def _permuted(text: str, mode: _Mode, n_r: int, n_p: int, mesh: Mapping[str, int
 
 
 def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], bool]:
-    """The mesh axes of size > 1 along which ids of a group differ, and whether the groups are their whole product."""
+    """The mesh axes along which the ids of any group differ, and whether all groups are the whole product of them."""
     strides = _strides(mesh)
     varying = [tuple(n for n, s, k in strides if len({d // s % k for d in group}) > 1) for group in groups]
     axes = tuple(name for name in mesh if any(name in names for names in varying))
@@ -188,12 +197,19 @@ def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], boo
 def mesh_axes(
     i: Instruction, module: Module, mesh: Mapping[str, int], partial_axes: bool = False
 ) -> tuple[tuple[str, ...], int]:
-    """The mesh axes of size > 1 that a collective runs over, in mesh order, and K, the chips in one group.
+    """The mesh axes that a collective runs over, and K, the number of chips in one group.
 
-    A permute's axes are those along which any pair differs. `partial_axes`: as in `hlo.read`.
+    Args:
+        i: the collective.
+        module: its program, for the numbers of replicas and partitions.
+        mesh: mesh axis -> size, in mesh order.
+        partial_axes: allow groups that are only a part of their axes, see `collectives.read`.
+
+    Returns:
+        Axes of size above 1 in mesh order, and K. The axes of a permute are those along which any pair differs.
 
     Raises:
-        HloError: ids that are not those of the program, groups that are no product of whole axes.
+        HloError: ids that are not the program's, or groups that are not a product of whole axes.
     """
     permutes = i.opcode.startswith("collective-permute")
     text = i.attributes.get("source_target_pairs" if permutes else "replica_groups", "" if permutes else "{}")

@@ -1,8 +1,8 @@
-"""What runs in an HLO module, in which order, and how many times: loops, calls, branches, fusions.
+"""Which instructions of an HLO module run, in which order and how many times: loops, calls, branches, fusions.
 
-Decides the trip count of a loop, from the compiler's note or from its counter, and visits instructions as they run.
-Leaves what is counted to `hlo` and `hlo_cycles`. A trip count that the text does not tell is an error, or the
-caller's number: never a silent one.
+`walk` visits instructions as they run. The trip count of a loop is taken from the compiler's note or derived from the
+loop's counter. If the text does not give it, the caller's number counts, or else it is an error; it is never assumed.
+What is counted on the way is up to `collectives` and `cycles`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ from typing import Any
 
 from toruslab.partitioning.hlo.text import Computation, HloError, Instruction, Module
 
-SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "optimization-barrier")  # of one value
+SAME = ("copy", "bitcast", "reshape", "convert", "copy-start", "copy-done", "optimization-barrier")
+"""Opcodes whose result has the value of their operand."""
 _TRIPS = re.compile(r'known_trip_count\\?":\s*{\\?"n\\?":\\?"(\d+)')
 _ARITHMETIC = {"add": int.__add__, "subtract": int.__sub__, "multiply": int.__mul__}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One computation as it runs: who called it, and how many times in one execution of the program."""
+    """One computation at one call site.
+
+    Args:
+        module, computation: the program, and the computation in it.
+        caller: the instruction that calls the computation; None for the entry.
+        parent: the frame of the caller.
+        trips: executions in one execution of the program.
+        asynchronous: an async-start calls it, or a caller of the caller.
+        loops: number of loops around it.
+        branch: the branches of conditionals around it, such as `conditional.1[0]`.
+    """
 
     module: Module
     computation: Computation
@@ -29,7 +40,7 @@ class Frame:
     parent: Frame | None = None
     trips: int = 1
     asynchronous: bool = False
-    loops: int = 0  # that it stands in
+    loops: int = 0
     branch: str | None = None
 
     @property
@@ -46,25 +57,26 @@ class Frame:
         return self.child(fusion, called[0])
 
     def argument(self, i: Instruction, *callers: str) -> Place | None:
-        """What a parameter stands for, outside, if the caller's opcode is one of `callers`."""
+        """The instruction outside that gives parameter `i` its value, if the caller's opcode is one of `callers`."""
         if i.opcode != "parameter" or not self.caller or not self.parent or self.caller.opcode not in callers:
             return None
         return self.parent.computation.operand(self.caller, int(i.operand_text)), self.parent
 
 
 Place = tuple[Instruction, Frame]
+"""An instruction at one call site."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Carried:
-    """The value that element `index` of a loop's state had when the iteration began, plus `offset`."""
+    """The value of element `index` of a loop's state at the start of the iteration, plus `offset`."""
 
     index: int
     offset: int = 0
 
 
 def _value(i: Instruction, frame: Frame) -> int | _Carried | None:
-    """The integer that a scalar instruction computes, if the text alone says it."""
+    """The integer that a scalar instruction computes; None if the text does not give it."""
     here = frame.computation
     if i.opcode == "constant":
         text = i.operand_text.strip(" {}")
@@ -90,7 +102,7 @@ def _value(i: Instruction, frame: Frame) -> int | _Carried | None:
 
 
 def _element(i: Instruction, index: int, frame: Frame) -> int | _Carried | None:
-    """The same for one element of a tuple."""
+    """`_value` for element `index` of a tuple."""
     here = frame.computation
     if i.opcode == "tuple":
         return _value(here.operand(i, index), frame)
@@ -112,9 +124,9 @@ def _element(i: Instruction, index: int, frame: Frame) -> int | _Carried | None:
 
 
 def _is_invariant(loop: Instruction, index: int, module: Module) -> bool:
-    """Whether the loop's body hands element `index` of its state on as it came."""
+    """Whether the loop's body leaves element `index` of its state as it is."""
     body = module.callee(loop, "body")
-    i, at = body.root, index  # at: the element wanted of i; -1 when i itself is wanted
+    i, at = body.root, index  # at: the element of i that is followed; -1 for i itself
     while True:
         if i.opcode == "tuple" and at >= 0:
             i, at = body.operand(i, at), -1
@@ -127,7 +139,7 @@ def _is_invariant(loop: Instruction, index: int, module: Module) -> bool:
 
 
 def _compare(loop: Instruction, frame: Frame) -> tuple[Instruction, Frame] | None:
-    """The comparison that keeps the loop going, seen through fusions."""
+    """The comparison by which the loop continues, also inside fusions."""
     inner = frame.child(loop, frame.module.callee(loop, "condition"))
     i = inner.computation.root
     while i.opcode in ("fusion", *SAME):
@@ -140,7 +152,7 @@ def _compare(loop: Instruction, frame: Frame) -> tuple[Instruction, Frame] | Non
 
 
 def _trips(loop: Instruction, frame: Frame) -> int | None:
-    """Trip count of a while loop: the compiler's, or from `counter < limit`, its first value and its step."""
+    """Trip count of a while loop: the compiler's, or what follows from its comparison, first value and step."""
     if known := _TRIPS.search(loop.rest):
         return int(known[1])
     compare = _compare(loop, frame)
@@ -174,7 +186,7 @@ def _trips(loop: Instruction, frame: Frame) -> int | None:
 
 
 def _visit(frame: Frame, holds: frozenset[str], unknown_trips: int | None) -> Iterator[Place]:
-    """Every instruction that runs, in order, descending only into the computations in `holds`."""
+    """Every instruction that runs, in order. Of the computations, only those in `holds` are entered."""
     for i in frame.computation.instructions:
         yield i, frame
         if holds.isdisjoint(i.called):
@@ -198,15 +210,15 @@ def _visit(frame: Frame, holds: frozenset[str], unknown_trips: int | None) -> It
 
 
 def walk(module: Module, lines: set[int], unknown_trips: int | None) -> Iterator[Place]:
-    """Visits the instructions on the given lines as they run, each with its frame, once per call site.
+    """Visits the instructions on the given lines as they run, once for each call site, with their frames.
 
     Args:
-        module: what `hlo_text.parse` made.
-        lines: of the instructions to visit; nothing else is looked at more than it must be.
-        unknown_trips: as in `hlo.read`.
+        module: the program, from `text.parse`.
+        lines: lines of the instructions to visit. Computations without such lines are not entered.
+        unknown_trips: see `collectives.read`.
 
     Raises:
-        HloError: a line that is never met, a trip count that matters and is not there.
+        HloError: an instruction that nothing calls, or an unknown trip count of a loop around one of them.
     """
     holds = {c.name for c in module.computations.values() if any(i.line in lines for i in c.instructions)}
     calls = [(c.name, n) for c in module.computations.values() for i in c.instructions for n in i.called]

@@ -1,8 +1,7 @@
-"""What each operation of a compiled program is for: the decoder's scope, and one of five kinds of work.
+"""The purpose of each operation of a compiled program: its scope in the decoder, and one of five kinds of work.
 
-Decides what counts as matmul, attention, collective, moving weights about, or the rest, and which scope an operation
-has whose name the compiler dropped. Reads the text only: how long an operation takes is the profile's to say
-(`benchmarks.measure.profiling`), which collectives there should be the plan's (`partitioning.hlo.compare`).
+An operation without a name gets the scope of a neighbour. This file reads the program's text only. A profile adds the
+times (`benchmarks.measure.profiling`).
 """
 
 import functools
@@ -17,9 +16,13 @@ from toruslab.partitioning.layouts.layout import WEIGHTS
 from toruslab.partitioning.plan.scopes import is_stack, scope_of
 
 Purpose = Literal["matmul", "attention", "collective", "weights", "other"]
-"""- matmul: whatever holds a matrix product, but those of attention. - attention: all that runs under `attend`: RoPE,
-cache update, scores, softmax. - collective: by whatever means. - weights: weights that are cut out of the array that
-holds all layers, copied, laid out anew, widened or dequantised, and not multiplied by the same operation. - other."""
+"""- matmul: operations with a matrix product, except those of attention;
+- attention: everything in the scope `attend`: RoPE, cache update, scores, softmax;
+- collective: collectives of any form;
+- weights: weights that are cut out of the array of all layers, copied, given a new memory layout, widened or
+  dequantised, but not multiplied by the same operation;
+- other: the rest.
+"""
 
 _CONTAINERS = ("while", "conditional", "call")
 _NOTHING = ("parameter", "constant", "get-tuple-element", "tuple", "bitcast")
@@ -28,16 +31,19 @@ _PRODUCTS = ("dot", "convolution", "ragged-dot")
 _PRODUCT_CALL = re.compile(r"gemm|matmul|dot|conv", re.IGNORECASE)
 _ALIASED = re.compile(r"\((\d+), \{\}, \w+-alias\)")
 _INT8 = ("s8", "u8", "s4", "u4")
-_FAR = 6  # operations to look through for the scope of a nameless one
+_FAR = 6  # how many operations away the scope of a nameless one is looked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """What one instruction is for.
+    """One instruction and its purpose.
 
-    `scope`: the decoder's own, of what uses it where it has none; `stack` for the weights of all layers at once.
-    `collective` and `axes`: of a collective, as in `hlo.Collective`. `contains`: it runs other operations, which have
-    times of their own. `ends`: the end of an asynchronous operation, which is counted at its start.
+    Args:
+        scope: in the decoder; that of its first user if it has none; `stack` for the weights of all layers at once.
+        purpose: the kind of work.
+        collective, axes: kind and mesh axes of a collective.
+        contains: it runs other operations, which have times of their own.
+        ends: it is the end of an asynchronous operation, which counts at its start.
     """
 
     scope: str
@@ -49,18 +55,18 @@ class Operation:
 
 
 UNKNOWN = Operation(scope="", purpose="other", contains=True)
-"""What a trace names and the program's text does not: the known operations within it keep their times."""
+"""For operations that a trace names and the program's text does not. Known operations inside them keep their times."""
 
 
 def operations(text: str, mesh: Mapping[str, int]) -> dict[str, Operation]:
-    """Name of an instruction -> what it is for, for all that can run by itself (nothing inside fusions).
+    """Name of an instruction -> its purpose, for all instructions that run by themselves (none inside fusions).
 
     Args:
         text: the optimised program, as `Compiled.text`.
-        mesh: axis name -> size, in mesh order.
+        mesh: mesh axis -> size, in mesh order.
 
     Raises:
-        HloError: text that cannot be read, or that is of another mesh.
+        HloError: text that cannot be read, or that belongs to another mesh.
     """
     module = parse(text)
     found = read(module, mesh, unknown_trips=1, partial_axes=True)
@@ -76,7 +82,7 @@ def operations(text: str, mesh: Mapping[str, int]) -> dict[str, Operation]:
 
 
 def _weights(text: str, module: Module) -> frozenset[str]:
-    """The parameters that are matrices and not donated: all that a pass is given but cache and tokens, or nearly."""
+    """The program's parameters that are matrices and not donated. The cache is donated, and tokens are integers."""
     start = text.find("HloModule")
     donated = set(_ALIASED.findall(text[start : text.find("\n", start)]))
     return frozenset(
@@ -113,7 +119,7 @@ class _Reader:
         return Operation(scope=scope, purpose="other", contains=contains, ends=ends)
 
     def inside(self, i: Instruction) -> Iterator[Instruction]:
-        """What runs as a part of it."""
+        """The instructions that run as a part of it."""
         if i.opcode in ("fusion", "async-start"):
             for computation in self.module.called(i):
                 for inner in computation.instructions:
@@ -127,7 +133,7 @@ class _Reader:
         return next((self.collectives[x.line] for x in (i, *inside) if x.line in self.collectives), None)
 
     def scope(self, i: Instruction, at: Computation, far: int = _FAR) -> str:
-        """Its own; where the compiler dropped its name, that of what it computes inside, or of what it reads."""
+        """Its own scope; without a name, that of an operation inside, or of the operation that it reads."""
         if i.op_name:
             return scope_of(i.op_name)
         inside = tuple(self.inside(i))
@@ -141,7 +147,7 @@ class _Reader:
         return next((s for s in (self.scope(x, at, far - 1) for x in sources) if s), "")
 
     def wanted_by(self, i: Instruction, at: Computation, far: int = _FAR) -> str:
-        """The scope of what first uses it."""
+        """The scope of the first operation that uses it."""
         for user in at.users.get(i.name, ()):
             if user.opcode in (*_CONTAINERS, "tuple"):
                 continue
@@ -169,5 +175,5 @@ def _is_product(i: Instruction) -> bool:
 
 
 def _is_matrix(i: Instruction) -> bool:
-    """One array with two dimensions or more that are longer than 1."""
+    """Whether it is one array with at least two dimensions longer than 1."""
     return len(i.shapes) == 1 and sum(d > 1 for d in i.shapes[0].dims) >= 2

@@ -1,7 +1,7 @@
 """The text of an optimised HLO module -> its computations and instructions.
 
-Decides what a name, a shape, an operand and an attribute are; leaves what they mean to `hlo_groups`, `hlo_loops` and
-`hlo`. Attributes are split when they are asked for: most lines of a program are never looked at. Imports no JAX.
+This file reads names, shapes, operands and attributes, but gives them no meaning: the other files of this room do.
+Attributes are split only when they are asked for, because most lines of a program never are. It imports no JAX.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OP_NAME = re.compile(rf"[{{ ]op_name=({_STRING})")
 
 
 class HloError(ValueError):
-    """HLO text that cannot be read; `line` is the 1-based line at fault."""
+    """HLO text that cannot be read. `line` is the line at fault, from 1."""
 
     def __init__(self, line: int, why: str):
         super().__init__(f"HLO text, line {line}: {why}")
@@ -39,7 +39,8 @@ class HloError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ArrayShape:
-    """One array: dtype as HLO spells it, dims in elements, the layout's text (`1,0:T(8,128)(2,1)S(1)`)."""
+    """One array: its dtype as HLO writes it, its dims in elements, and the text of its layout in memory, such as
+    `1,0:T(8,128)(2,1)S(1)`."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,7 +51,7 @@ class ArrayShape:
         return prod(self.dims)
 
     def n_bytes(self, line: int) -> int:
-        """Bytes of the values alone: the padding of a TPU's tiles is not counted; 4-bit values are packed."""
+        """Bytes of the values, 4-bit values packed. The padding of a TPU's tiles is not included."""
         sized = re.match(r"[sufc]\D*(\d+)", self.dtype)
         bits = _ODD_BITS.get(self.dtype, int(sized[1]) if sized else None)
         if bits is None:
@@ -59,26 +60,26 @@ class ArrayShape:
 
     @property
     def space(self) -> int:
-        """Memory space: 0 is the device's main memory; TPU fast memory has other numbers."""
+        """Memory space: 0 is the device's main memory. A TPU's fast memory has other numbers."""
         found = re.search(r"S\((\d+)\)", self.layout)
         return int(found[1]) if found else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One line of HLO. Attributes, metadata and backend configuration are read when they are asked for."""
+    """One instruction, which is one line of HLO but for constants that span several."""
 
     name: str
     line: int
     opcode: str
     shape_text: str
     operand_text: str
-    rest: str  # everything behind the operands
+    rest: str  # everything after the operands: attributes, metadata, backend configuration
     is_root: bool
 
     @cached_property
     def shapes(self) -> tuple[ArrayShape, ...]:
-        """The arrays of the result; a tuple's leaves in order."""
+        """The arrays of the result; those of a tuple in order."""
         return tuple(_shape(m, self.line) for m in _LEAF.finditer(self.shape_text))
 
     @cached_property
@@ -92,12 +93,12 @@ class Instruction:
 
     @cached_property
     def attributes(self) -> Mapping[str, str]:
-        """Attribute -> its text, `metadata` and `backend_config` included."""
+        """Attribute -> its text, including `metadata` and `backend_config`."""
         found: dict[str, str] = {}
         last = ""
         for part in _split(self.rest, self.line):
             key, equals, value = part.partition("=")
-            if key == "device_ids" and equals:  # the tail of replica_groups=mesh[..], device_ids=(..) {..}
+            if key == "device_ids" and equals:  # the rest of replica_groups=mesh[..], device_ids=(..) {..}
                 found[last] += f", {part}"
             elif equals and re.fullmatch(r"[\w\-]+", key):
                 found[last := key] = value
@@ -122,23 +123,23 @@ class Instruction:
 
     @property
     def tuple_index(self) -> int:
-        """Which element a get-tuple-element gets."""
+        """The element that a get-tuple-element takes."""
         return int(self.attributes["index"])
 
     @property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it calls; a reduction's `to_apply` only where it is a real call."""
+        """Names of the computations that it calls. The `to_apply` of a reduction is none."""
         keys = ["calls", "called_computations", "condition", "body", "branch_computations"]
         keys += ["true_computation", "false_computation"] + (["to_apply"] if self.opcode == "call" else [])
         if self.opcode in ("async-update", "async-done") or not any(f"{key}=" in self.rest for key in keys):
-            return ()  # the first two repeat what their async-start calls
+            return ()  # async-update and async-done repeat what their async-start calls
         attributes = self.attributes
         return tuple(n.strip(" %") for k in keys if k in attributes for n in attributes[k].strip("{}").split(",") if n)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
-    """A named list of instructions, in the order of the text (which is the schedule, once scheduled)."""
+    """A named list of instructions, in the order of the text; in an optimised module this is the schedule."""
 
     name: str
     line: int
@@ -178,6 +179,8 @@ class Computation:
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
+    """A program: its computations by name, and the one that runs first."""
+
     name: str
     n_replicas: int
     n_partitions: int
@@ -186,14 +189,14 @@ class Module:
 
     @property
     def instructions(self) -> Iterator[Instruction]:
-        """Those of every computation, in the order of the text."""
+        """The instructions of all computations, in the order of the text."""
         return (i for c in self.computations.values() for i in c.instructions)
 
     def called(self, instruction: Instruction) -> tuple[Computation, ...]:
         return tuple(self._computation(instruction, name) for name in instruction.called)
 
     def callee(self, instruction: Instruction, attribute: str) -> Computation:
-        """The one that `attribute` names: a loop's `condition` or `body`."""
+        """The computation that `attribute` names: a loop's `condition` or `body`."""
         return self._computation(instruction, instruction.attributes.get(attribute, "").lstrip("%"))
 
     def _computation(self, caller: Instruction, name: str) -> Computation:
@@ -211,7 +214,7 @@ def _shape(found: re.Match[str], line: int) -> ArrayShape:
 
 
 def _split(text: str, line: int) -> list[str]:
-    """Parts between the commas that stand in no bracket and no string."""
+    """The parts of `text` between commas, except commas inside brackets and strings."""
     depth, start, parts = 0, 0, []
     for token in _TOKEN.finditer(text):
         if token[0] in "{([":
@@ -227,7 +230,7 @@ def _split(text: str, line: int) -> list[str]:
 
 
 def _close(text: str, start: int) -> int:
-    """Position behind the parenthesis that closes the one at `start`; -1 when it stays open."""
+    """The position after the parenthesis that closes the one at `start`; -1 if none does."""
     depth = 0
     for token in _PARENTHESIS.finditer(text, start):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
@@ -237,7 +240,7 @@ def _close(text: str, start: int) -> int:
 
 
 def _instruction(text: str, line: int) -> Instruction | None:
-    """One instruction; None for a constant whose literal goes on in the next line."""
+    """One instruction; None for a constant that continues on the next line."""
     head = _INSTRUCTION.match(text)
     if not head:
         raise HloError(line, f"neither an instruction nor a closing brace: {text.strip()[:80]!r}")
@@ -264,7 +267,8 @@ def parse(text: str) -> Module:
     """Reads the text of one HLO module, as `compiled.as_text()` prints it.
 
     Raises:
-        HloError: a line that is not HLO, no ENTRY, a name twice, an end of the text inside a computation.
+        HloError: a line that is not HLO, a module without ENTRY, a name that occurs twice, or text that ends inside a
+            computation.
 
     Example:
         >>> parse("HloModule m\\n\\nENTRY %main (a: f32[2]) -> f32[2] {\\n  ROOT %a = f32[2]{0} parameter(0)\\n}").name

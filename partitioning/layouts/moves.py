@@ -1,7 +1,7 @@
-"""One move, one collective: what it takes to go from one spec to the next, run and priced by the same record.
+"""Steps of a ladder as collectives: which one leads from a spec to the next, how it runs, and how many bytes it moves.
 
-Decides which collective a step of a ladder is, how it runs, and how many bytes it moves. What moves when is the
-layout's (`partitioning.layouts.layout`, `partitioning.plan.plan`), how long it takes the cost model's.
+One record, `Move`, both runs the collective in the decoder and counts its bytes for the plan. Which tensor takes which
+steps is in `catalogue` and `partitioning.plan`, and how long they take in `partitioning.cost`.
 """
 
 import functools
@@ -28,10 +28,10 @@ class Move:
     """The step from spec `src` to spec `dst`.
 
     Args:
-        kind: the collective; `slice` keeps a part of what is already there and moves nothing.
+        kind: the collective. `slice` is none: each chip keeps a part of what it has.
         axes: mesh axes of the group, major first.
-        source: the dimension that is gathered or that an all-to-all takes the axes from; -1: none.
-        target: the dimension that is scattered, sliced, or that an all-to-all gives the axes to; -1: none.
+        source: the dimension that is gathered, or that an all-to-all takes the axes from; -1 for none.
+        target: the dimension that is scattered or sliced, or that an all-to-all gives the axes to; -1 for none.
     """
 
     kind: MoveKind
@@ -46,10 +46,19 @@ class Move:
         return math.prod(sizes[a] for a in self.axes)
 
     def bytes(self, shape: Sequence[int], itemsize: int, sizes: Mapping[str, int]) -> int:
-        """Bytes that one chip must receive, for a tensor of global `shape`.
+        """Bytes that one chip must receive. Paper, appendix A.
 
-        With K chips in a group: all-gather, the output times (K-1)/K; reduce-scatter and all-to-all, the input times
-        (K-1)/K; all-reduce, twice the tensor times (K-1)/K; slice, none. Paper, appendix A.
+        With K chips in a group and a chip's own bytes:
+
+        - all-gather: output (K-1)/K
+        - reduce-scatter, all-to-all: input (K-1)/K
+        - all-reduce: twice the tensor (K-1)/K
+        - slice: none
+
+        Args:
+            shape: of the global tensor.
+            itemsize: bytes of one element.
+            sizes: mesh axis -> size.
 
         Example: an all-gather over x of a [16, 32] float32 tensor whose second dimension is split over x.
             >>> classify(P(None, "x"), P(None, None)).bytes((16, 32), 4, {"x": 4, "y": 2, "z": 1})
@@ -63,11 +72,11 @@ class Move:
         return -(-(2 if self.kind == "all-reduce" else 1) * local * itemsize * (k - 1) // k)
 
     def __call__(self, array: jax.Array) -> jax.Array:
-        """Runs the move on a global array, inside `jax.jit` on a mesh of Explicit axes; or, where the program is one
-        chip's already (`on_a_chip`), on its shard."""
+        """Runs the move inside `jax.jit`: on a global array over a mesh of Explicit axes, or on one chip's shard if the
+        program is one chip's (`on_a_chip`)."""
         if on_a_chip():
             return _ON_A_CHIP[self.kind](self, array)
-        if self.kind == "slice":  # the chip has it all: XLA only cuts, and partial sums may be cut as well
+        if self.kind == "slice":  # each chip has all of it, so XLA only cuts, also where these are partial sums
             return jax.sharding.reshard(array, self.dst)
         return jax.shard_map(functools.partial(_RUN[self.kind], self), in_specs=self.src, out_specs=self.dst)(array)
 
@@ -77,7 +86,7 @@ def classify(src: P, dst: P) -> Move:
     """The one collective that leads from `src` to `dst`.
 
     Raises:
-        ValueError: a step that takes more than one collective; a ladder has to spell it as several.
+        ValueError: the step takes more than one collective, and the ladder must write it as several.
 
     Example:
         >>> classify(P(None, "y", unreduced=frozenset("x")), P(None, ("y", "x"))).kind
@@ -113,14 +122,18 @@ def moves(ladder: Ladder) -> list[Move]:
 
 
 def follow(array: jax.Array, ladder: Ladder) -> jax.Array:
-    """`array`, taken from the first spec of the ladder to the last. An empty ladder constrains nothing."""
+    """Takes `array` from the first spec of the ladder to the last. An empty ladder changes nothing."""
     for move in moves(ladder):
         array = move(array)
     return array
 
 
 def follow_together(arrays: Sequence[jax.Array], ladders: Sequence[Ladder]) -> list[jax.Array]:
-    """Several arrays down their ladders, whose first moves are all-reduces over the same axes: one collective."""
+    """Takes several arrays down their ladders. The first step of all ladders, an all-reduce, is one collective.
+
+    Raises:
+        ValueError: the first steps are not all-reduces over the same axes.
+    """
     first = [moves(ladder)[0] for ladder in ladders]
     if len({(move.kind, move.axes) for move in first}) != 1 or first[0].kind != "all-reduce":
         raise ValueError(f"{first} are not one all-reduce")
@@ -128,38 +141,38 @@ def follow_together(arrays: Sequence[jax.Array], ladders: Sequence[Ladder]) -> l
     def reduce(*shards: jax.Array) -> tuple[jax.Array, ...]:
         return lax.psum(shards, first[0].axes)
 
-    if on_a_chip():
-        summed = reduce(*arrays)
-        return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
     ins, outs = tuple(m.src for m in first), tuple(m.dst for m in first)
-    summed = jax.shard_map(reduce, in_specs=ins, out_specs=outs)(*arrays)
+    run = reduce if on_a_chip() else jax.shard_map(reduce, in_specs=ins, out_specs=outs)
+    summed = run(*arrays)
     return [follow(array, ladder[1:]) for array, ladder in zip(summed, ladders, strict=True)]
 
 
 def on_a_chip() -> bool:
-    """Whether the program being traced is that of one chip, inside one `jax.shard_map` around all of it: arrays are
-    shards then, and what a spec says of them is for the reader. Training is differentiated there (`models.training`).
+    """Whether the traced program is that of one chip, inside a `jax.shard_map` around all of it.
+
+    Its arrays are shards, and specs do not constrain them. Training is differentiated there
+    (`models.programs.training`).
     """
     return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def tpu() -> Any:
-    """What the devices of the ambient mesh are (`device_kind`, `num_cores`), if TPUs."""
+    """The device of the ambient mesh (`device_kind`, `num_cores`) if it is a TPU, else None."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device if device is not None and device.platform == "tpu" else None
 
 
 def local(function: Callable, in_specs: Sequence[Ladder | P], out_specs: Sequence[Ladder | P]) -> Callable:
-    """`function` on every chip's own shards, with no communication.
+    """`function`, run by every chip on its own shards, without communication.
 
     Args:
-        function: takes and returns as many arrays as there are specs, and returns a tuple.
-        in_specs: per argument a spec, or the ladder that it has come to the end of.
-        out_specs: per result a spec, or the ladder that it sets out on. Axes in `unreduced` are partial sums.
+        function: takes one array for each of `in_specs` and returns a tuple with one for each of `out_specs`.
+        in_specs: for each argument a spec, or the ladder whose last spec it has.
+        out_specs: for each result a spec, or the ladder whose first spec it has. `unreduced` axes are partial sums.
 
     Returns:
-        A function of global arrays; `function` itself where a ladder is empty, for a layout without constraints, and
-        where the program is one chip's already (`on_a_chip`).
+        A function of global arrays. It is `function` itself for a layout without constraints (an empty ladder), and
+        in the program of one chip (`on_a_chip`).
     """
     if on_a_chip() or any(not isinstance(s, P) and not s for s in (*in_specs, *out_specs)):
         return function
@@ -194,8 +207,11 @@ def _reduce_scatter(move: Move, shard: jax.Array) -> jax.Array:
 
 
 def _scatter(shard: jax.Array, axes: Axes, at: int) -> jax.Array:
-    """Where a chip's part is not whole tiles for each core of a TPU, the parts become a dimension of their own:
-    XLA:TPU makes an all-reduce and a slice of it otherwise."""
+    """A reduce-scatter over `axes` along dimension `at`.
+
+    If a chip's part is not a whole number of tiles for each core of a TPU, the parts become a dimension of their own.
+    Otherwise XLA:TPU would run an all-reduce and a slice.
+    """
     k = lax.axis_size(axes)
     part = shard.shape[at] // k
     device = tpu()
@@ -206,9 +222,11 @@ def _scatter(shard: jax.Array, axes: Axes, at: int) -> jax.Array:
 
 
 def _steps(axes: Axes, least: int) -> list[Axes]:
-    """On a TPU, all axes but the last at once, then the last, the same bytes in all, where there are `least` of them:
-    over a whole slice of more than 8 chips XLA:TPU has no reduce-scatter, and over three axes no all-gather, and makes
-    an all-reduce, of twice the bytes."""
+    """The axes in one group, or on a TPU with at least `least` axes in two: all but the last, then the last.
+
+    Over a whole slice of more than 8 chips, XLA:TPU has no reduce-scatter, and no all-gather over three axes; it would
+    run an all-reduce of twice the bytes. Two steps move the same bytes as one.
+    """
     whole = lax.axis_size(axes) == jax.sharding.get_abstract_mesh().size > 8
     return [axes[:-1], axes[-1:]] if len(axes) >= least and whole and tpu() else [axes]
 
@@ -229,4 +247,5 @@ _RUN: dict[MoveKind, Callable[[Move, jax.Array], jax.Array]] = {
     "slice": _slice,
 }
 _ON_A_CHIP = _RUN | {"all-gather": functools.partial(_all_gather, to="varying")}
-"""As `_RUN`, in the program of one chip: an invarying gather's transpose is a slice, of cotangents summed before."""
+"""As `_RUN`, but gathers give `varying` values: the transpose is then a reduce-scatter. That of an `invarying` one is a
+slice, which takes cotangents that are already summed."""

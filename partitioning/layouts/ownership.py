@@ -1,8 +1,10 @@
-"""Who keeps what while training: of every parameter, the part whose gradient sum, moments and update are a chip's own.
+"""Which chip owns which part of each parameter in training.
 
-A parameter rests where the layout puts it, and chips may hold copies of it (a norm, K and V of multiquery). Its
-gradient then comes as parts to be summed over these chips; each of them sums and updates one part (ZeRO, Rajbhandari
-et al. 2020) and hands it to the others. Decides the ladders of gradients and of updated parameters; knows no optimiser.
+The owner sums that part's gradient, keeps its optimizer moments and sends the new values to the chips with copies
+(ZeRO, Rajbhandari et al. 2020). Chips hold copies of a parameter if the layout does not split it over all axes: norms,
+and K and V of multiquery attention.
+
+This file gives the ladders of gradients and of updated parameters. The optimizer is in `models.programs.training`.
 """
 
 import math
@@ -15,17 +17,17 @@ from toruslab.partitioning.layouts.moves import LANES, SUBLANES
 from toruslab.partitioning.torus.mesh import AXES
 
 
-def copies(spec: P, sizes: Mapping[str, int]) -> Axes:
-    """The mesh axes that a parameter at rest is not split over: chips along them hold copies."""
+def copy_axes(spec: P, sizes: Mapping[str, int]) -> Axes:
+    """The mesh axes, of size above 1, that a parameter at rest is not split over: chips along them hold copies."""
     used = {a for entry in entries(spec) for a in axes_of(entry)}
     return tuple(a for a in AXES if sizes[a] > 1 and a not in used)
 
 
 def owned(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
-    """A parameter's `spec`, split further over the axes of its copies: along one dimension that they divide, if they
-    can into whole tiles of a TPU (XLA:TPU makes all-reduces of other reduce-scatters).
+    """The spec of what a chip owns: `spec`, with one dimension split further over the axes of its copies.
 
-    Where none is divisible by all of them together, the copies stay, and each updates the whole.
+    Preferred is a dimension that splits into whole tiles of a TPU, because XLA:TPU turns other reduce-scatters into
+    all-reduces. If no dimension is divisible by all those axes together, each chip owns and updates all that it holds.
 
     Example:
         >>> owned(P(None, "x", None), (3, 40, 12), {"x": 2, "y": 2, "z": 2}) == P(None, ("x", "y", "z"), None)
@@ -33,7 +35,7 @@ def owned(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
         >>> owned(P(None, None), (3, 5), {"x": 2, "y": 2, "z": 2}) == P(None, None)
         True
     """
-    axes = copies(spec, sizes)
+    axes = copy_axes(spec, sizes)
     if not axes:
         return spec
     split = [axes_of(entry) for entry in entries(spec)] + [()] * (len(shape) - len(entries(spec)))
@@ -51,12 +53,12 @@ def owned(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> P:
 
 
 def gradient_ladder(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> Ladder:
-    """From a chip's part of the sum to the sum, where it is owned."""
-    axes = copies(spec, sizes)
+    """From a chip's own term of the gradient to the owned part of the sum: a reduce-scatter."""
+    axes = copy_axes(spec, sizes)
     return (P(*entries(spec), unreduced=frozenset(axes)), owned(spec, shape, sizes)) if axes else (spec,)
 
 
 def update_ladder(spec: P, shape: Sequence[int], sizes: Mapping[str, int]) -> Ladder:
-    """From where it is updated back to where it rests."""
+    """From the owned part, once updated, back to the spec at rest: an all-gather."""
     mine = owned(spec, shape, sizes)
     return (mine, spec) if mine != spec else (spec,)

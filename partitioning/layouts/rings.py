@@ -1,24 +1,28 @@
-"""Looped collective einsums: a collective taken to pieces, each on its way while another is multiplied.
+"""Looped collective einsums: a matmul and its collective in pieces, one piece on its way while another is multiplied.
 
-Two forms, on every chip's own shards under `jax.shard_map`: an all-gather of one of a matmul's sides (`gather_matmul`)
-and a reduce-scatter of what comes out (`matmul_scatter`), as rings of `lax.ppermute`. Pope et al. 2022, section 3.5,
-after Wang et al. 2023 (overlap of communication with dependent computation).
+There are two forms, both on each chip's own shards under `jax.shard_map`, and both as rings of `lax.ppermute`:
 
-One way round, a ring of K chips sends K-1 whole shards, each to the next chip. Both ways round:
+- `gather_matmul`: an all-gather of one side of the matmul;
+- `matmul_scatter`: a reduce-scatter of the result.
 
-- shards that are gathered travel to both neighbours at once, in K//2 steps instead of K-1. With K even, the shard of
-  the opposite chip comes half from either side.
-- sums are cut in two halves that travel against each other, K-1 steps of half the size: the term for one is worked
-  out and added while the other is under way.
+Pope et al. 2022, section 3.5, after Wang et al. 2023 (overlap of communication with dependent computation).
 
-Halves of n elements are n//2 and the rest; one without elements is not sent. Two chips are neighbours on one cable:
-there, both ways are one. Over several axes the rings are nested, the minor axis inside, so that every send goes along
-one axis of the mesh. The bytes are always those of the one collective.
+In one direction, a ring of K chips sends K-1 whole shards, each to the next chip. In both directions:
 
-A send and the matmul beside it do not depend on each other. What has arrived is sent on only when the shard before it
-has been multiplied, so that no more than two shards stand in memory beside the chip's own (and those of outer rings).
+- Gathered shards travel to both neighbours at once, in K//2 steps instead of K-1. If K is even, half the shard of the
+  opposite chip arrives from each side.
+- Sums are cut into two halves that travel against each other, in K-1 steps of half the size. The term for one half is
+  computed and added while the other half is on its way.
 
-Decides how a ring runs and what it sends. Which moves run so is the layout's (`Layout.rings`) and `looped_steps`'.
+Halves of n elements have n//2 and the rest; an empty half is not sent. Two chips are neighbours on one cable, so that
+both directions are one. Over several axes the rings are nested, with the minor axis inside, so that every send uses
+one axis of the mesh. The bytes always equal those of the plain collective.
+
+A send and the matmul beside it do not depend on each other. A shard is sent on only after the shard before it has been
+multiplied, so that each ring holds at most two shards in memory beside the chip's own.
+
+Not in this file: which steps a layout loops (`Layout.rings`, `variants.LOOPED`), and what a ring costs
+(`partitioning.cost`).
 """
 
 import functools
@@ -37,18 +41,19 @@ from toruslab.partitioning.layouts.precision import exact
 from toruslab.partitioning.layouts.variants import LOOPED
 
 OnArrival = Callable[[jax.Array | None, jax.Array, jax.Array | int, int], jax.Array]
+"""(result so far, arrived shard, index of its chip, offset in that chip's shard) -> result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingMatmul:
-    """A collective of a matmul [t, n] @ [n, m], looped.
+    """A matmul x @ w, [t, n] @ [n, m], looped with a collective.
 
     Args:
-        side: what travels.
-        dim: along which of its two dimensions it is gathered or scattered.
-        axes: of the group, major first.
-        ways: 1 or 2 directions.
-        scopes: names for the sends and for the matmuls, as `jax.named_scope`s.
+        side: what travels: shards of `x`, shards of `w`, or sums of the result, `out`.
+        dim: the dimension, 0 or 1, along which that is gathered or scattered.
+        axes: mesh axes of the group, major first.
+        ways: ring directions, 1 or 2.
+        scopes: the `jax.named_scope` of the sends, and that of the matmuls.
     """
 
     side: Literal["x", "w", "out"]
@@ -58,18 +63,18 @@ class RingMatmul:
     scopes: tuple[str, str] = ("sends", "matmuls")
 
     def __call__(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """The matmul of two shards with its collective, inside `jax.shard_map`."""
+        """Multiplies two shards, inside `jax.shard_map`."""
         if self.side == "out":
             return matmul_scatter(x, w, self)
         return gather_matmul(x, w, self)
 
 
 def gather_matmul(x: jax.Array, w: jax.Array, ring: RingMatmul) -> jax.Array:
-    """`x @ w`, one of the two gathered over `ring.axes` along `ring.dim`: its shards come by, one after the other.
+    """`x @ w`, one of the two gathered over `ring.axes` along `ring.dim`. It is never whole in memory.
 
-    A shard of the contracted dimension (x along 1, w along 0) is multiplied with the part of the other side that it
-    belongs to and added up, in float32; any other yields rows or columns of the result. The gathered whole never
-    stands in memory. Shards of int8 travel as such, and are converted to x's dtype where they arrive.
+    A shard of the contracted dimension (x along 1, w along 0) is multiplied with its part of the other side, and the
+    products are added in float32. Any other shard yields rows or columns of the result. Shards of int8 travel as int8
+    and are converted to x's dtype on arrival.
     """
     n = (x if ring.side == "x" else w).shape[ring.dim]
     k = math.prod(lax.axis_size(a) for a in ring.axes)
@@ -94,10 +99,13 @@ def gather_matmul(x: jax.Array, w: jax.Array, ring: RingMatmul) -> jax.Array:
 
 
 def matmul_scatter(x: jax.Array, w: jax.Array, ring: RingMatmul) -> jax.Array:
-    """The chip's part, along `ring.dim`, of `x @ w` summed over `ring.axes`.
+    """This chip's part, along `ring.dim`, of `x @ w` summed over `ring.axes`.
 
-    The sum for a chip starts at its neighbour and gathers terms on its way all round; each chip works out its term
-    while the sum is on its way there. Terms are added in float32, sums travel in x's dtype.
+    The sum for a chip starts at its neighbour and collects a term from each chip of the ring. Each chip computes its
+    term while the sum is on its way to it. Terms are added in float32; sums travel in x's dtype.
+
+    Raises:
+        ValueError: the chips do not divide that dimension of the result.
     """
     k = math.prod(lax.axis_size(a) for a in ring.axes)
     whole = x.shape[0] if ring.dim == 0 else w.shape[1]
@@ -118,10 +126,11 @@ def _product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _part(array: jax.Array, *, index: jax.Array | int, offset: int, n: int, width: int, dim: int) -> jax.Array:
-    """Of part `index` of `n` elements along `dim`, the `width` elements from `offset` on.
+    """`width` elements from `offset` of part `index`; `array` is parts of `n` elements along `dim`.
 
-    Rows of int8 are cut as whole parts first: to cut them from anywhere, XLA:TPU lays the weights of all layers out
-    anew in every layer; so it copies those of one. Other rows it reads in place, as long as they are cut in one step.
+    Rows of int8 are cut in two steps, whole parts first: XLA:TPU then copies the weights of one layer. In one step it
+    would give the weights of all layers a new memory layout, in every layer. Rows of other dtypes it reads in place,
+    but only if they are cut in one step.
     """
     if dim or array.dtype != jnp.int8:
         return lax.dynamic_slice_in_dim(array, index * n + offset, width, axis=dim)
@@ -131,7 +140,7 @@ def _part(array: jax.Array, *, index: jax.Array | int, offset: int, n: int, widt
 
 
 def _send(array: jax.Array, axis: str, by: int, ring: RingMatmul) -> jax.Array:
-    """What the chip `by` places before this one holds."""
+    """`array` of the chip that is `by` places before this one on the ring over `axis`."""
     k = lax.axis_size(axis)
     with jax.named_scope(ring.scopes[0]):
         return lax.ppermute(array, axis, [(i, (i + by) % k) for i in range(k)])
@@ -140,9 +149,10 @@ def _send(array: jax.Array, axis: str, by: int, ring: RingMatmul) -> jax.Array:
 def _fold(
     step: OnArrival, acc: jax.Array | None, shard: jax.Array, ring: RingMatmul, axes: Axes, offset: int = 0, index=0
 ):
-    """`step(acc, shard, index, offset)` for every shard of the group, the chip's own first, in the order of arrival.
+    """Calls `step(acc, shard, index, offset)` for every shard of the group in order of arrival, the chip's own first.
 
-    `index`: whose shard it is, row-major over `ring.axes`; `offset`: where in that shard a part of it begins.
+    `index` is the chip that the shard belongs to, row-major over `ring.axes`. `offset` is where a part of a shard
+    begins in that shard.
     """
     if not axes:
         return step(acc, shard, index, offset)
@@ -177,9 +187,9 @@ def _fold(
 def _sum(
     x: jax.Array, product: Callable, ring: RingMatmul, axes: Axes, span: tuple[int, int], index: jax.Array | int = 0
 ):
-    """This chip's part of the sums over `axes`; `product(x, index, *span)` is its own term for chip `index`.
+    """This chip's part of the sums over `axes`; `product(x, index, *span)` is its term for chip `index`.
 
-    `span`: where along the dimension it begins in that chip's part, and how long it is.
+    `span` is a range (offset, width) of that chip's part along `ring.dim`.
     """
     if not axes:
         return product(x, index, *span)
@@ -191,21 +201,22 @@ def _sum(
     legs = [(by, part) for by, part in ((1, (offset, half)), (back, (offset + half, width - half))) if part[1]]
 
     def term(x: jax.Array, n: int, by: int, part: tuple[int, int]) -> jax.Array:
-        """For the chip `n` places on in direction `by`."""
+        """The term for the chip `n` places away in direction `by`."""
         return _sum(x, product, ring, axes[1:], part, index * k + (here + by * n) % k)
 
     totals = [term(x, k - 1, *leg) for leg in legs]
     for n in range(k - 2, -1, -1):
         for i, leg in enumerate(legs):
             come = _send(totals[i].astype(x.dtype), axis, leg[0], ring)
-            late, come, _ = lax.optimization_barrier((x, come, totals[i - 1]))  # after what was worked out meanwhile
+            late, come, _ = lax.optimization_barrier((x, come, totals[i - 1]))  # after the terms computed meanwhile
             mine = term(late, n, *leg)
             totals[i] = mine + come.astype(mine.dtype)
     return lax.concatenate(totals, ring.dim)
 
 
 def _halves(right: jax.Array, left: jax.Array, dim: int) -> tuple[dict[int, jax.Array], dict[int, int]]:
-    """The first half of one and the second of the other, and where they begin, by direction; without empty ones."""
+    """The first half of one shard and the second half of the other, without empty halves, and where they begin; both by
+    direction."""
     n = right.shape[dim]
     half = n // 2
     legs = {1: lax.slice_in_dim(right, 0, half, axis=dim), -1: lax.slice_in_dim(left, half, n, axis=dim)}
@@ -217,17 +228,19 @@ def _is_one_way(k: int, ways: int) -> bool:
 
 
 def sends(kind: str, axes: Axes, sizes: Mapping[str, int], n: int, ways: int) -> Iterator[tuple[str, int]]:
-    """What one looped collective sends: for each send the mesh axis, and how many of the shard's `n` elements along its
-    gathered (scattered) dimension.
+    """The sends of one looped collective.
 
     Args:
         kind: `all-gather` or `reduce-scatter`.
-        axes: of the group, major first.
-        sizes: of the mesh axes.
-        n: extent of one shard along that dimension.
-        ways: 1 or 2.
+        axes: mesh axes of the group, major first.
+        sizes: mesh axis -> size.
+        n: elements of one shard along the dimension that is gathered or scattered.
+        ways: ring directions, 1 or 2.
 
-    Example: both ways round four chips, shards of 5.
+    Returns:
+        For each send its mesh axis and how many of those `n` elements it carries.
+
+    Example: four chips, both directions, shards of 5.
         >>> list(sends("all-gather", ("x",), {"x": 4}, 5, 2))
         [('x', 5), ('x', 5), ('x', 2), ('x', 3)]
     """
@@ -247,7 +260,7 @@ def sends(kind: str, axes: Axes, sizes: Mapping[str, int], n: int, ways: int) ->
 
 @dataclass(frozen=True, kw_only=True)
 class LoopedStep:
-    """A move that a layout loops with a matmul: step `step` of ladder `name`."""
+    """The step of a layout that is looped with a matmul: `step` (from 0) of the ladder `name`, as a `Move`."""
 
     name: str
     step: int
@@ -256,9 +269,9 @@ class LoopedStep:
 
 @functools.lru_cache(maxsize=4096)
 def looped_steps(layout: Layout) -> Mapping[str, LoopedStep]:
-    """What comes out of a matmul -> the move that the layout loops with it; see `variants.LOOPED`.
+    """Result of a matmul (`h`, `kv`, `out`) -> the step that the layout loops with that matmul, see `variants.LOOPED`.
 
-    A gather is looped if it is the last step of its ladder, a reduce-scatter if it is the first.
+    All-gathers are looped if they are the last step of their ladder, reduce-scatters if they are the first.
     """
     found: dict[str, LoopedStep] = {}
     for target, names in LOOPED.items() if layout.rings else ():
@@ -271,26 +284,28 @@ def looped_steps(layout: Layout) -> Mapping[str, LoopedStep]:
 
 
 def before(layout: Layout, name: str) -> Ladder:
-    """What a tensor follows before its matmul: its ladder, without a last step that is looped."""
+    """The ladder of a tensor before its matmul, without a last step that is looped."""
     looped = any(loop.name == name for loop in looped_steps(layout).values())
     return getattr(layout, name)[:-1] if looped else getattr(layout, name)
 
 
 def after(layout: Layout, name: str) -> Ladder:
-    """What follows on the matmul that makes a tensor: its ladder, without a first step that is looped."""
+    """The ladder of a tensor after the matmul that makes it, without a first step that is looped."""
     loop = looped_steps(layout).get(name)
     return getattr(layout, name)[1:] if loop and loop.name == name else getattr(layout, name)
 
 
 def multiply(x: jax.Array, w: jax.Array, layout: Layout, names: tuple[str, str, str]) -> jax.Array:
-    """`x @ w`, global arrays, looped with the move that the layout says.
+    """`x @ w` of global arrays, looped with the step that the layout gives.
 
     Args:
-        x: [T, n] where `before(layout, names[0])` ends; w: [n, m] where `before(layout, names[1])` does.
-        names: of the ladders of x, of w and of what comes out, which must be one of `looped_steps(layout)`.
+        x: [T, n], in the last spec of `before(layout, names[0])`.
+        w: [n, m], in the last spec of `before(layout, names[1])`.
+        layout: a layout with rings.
+        names: the ladders of x, of w and of the result; the last must be one of `looped_steps(layout)`.
 
     Returns:
-        [T, m] where `after(layout, names[2])` begins.
+        [T, m], in the first spec of `after(layout, names[2])`.
     """
     loop = looped_steps(layout)[names[2]]
     gathers = loop.move.kind == "all-gather"

@@ -1,8 +1,12 @@
-"""Variants of layouts, and a layout by its name: `ws2d`, `wgx+ring`, `ws2d+lean`.
+"""A layout by its name, with variants: `ws2d`, `wgx+ring`, `ws2d+lean`, `wgxy+ring+prefetch`.
 
-What follows a `+` makes another layout of one: `lean` by making it anew, the others by changing the record. Decides
-which names there are and what each variant changes. What a layout is, and the ones without variants, are
-`partitioning.layouts.layout`'s; how a ring runs is `partitioning.layouts.rings`'.
+Each variant after a `+` turns a layout into another one:
+
+- `lean`: as few collectives as possible; replaces the function that makes the layout.
+- `ring`, `biring`: collectives looped with their matmuls, in one direction or both; changes the record.
+- `prefetch`: weights gathered one layer ahead; changes the record.
+
+The layouts without variants are in `catalogue`, and how a ring runs is in `rings`.
 """
 
 import dataclasses
@@ -30,52 +34,53 @@ from toruslab.partitioning.torus.mesh import Shape
 
 
 def ws1d_lean(attention: Attention, kv: Axes) -> Layout:
-    """`ws1d` with as few collectives as it can do with: the output's sums are all-reduced, the residual stream stays
-    whole. One collective in a parallel layer, and two more where attention goes to the batch.
+    """`ws1d` with the fewest collectives: the output's partial sums are all-reduced, and the residual stream stays
+    whole. A parallel layer has one collective, and two more if attention is split over the batch.
 
-    The lower bound: a matmul whose inner dimension is split must be summed once. The same bytes as `ws1d`, and
-    elementwise work that all chips repeat: for decode steps, where the number of collectives decides.
+    One is the lower bound, because a matmul whose inner dimension is split must be summed once. The bytes are those of
+    `ws1d`, but all chips repeat the elementwise work. This is for decode steps, where the number of collectives
+    decides the latency.
     """
     base = ws1d(attention, kv)
     return dataclasses.replace(base, **_whole(base))
 
 
 def ws2d_lean(attention: Attention, kv: Axes) -> Layout:
-    """`ws2d` with as few collectives as it can do with: both matmuls' sums are all-reduced and stay whole along that
-    axis; K, V and the norm's sum ride along with the hidden units. Two collectives in a parallel layer, and two more
-    where attention goes to the batch. See `ws1d_lean`.
+    """`ws2d` with the fewest collectives: the partial sums of both matmuls are all-reduced and then stay whole along
+    those axes, and K, V and the norm's sum share the all-reduce of h. A parallel layer has two collectives, and two
+    more if attention is split over the batch. See `ws1d_lean`.
     """
     base = ws2d("heads", kv)
     hidden, kv_zy = P(None, ZY), tuple(a for a in kv if a != "x")
     around = around_attention(attention, batch=(), heads=ZY, partial=("x",), w_kv=kv_zy, kv=kv_zy, e=("x",))
-    summed, *rest = around["kv"]  # first, in one collective with h
+    summed, *rest = around["kv"]  # the first step sums over x, in one collective with h; the rest has whole values
     around["kv"] = (summed, *(P(*entries(spec)) for spec in (summed, *rest)))
     changed = _whole(base) | around | {"h": (base.h[0], hidden), "g": (hidden,), "together": True}
     return dataclasses.replace(base, attention=attention, **changed)
 
 
 def _whole(made: Layout) -> dict:
-    """The residual stream kept as the matmuls take it, so that it is not gathered."""
+    """Keeps the residual stream in the spec that the matmuls read, so that it is never gathered."""
     e = made.x[-1]
     return {"embed": (made.embed[0], e), "x": (e,), "out": (made.out[0], e), "rows": (e,)}
 
 
 LEAN: dict[str, Maker] = {"ws1d": ws1d_lean, "ws2d": ws2d_lean}
-"""What `+lean` makes of a layout, as another way to make it: attention has other axes there."""
+"""Makers for `+lean`. They do not change a made layout, because attention is split over other axes there."""
 
 LOOPED = {"h": ("w_in", "h"), "kv": ("w_kv",), "out": ("w_out", "g", "out")}
-"""What comes out of a matmul -> the ladders that may be looped with it, the best first. A gathered weight outweighs
-any activation. Inside the block, h and g are wider than the residual stream (x, out) and move over one axis, so that
-their rings are short; the paper looped these two. x is not looped: its norm needs whole rows first."""
+"""Result of a matmul -> the ladders that may be looped with it, the best first. A gathered weight moves more bytes than
+any activation. Of the activations, h and g are wider than the residual stream (x, out) and move over one axis, so that
+their rings are short; the paper loops these two. x is never looped: its norm needs whole rows first."""
 
 
 def ring(made: Layout) -> Layout:
-    """Collectives looped with their matmuls, one way round."""
+    """Collectives looped with their matmuls, in one direction."""
     return _looped(made, 1)
 
 
 def biring(made: Layout) -> Layout:
-    """Collectives looped with their matmuls, both ways round."""
+    """Collectives looped with their matmuls, in both directions."""
     return _looped(made, 2)
 
 
@@ -85,7 +90,8 @@ def _looped(made: Layout, ways: Literal[1, 2]) -> Layout:
 
 
 def _is_looped(ladder: Ladder) -> bool:
-    """Whether it has a step that can be: sums that stay whole, as with `lean`, are none."""
+    """Whether its first step changes the number of split axes: gathers and scatters do, the all-reduces of `lean` do
+    not."""
     if len(ladder) < 2:
         return False
     before, after = (sum(len(axes_of(e)) for e in entries(spec)) for spec in ladder[:2])
@@ -93,23 +99,34 @@ def _is_looped(ladder: Ladder) -> bool:
 
 
 def prefetch(made: Layout) -> Layout:
-    """Weights gathered one layer ahead, but for a last step that is looped: `+ring` comes before, if at all."""
+    """Weights gathered one layer ahead. A last step that is looped is not: `+ring` therefore comes before this."""
     ahead = any(len(getattr(made, name)) > (2 if made.rings else 1) for name in WEIGHTS)
     return dataclasses.replace(made, prefetch=True) if ahead else made
 
 
 VARIANTS: dict[str, Callable[[Layout], Layout]] = {"ring": ring, "biring": biring, "prefetch": prefetch}
-"""What may follow a layout's name after a `+`, beside `lean`: each makes another layout of it."""
+"""The variants that change a made layout: all but `lean`."""
 
 
 def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
-    """The layout `name`, with variants (`ws2d+lean`) and its attention, for a mesh and a number of KV heads.
+    """The layout of that name, for a mesh and a number of KV heads.
 
     Args:
-        name: of `LAYOUTS`, and of `VARIANTS` after a `+` each: `ws2d+ring`.
+        name: one of `LAYOUTS`, and any variants, each after a `+`: `ws2d+lean+ring`.
+        attention: one of `ATTENTIONS`.
+        mesh: extents X, Y, Z.
+        n_kv_heads: KV heads of the model.
+
+    Returns:
+        The layout without mesh axes of size 1.
 
     Raises:
-        ValueError: an unknown name, attention that the layout does not have, or a variant that changes nothing in it.
+        ValueError: an unknown name, or a variant that changes nothing in the layout.
+        NoAxisLeft: attention that this layout cannot have on this mesh.
+
+    Example:
+        >>> layout("ws2d", "heads", (4, 2, 1), 1).h == (P(None, "y", unreduced={"x"}), P(None, ("y", "x")))
+        True
     """
     made_by = parts_of(name)
     if attention not in ATTENTIONS:
@@ -118,7 +135,7 @@ def layout(name: str, attention: str, mesh: Shape, n_kv_heads: int) -> Layout:
 
 
 def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
-    """What makes the layout `name`, and its variants.
+    """The maker of the layout and the functions of its variants, in order.
 
     Raises:
         ValueError: an unknown name.
@@ -145,7 +162,7 @@ def parts_of(name: str) -> tuple[Callable[..., Any], ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _layout(made_by: tuple[Callable[..., Any], ...], name: str, attention: Attention, mesh: Shape, kv: Axes) -> Layout:
-    """`made_by`, what the parts of `name` stand for, is in the key: tests register others under old names."""
+    """`layout`, cached. The key includes the functions `made_by`, because tests register others under old names."""
     make, *variants = made_by
     made = make(attention, kv)
     for variant in variants:

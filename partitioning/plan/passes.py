@@ -1,16 +1,27 @@
-"""A pass."""
+"""One pass of the decoder: how many sequences, tokens and cache positions, and how it trains if it does.
+
+A pass knows no model and no layout. The sizes of tensors follow from all three (`partitioning.plan.tensors`).
+"""
 
 from dataclasses import dataclass
 
 REMAT = ("layer", "weights", "none")
-"""What is worked out again for the gradient of a layer: all of it, from its input, which alone is kept; its gathered
-weights, which are gathered again, while all else is kept; or nothing."""
+"""What a training step recomputes for the gradient of a layer:
+
+- `layer`: the whole layer, of which only the input is kept;
+- `weights`: only the gathering of its weights; everything else is kept;
+- `none`: nothing.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a pass trains: its batch in `accumulate` parts, one after the other, whose gradients are added; and what is
-    worked out again for a layer's gradient, one of `REMAT`."""
+    """How a pass trains.
+
+    Args:
+        accumulate: parts of the batch, which run one after the other; their gradients are added.
+        remat: one of `REMAT`.
+    """
 
     accumulate: int = 1
     remat: str = "layer"
@@ -22,15 +33,24 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """The sizes of one pass: B = `batch` sequences of L = `length` new tokens over a cache of `capacity` positions.
+    """The sizes of one pass.
 
-    `all_logits`: logits for every token (scoring), else for the last of each sequence (generation, with sampling).
-    `itemsize` is the activations' bytes per element; `int8_cache`: K and V are cached as int8, with scales.
-    `steps`: decode steps in one call of the program, each over the token that the one before sampled. Sizes, plan and
-    bytes are those of one step; the cache has room for the last.
-    `training`: the pass is a training step, forward, backward and update; it has no cache, and `all_logits`.
-    `mixed`: of a pass over tokens of many requests, how many tokens and rows of logits it has; `batch` is then that of
-    the cache, its pages, and `length` 1.
+    Args:
+        batch: sequences.
+        length: new tokens of each sequence.
+        capacity: positions of the KV cache, new tokens included.
+        itemsize: bytes of one element of the activations.
+        weight_itemsize: bytes of one element of the weights.
+        all_logits: logits for every token (scoring), else for the last token of each sequence, which are sampled from.
+        steps: decode steps in one call of the program, each on the token that the one before sampled. The sizes, the
+            plan and the bytes are those of one step; the cache has room for the last.
+        int8_cache: K and V are cached as int8 with scales.
+        mixed: (tokens, rows of logits) of a pass over tokens of many requests. `batch` is then that of the cache, its
+            pages, and `length` is 1.
+        training: the pass is a training step: forward, backward and update, with `all_logits` and without a cache.
+
+    Raises:
+        ValueError: field, value and rule.
     """
 
     batch: int
@@ -59,14 +79,14 @@ class Pass:
             raise ValueError(f"accumulate={self.training.accumulate} must divide batch={self.batch}")
 
     @property
-    def tokens(self) -> int:
-        """T; of a training step those of one part of the batch."""
-        return self.mixed[0] if self.mixed else self.rows * self.length
+    def sequences(self) -> int:
+        """B; in training, the sequences of one part of the batch."""
+        return self.batch // self.training.accumulate if self.training else self.batch
 
     @property
-    def rows(self) -> int:
-        """B; of a training step those of one part of the batch."""
-        return self.batch // self.training.accumulate if self.training else self.batch
+    def tokens(self) -> int:
+        """T; in training, the tokens of one part of the batch."""
+        return self.mixed[0] if self.mixed else self.sequences * self.length
 
     @property
     def logits_rows(self) -> int:

@@ -1,11 +1,11 @@
-"""What one pass does, in order: every tensor that moves, its size, and the ladder that it follows.
+"""The plan: every collective that a layout asks for in one pass, with its bytes.
 
-This is the plan's side of the decoder. `models.decoder.decoder` runs the same ladders under the same scopes; the tests hold
-the two together by comparing this plan with the collectives of the compiled program, one to one.
-Reads a model's sizes; runs nothing.
+The analytic cost prices this list, and the check of a compiled program compares it with XLA's collectives. `check`
+refuses models that the layout cannot divide. The tensors behind the collectives are in `partitioning.plan.tensors`.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,8 +19,18 @@ from toruslab.partitioning.torus.mesh import AXES, Shape
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A collective that the layout asks for. `bytes`: what one chip must receive, in one execution; `itemsize`: of one
-    element of what moves; `merged`: with others of its scope it is one collective, of which all but one `fused`."""
+    """A collective that the layout asks for.
+
+    Args:
+        scope: where the program runs it, see `scopes`.
+        kind: of collective.
+        axes: mesh axes of the group.
+        bytes: what one chip must receive in one execution.
+        count: executions in one pass.
+        itemsize: bytes of one element of the tensor.
+        merged: several tensors of this scope share one collective, of which this is one part.
+        fused: one of the parts of such a collective, but not the first.
+    """
 
     scope: str
     kind: PlannedKind
@@ -33,44 +43,58 @@ class Planned:
 
 
 def plan(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Planned]:
-    """Every collective of one pass, in order, from the layout alone; of several steps in one call, those of one step.
+    """Every collective of one pass, in order. With several decode steps in a call, those of one step.
+
+    Args:
+        layout: the layout, for this mesh.
+        config: the model.
+        pass_: the sizes of the pass.
+        mesh: extents X, Y, Z.
 
     Raises:
         ValueError: a size that the layout cannot divide (see `check`).
+
+    Example: the reduce-scatter of the hidden units.
+        >>> from toruslab.models.presets import model
+        >>> from toruslab.partitioning.layouts.variants import layout
+        >>> mesh, decode = (2, 2, 2), Pass(batch=8, length=1, capacity=4)
+        >>> found = plan(layout("ws2d", "batch", mesh, 1), model("toy"), decode, mesh)
+        >>> next((p.kind, p.axes, p.bytes, p.count) for p in found if p.scope == "layer/h")
+        ('reduce-scatter', ('x',), 20480, 4)
     """
     check(layout, config, pass_, mesh)
     sizes = dict(zip(AXES, mesh, strict=True))
-    size = letters(config, pass_, layout, mesh)
+    extents = letters(config, pass_, layout, mesh)
     found = tensors(layout, config, pass_, mesh)
     shared = {tensor.scope for tensor in found if tensor.fused}
 
     def planned(tensor: Tensor) -> Iterator[Planned]:
-        ran = list(tensor.collectives(sizes, size))
-        for kind, axes, share, move in reversed(ran) if tensor.part == "backward" else ran:
+        forward, back = list(tensor.collectives(sizes, extents)), tensor.part == "backward"
+        for kind, axes, share, move in reversed(forward) if back else forward:
             yield Planned(
                 scope=tensor.scope,
-                kind=TRANSPOSED[kind] if tensor.part == "backward" else kind,
+                kind=TRANSPOSED[kind] if back else kind,
                 axes=axes,
-                bytes=int(tensor.bytes(move, pass_, size, sizes) * share),
+                bytes=int(tensor.bytes(move, pass_, extents, sizes) * share),
                 count=tensor.count,
                 itemsize=tensor.itemsize(pass_),
                 merged=tensor.scope in shared,
                 fused=tensor.fused,
             )
 
-    return [p for s in found for p in planned(s)]
+    return [p for tensor in found for p in planned(tensor)]
 
 
 @functools.lru_cache(maxsize=4096)
 def requirements(layout: Layout, block: str) -> tuple[tuple[str, Axes], ...]:
-    """Every (dimension, axes in mesh order) that the layout splits: what must divide what."""
-    specs = [(tensor.dims, spec) for tensor in forward_tensors(layout, block, 1, True) for spec in tensor.ladder]
-    rest = (("E", "C"), ("E", "D"), ("G", "E"))
-    specs += zip(rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
-    specs += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
+    """Every split of the layout as (letter, axes in mesh order): the axes must divide the letter's size."""
+    splits = [(tensor.dims, spec) for tensor in forward_tensors(layout, block, 1, True) for spec in tensor.ladder]
+    at_rest = (("E", "C"), ("E", "D"), ("G", "E"))
+    splits += zip(at_rest, (layout.w_in[0], layout.w_kv[0], layout.w_out[0]), strict=True)
+    splits += [(("V", "E"), layout.table), (("B", "K", "S", "Q"), layout.cache)]
     found = {
         (dim, tuple(a for a in AXES if a in axes_of(entry)))
-        for dims, spec in specs
+        for dims, spec in splits
         for dim, entry in zip(dims, entries(spec), strict=True)
         if axes_of(entry) and dim not in ("n", "2")
     }
@@ -78,10 +102,10 @@ def requirements(layout: Layout, block: str) -> tuple[tuple[str, Axes], ...]:
 
 
 def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None:
-    """Refuses sizes that the layout cannot divide evenly.
+    """Refuses sizes that the layout cannot divide evenly, and training that it cannot do.
 
     Raises:
-        ValueError: field, value and rule, and how to mend it where heads can be padded.
+        ValueError: field, value and rule; and the padding that helps, if the field is `n_heads`.
     """
     looped = [loop.name for loop in looped_steps(layout).values() if loop.name.startswith("w_")]
     if pass_.training and pass_.training.remat == "weights" and looped:
@@ -91,28 +115,19 @@ def check(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> None
         )
     if pass_.training and layout.prefetch:
         raise ValueError(f"layout={layout.name!r}: training gathers no weights ahead, it would keep all of them")
-    x, y, z = mesh
-    sizes = {"x": x, "y": y, "z": z}
-    rows = "batch/accumulate" if pass_.training and pass_.training.accumulate > 1 else "batch"
+    sizes = dict(zip(AXES, mesh, strict=True))
+    batch = "batch/accumulate" if pass_.training and pass_.training.accumulate > 1 else "batch"
     units = {
-        "B": (rows, pass_.rows),
-        "T": (rows, pass_.rows),
-        "R": (rows, pass_.rows),
-        "C": ("n_heads", config.n_heads),
-        "G": ("n_heads", config.n_heads),
-        "H": ("n_heads", config.n_heads),
-        "C_mlp": ("d_ff groups", config.mlp_groups),
-        "G_mlp": ("d_ff groups", config.mlp_groups),
-        "D": ("n_kv_heads", config.n_kv_heads),
-        "K": ("n_kv_heads", config.n_kv_heads),
+        **dict.fromkeys(("B", "T", "R"), (batch, pass_.sequences)),
+        **dict.fromkeys(("C", "G", "H"), ("n_heads", config.n_heads)),
+        **dict.fromkeys(("C_mlp", "G_mlp"), ("d_ff groups", config.mlp_groups)),
+        **dict.fromkeys(("D", "K"), ("n_kv_heads", config.n_kv_heads)),
         "E": ("d_model", config.d_model),
         "V": ("padded vocab", config.vocab_rows),
     }
     refused: list[tuple[int, bool, str]] = []
     for dim, axes in requirements(layout, config.block):
-        n = 1
-        for axis in axes:
-            n *= sizes[axis]
+        n = math.prod(sizes[axis] for axis in axes)
         field, value = units[dim]
         if value % n:
             padded = -(-value // n) * n

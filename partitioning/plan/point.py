@@ -1,6 +1,8 @@
-"""A point: the one key that analytic, compiled, measured and published numbers share.
+"""`Point`: one question to the toolkit, and the key that analytic, compiled, measured and published numbers share.
 
-Decides what a question to the toolkit is and which questions make no sense. Answers none.
+A point holds the names and sizes that a user gives, and refuses those that make no sense together. Its properties turn
+them into values: the model's config, the mesh, the layout, the pass. The answers are in `partitioning.cost`,
+`models.programs` and `benchmarks`.
 """
 
 import dataclasses
@@ -22,8 +24,9 @@ from toruslab.partitioning.torus.mesh import AXES, Shape, Slice, mesh_shape
 
 PHASES = ("prefill", "decode", "train")
 WEIGHTS = {"f32": 4, "bf16": 2, "int8": 1}
+"""Dtype of the weights -> bytes of one element."""
 CACHES = ("int8",)
-"""What a KV cache can be kept as, besides the activations' dtype."""
+"""Dtypes of the KV cache, besides that of the activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +34,31 @@ class Point:
     """Model, slice, phase, sizes, layout and weights.
 
     Args:
-        model: a preset of `models.presets` or a path to a Hugging Face `config.json`.
-        slice: `CHIP:DIMS` in mesh order.
-        phase: `prefill`, `decode`, or `train`: forward, backward and AdamW's update of one batch.
+        model: a preset of `models.presets`, or a path to a Hugging Face `config.json`.
+        slice: `CHIP:DIMS` in mesh order, such as `v4:4x4x4`.
+        phase: `prefill`; `decode`; or `train`, which is forward, backward and AdamW's update of one batch.
         batch: sequences.
         length: new tokens of each sequence in this pass; 1 in decode.
-        context: tokens in the cache that attention reads; with this pass's in decode, before this pass in prefill.
-        layout, attention: see `partitioning.layouts.layout`.
-        weights: `bf16`, `int8` or `f32`; activations are float32 beside `f32` weights, else bfloat16.
-        mesh: extents of the mesh where they differ from the slice's.
-        accumulate: parts of a training step's batch, one after the other.
-        remat: what a training step works out again for its gradient, see `partitioning.plan.passes.REMAT`.
-        cache: `int8`, with a scale for each position, where the KV cache is not of the activations' dtype.
-        steps_per_call: decode steps in one call of the program; the first has `context`, each later one a token more.
-            Whatever is said of the point (seconds, bytes, counts) is of one step, the mean of the call's.
+        context: tokens in the cache that attention reads. In decode this includes the pass's own token; in prefill it
+            is the tokens before this pass.
+        layout: a name of `partitioning.layouts.catalogue`, with variants: `ws2d`, `wgx+ring`.
+        attention: one of `partitioning.layouts.layout.ATTENTIONS`.
+        weights: `bf16`, `int8` or `f32`. Activations are float32 with `f32` weights, else bfloat16.
+        mesh: extents such as `4x2x1`, if they differ from the slice's.
+        steps_per_call: decode steps in one call of the program. The first has `context`, each later one a token more.
+            All answers (seconds, bytes, counts) are of one step, the mean over the call.
+        cache: `int8`, with a scale for each position, if the KV cache is not of the activations' dtype.
+        accumulate: parts of a training step's batch, which run one after the other.
+        remat: what a training step recomputes for its gradient, one of `partitioning.plan.passes.REMAT`.
 
     Raises:
         ValueError: field, value and rule.
+
+    Example:
+        >>> point = Point(model="palm-8b", slice="v4:4x2x1", phase="decode", batch=64, context=2048, layout="ws2d",
+        ...               attention="batch")
+        >>> point.mesh_shape, point.n_chips, point.pass_.capacity
+        ((4, 2, 1), 8, 2048)
     """
 
     model: str
@@ -141,7 +152,7 @@ class Point:
 
     @property
     def capacity(self) -> int:
-        """Positions of the cache that this pass needs, of several steps the last."""
+        """Positions of the cache that this pass needs; with several steps, that the last one needs."""
         return self.context + (self.steps_per_call - 1 if self.phase == "decode" else self.length)
 
     @property
@@ -164,11 +175,11 @@ class Point:
         )
 
     def check_chip(self) -> None:
-        """Refuses a slice whose chip has no data sheet, or no such torus, or a group larger than a switch joins; or, if
-        it was calibrated, no figures for such weights.
+        """Refuses a slice that cannot be priced: a chip without a data sheet, a mesh that does not fit its torus, a
+        group larger than its switch joins, or weights for which a calibrated chip has no figures.
 
         Raises:
-            ValueError: which rule it breaks.
+            ValueError: the rule that is broken.
         """
         described = chip(self.chip)
         if described.machine:
@@ -179,16 +190,17 @@ class Point:
             segments(AXES, self.mesh_shape, described, mesh_shape(Slice.parse(self.slice)))
 
     def to_json(self) -> dict[str, Any]:
-        """The point as JSON fields; `mesh` and `cache` only where given, `steps_per_call` where it is not 1."""
+        """The point as JSON fields. `mesh`, `cache`, `steps_per_call`, `accumulate` and `remat` are there only if they
+        differ from their defaults."""
         left_out = {"mesh": None, "cache": None, "steps_per_call": 1, "accumulate": 1, "remat": "layer"}
         return {k: v for k, v in vars(self).items() if k not in left_out or v != left_out[k]}
 
     @classmethod
     def from_json(cls, fields: object) -> "Point":
-        """A point from a JSON object, or its text.
+        """A point from a JSON object, or from its text.
 
         Raises:
-            ValueError: malformed JSON, an unknown or missing field, or what the constructor refuses.
+            ValueError: malformed JSON, an unknown or missing field, or anything that the constructor refuses.
 
         Example:
             >>> Point.from_json('{"model":"palm-8b","slice":"v4:2x2x2","phase":"decode","batch":64,"context":2048,'
@@ -215,9 +227,7 @@ class Point:
         return cls(**fields)
 
 
-@functools.lru_cache(maxsize=1024)
-def _config(name: str) -> ModelConfig:
-    return model(name)
+_config = functools.lru_cache(maxsize=1024)(model)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,9 @@
-"""Tensors."""
+"""The tensors that one pass moves, in order: the size of each, and the ladder that it follows.
+
+This list is the plan's copy of the decoder. `models.decoder` follows the same ladders under the same scopes, and the
+tests compare the two: the collectives planned from this list with those of the compiled program, one to one. Nothing
+here runs anything. Which collectives follow from the list is in `partitioning.plan.plan`.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +24,7 @@ from toruslab.partitioning.plan.passes import Pass, Training
 from toruslab.partitioning.torus.mesh import AXES, Shape
 
 PlannedKind = MoveKind | Literal["collective-permute"]
-StepPart = Literal["forward", "again", "backward", "update"]
+"""A planned collective; the sends of a looped one are collective-permutes."""
 TRANSPOSED: Mapping[PlannedKind, PlannedKind] = {
     "all-gather": "reduce-scatter",
     "reduce-scatter": "all-gather",
@@ -27,19 +32,33 @@ TRANSPOSED: Mapping[PlannedKind, PlannedKind] = {
     "all-to-all": "all-to-all",
     "collective-permute": "collective-permute",
 }
-"""What a collective is in the backward pass, where it moves as many bytes: of what all had alike, every chip has a part
-of the gradient, and the other way round."""
+"""A collective -> the one that its gradient takes in the backward pass, with equal bytes. Where all chips have a value
+alike, each has one term of the sum that is the gradient; where each has a term, all have the gradient alike."""
+StepPart = Literal["forward", "again", "backward", "update"]
+"""Part of a training step; `again`: layers that are run again for their gradient. Other passes are `forward` only."""
+
+BLOCKS: Mapping[str, Mapping[str, tuple[str, bool]]] = {
+    "parallel": {"layer": ("", True)},
+    "serial": {"attention": ("", True), "mlp": ("_mlp", False)},
+}
+"""Kind of layer -> its blocks by scope, each with the suffix of its letters, and whether it holds attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One tensor on its way: `scope` as in the program, `dims` as letters, `ladder` from the layout.
+    """A tensor of the pass and the ladder that it follows.
 
-    `count` is how often the pass goes through it; `dtype` is `act` (the activations'), `weight`, `f32` or `i32`;
-    `fused`: its one move shares the collective of another tensor of its scope; `loop`: the move of the ladder that is
-    looped with a matmul, in so many `ways` round; `in_layer`: whether it is in every layer.
-    `part` is `forward`; of a training step also `again` (the layer run again for its gradient), `backward` (the
-    tensor's gradient, which goes back over the ladder) and `update`.
+    Args:
+        scope: where the program runs its collectives, such as `layer/h`.
+        dims: letters of its dimensions, see `letters`.
+        ladder: its specs, from the layout.
+        count: times that the pass follows the ladder.
+        dtype: `act` (that of the activations), `weight`, `f32` or `i32`.
+        fused: this tensor shares the collective of another tensor in the same scope.
+        loop: the step that overlaps a matmul as a ring.
+        ways: ring directions, 1 or 2.
+        in_layer: the tensor is in every layer.
+        part: of a training step. In `backward` this is the tensor's gradient, and takes the ladder in reverse.
     """
 
     scope: str
@@ -54,20 +73,24 @@ class Tensor:
     part: StepPart = "forward"
 
     def collectives(
-        self, sizes: Mapping[str, int], size: Mapping[str, int] | None = None
+        self, sizes: Mapping[str, int], extents: Mapping[str, int] | None = None
     ) -> Iterator[tuple[PlannedKind, Axes, Fraction, Move]]:
-        """What the tensor runs on mesh axes of `sizes`, in order: kind, axes, share of its move's bytes, and the move.
+        """The collectives of the ladder, in order. A looped step is its sends; a slice is no collective.
 
-        A looped move is its sends, any other one collective; slices move nothing and are not there. `size`: of the
-        letters; without them halves of a shard are taken for equal.
+        Args:
+            sizes: mesh axis -> size.
+            extents: letter -> size. Without it, the halves of a shard that is sent both ways round count as equal.
+
+        Yields:
+            Kind, axes, share of the bytes of the step, and the step.
         """
         for step, move in enumerate(moves(self.ladder)):
             if self.loop and self.loop.step == step:
                 n, k = 2 ** len(AXES), move.group(sizes)
-                if size:
+                if extents:
                     at = move.source if move.kind == "all-gather" else move.target
                     split = entries(move.src if move.kind == "all-gather" else move.dst)[at]
-                    n = size[self.dims[at]] // math.prod(sizes[a] for a in axes_of(split))
+                    n = extents[self.dims[at]] // math.prod(sizes[a] for a in axes_of(split))
                 for axis, part in sends(move.kind, move.axes, sizes, n, self.ways):
                     yield "collective-permute", (axis,), Fraction(part, n * (k - 1)), move
             elif move.kind != "slice":
@@ -77,20 +100,22 @@ class Tensor:
         """Bytes of one element."""
         return {"act": pass_.itemsize, "weight": pass_.weight_itemsize, "f32": 4, "i32": 4}[self.dtype]
 
-    def bytes(self, move: Move, pass_: Pass, size: Mapping[str, int], sizes: Mapping[str, int]) -> int:
-        """Bytes that one chip must receive for one of the tensor's moves; `size` of `letters`, `sizes` of mesh axes."""
-        return move.bytes([size[d] for d in self.dims], self.itemsize(pass_), sizes)
+    def bytes(self, move: Move, pass_: Pass, extents: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+        """Bytes that one chip must receive for a step of the ladder; letter -> `extents`, mesh axis -> `sizes`."""
+        return move.bytes([extents[d] for d in self.dims], self.itemsize(pass_), sizes)
 
 
 def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> dict[str, int]:
-    """The size of every letter that a tensor's `dims` may hold.
+    """Letter -> size, for all letters that `Tensor.dims` may have: those of `layouts.layout`, and
 
-    Suffix `_mlp`: of the MLP's own block, if serial. n: the parts of the vocabulary.
+    - C_mlp, G_mlp: C and G of the MLP's own block, in serial layers;
+    - N: layers;
+    - n: parts of the vocabulary, and "2": a sampled value and its id (`pick_ladder`).
     """
     sizes = dict(zip(AXES, mesh, strict=True))
     parts = axes_of(entries(layout.logits[-1])[1]) if layout.logits else ()
     return model_letters(config) | {
-        "B": pass_.rows,
+        "B": pass_.sequences,
         "T": pass_.tokens,
         "R": pass_.logits_rows,
         "S": pass_.capacity,
@@ -100,7 +125,7 @@ def letters(config: ModelConfig, pass_: Pass, layout: Layout, mesh: Shape) -> di
 
 
 def model_letters(config: ModelConfig) -> dict[str, int]:
-    """The letters that the model alone decides."""
+    """The letters of which the model alone decides the size."""
     heads = config.n_heads * config.d_head
     mlp_in = (2 if config.gated else 1) * config.d_ff
     parallel = config.block == "parallel"
@@ -119,30 +144,44 @@ def model_letters(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def tensors(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Tensor]:
+    """The tensors of one pass, in order. A layout without constraints (`auto`) has none."""
+    if not pass_.training or not layout.explicit:
+        return list(forward_tensors(layout, config.block, config.n_layers, not pass_.all_logits))
+    sizes = dict(zip(AXES, mesh, strict=True))
+    return _training_tensors(layout, config, pass_.training, letters(config, pass_, layout, mesh), sizes)
+
+
 @functools.lru_cache(maxsize=4096)
 def forward_tensors(layout: Layout, block: str, n_layers: int, sampling: bool) -> tuple[Tensor, ...]:
-    """The tensors of one pass, in order. A layout without constraints (`auto`) has no plan, and no stages."""
+    """The tensors of a forward pass, in order. A layout without constraints (`auto`) has none.
+
+    Args:
+        layout: the layout, for its mesh.
+        block: `parallel` or `serial`.
+        n_layers: number of layers.
+        sampling: whether the pass samples a token for each row of logits.
+    """
     if not layout.explicit:
         return ()
+
+    def layers(n: int) -> list[Tensor]:
+        return [
+            t for scope, (suffix, attends) in BLOCKS[block].items() for t in _block(layout, scope, suffix, attends, n)
+        ]
+
     found = [
         Tensor(scope="embed", dims=("T",), ladder=layout.tokens, dtype="i32"),
         Tensor(scope="embed", dims=("T", "E"), ladder=layout.embed),
     ]
-    parts = {"layer": ("", True)} if block == "parallel" else {"attention": ("", True), "mlp": ("_mlp", False)}
-    if layout.prefetch:  # the first layer's weights, which no layer before it gathers
-        first = [
-            s
-            for scope, (suffix, attends) in parts.items()
-            for s in _block(layout, scope, "C" + suffix, "G" + suffix, attends, 1)
-        ]
+    if layout.prefetch:  # no layer gathers the weights of the first
         found += [
-            dataclasses.replace(s, ladder=before(layout, s.scope.split("/")[1]), loop=None, in_layer=False)
-            for s in first
-            if s.dtype == "weight"
+            dataclasses.replace(t, ladder=before(layout, t.scope.split("/")[1]), loop=None, in_layer=False)
+            for t in layers(1)
+            if t.dtype == "weight"
         ]
-    for scope, (suffix, attends) in parts.items():
-        found += _block(layout, scope, "C" + suffix, "G" + suffix, attends, n_layers)
     found += [
+        *layers(n_layers),
         Tensor(scope="rows", dims=("R", "E"), ladder=layout.rows),
         Tensor(scope="norm", dims=("R",), ladder=norm_ladder(layout.rows[-1]), dtype="f32"),
         Tensor(scope="logits", dims=("R", "V"), ladder=layout.logits),
@@ -155,108 +194,91 @@ def forward_tensors(layout: Layout, block: str, n_layers: int, sampling: bool) -
     return tuple(found)
 
 
-def _block(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Tensor]:
-    for tensor in _block_tensors(layout, scope, c, g, attends, n):
-        yield dataclasses.replace(tensor, in_layer=True)
+def _block(layout: Layout, scope: str, suffix: str, attends: bool, n: int) -> Iterator[Tensor]:
+    """The tensors of one block, which runs `n` times."""
+    c, g, stat, kv = "C" + suffix, "G" + suffix, norm_ladder(layout.x[-1]), layout.kv
+    loops = {loop.name: loop for loop in looped_steps(layout).values()}
 
+    def tensor(name: str, dims: tuple[str, ...], ladder: Ladder | None = None, **more: Any) -> Tensor:
+        """In scope `name`, on the layout's ladder of that name if no other is given."""
+        steps: Ladder = getattr(layout, name) if ladder is None else ladder
+        loop = loops.get(name) if ladder is None else None
+        at, ways = f"{scope}/{name}", layout.rings if loop else 0
+        return Tensor(scope=at, dims=dims, ladder=steps, count=n, in_layer=True, loop=loop, ways=ways, **more)
 
-def _block_tensors(layout: Layout, scope: str, c: str, g: str, attends: bool, n: int) -> Iterator[Tensor]:
-    stat, kv, fused = norm_ladder(layout.x[-1]), layout.kv, layout.together
-    looped: dict[str, Any] = {m.name: {"loop": m, "ways": layout.rings} for m in looped_steps(layout).values()}
-
-    def weight(name: str, dims: tuple[str, str]) -> Tensor:
-        at = f"{scope}/{name}"
-        return Tensor(
-            scope=at, dims=dims, ladder=getattr(layout, name), count=n, dtype="weight", **looped.get(name, {})
-        )
-
-    yield Tensor(scope=f"{scope}/x", dims=("T", "E"), ladder=layout.x, count=n)
-    if not fused:
-        yield Tensor(scope=f"{scope}/norm", dims=("T",), ladder=stat, count=n, dtype="f32")
-    yield weight("w_in", ("E", c))
-    yield Tensor(scope=f"{scope}/h", dims=("T", c), ladder=layout.h, count=n, **looped.get("h", {}))
-    if fused:
-        yield Tensor(scope=f"{scope}/h", dims=("T",), ladder=stat, count=n, dtype="f32", fused=True)
+    yield tensor("x", ("T", "E"))
+    if not layout.together:
+        yield tensor("norm", ("T",), stat, dtype="f32")
+    yield tensor("w_in", ("E", c), dtype="weight")
+    yield tensor("h", ("T", c))
+    if layout.together:
+        yield tensor("h", ("T",), stat, dtype="f32", fused=True)
     if attends:
-        if fused:
-            yield Tensor(scope=f"{scope}/h", dims=("T", "D"), ladder=kv[:2], count=n, fused=True)
+        if layout.together:
+            yield tensor("h", ("T", "D"), kv[:2], fused=True)
             kv = kv[1:]
-        yield Tensor(scope=f"{scope}/kv", dims=("T", "E"), ladder=layout.x_kv, count=n)
-        yield weight("w_kv", ("E", "D"))
-        yield Tensor(scope=f"{scope}/kv", dims=("T", "D"), ladder=kv, count=n)
-        yield Tensor(scope=f"{scope}/q", dims=("T", "H", "Q"), ladder=layout.q, count=n)
-        yield Tensor(scope=f"{scope}/o", dims=("T", "H", "Q"), ladder=layout.o, count=n)
-    yield Tensor(scope=f"{scope}/g", dims=("T", g), ladder=layout.g, count=n, **looped.get("g", {}))
-    yield weight("w_out", (g, "E"))
-    yield Tensor(scope=f"{scope}/out", dims=("T", "E"), ladder=layout.out, count=n, **looped.get("out", {}))
+        yield tensor("kv", ("T", "E"), layout.x_kv)
+        yield tensor("w_kv", ("E", "D"), dtype="weight")
+        yield tensor("kv", ("T", "D"), kv)
+        yield tensor("q", ("T", "H", "Q"))
+        yield tensor("o", ("T", "H", "Q"))
+    yield tensor("g", ("T", g))
+    yield tensor("w_out", (g, "E"), dtype="weight")
+    yield tensor("out", ("T", "E"))
 
 
 def norm_ladder(at: P) -> Ladder:
-    """The mean square of a norm, T or R numbers: summed over the axes that E is split over in `at` = TE."""
+    """Of a norm's mean squares, one for each row of an activation in spec `at` (TE or RE): E's axes are summed over."""
     t, e = entries(at)
     return (P(t, unreduced=frozenset(axes_of(e))), P(t)) if axes_of(e) else (P(t),)
 
 
 def pick_ladder(layout: Layout) -> Ladder:
-    """Greedy sampling: every chip's best value and id of R rows, [n, 2, R] over the axes that V is split over."""
+    """Of greedy sampling, [n, 2, R]: each of the n parts of the vocabulary has its best value and id for each row."""
     r, v = entries(layout.logits[-1])
     return (P(v, None, r), P(None, None, r)) if axes_of(v) else (P(None, None, r),)
 
 
-def tensors(layout: Layout, config: ModelConfig, pass_: Pass, mesh: Shape) -> list[Tensor]:
-    """The tensors of one pass, in order; none of a layout without constraints (`auto`), which has no plan."""
-    if not pass_.training or not layout.explicit:
-        return list(forward_tensors(layout, config.block, config.n_layers, not pass_.all_logits))
-    sizes = dict(zip(AXES, mesh, strict=True))
-    return _trained(layout, config, pass_.training, letters(config, pass_, layout, mesh), sizes)
-
-
-def _trained(
-    layout: Layout, config: ModelConfig, training: Training, size: dict[str, int], sizes: dict[str, int]
+def _training_tensors(
+    layout: Layout, config: ModelConfig, training: Training, extents: dict[str, int], sizes: dict[str, int]
 ) -> list[Tensor]:
-    """The tensors of a training step.
-
-    The loss keeps what its gradient needs. Of a layer that is run again, nothing needs what its last block put out.
-    """
+    """The tensors of a training step: forward, then what is run again, backward, and the update."""
     ahead = forward_tensors(layout, config.block, config.n_layers, False)
     number = norm_ladder(layout.logits[-1])
     ahead += tuple(Tensor(scope="loss", dims=("R",), ladder=number, dtype="f32") for _ in range(2))
-    times = [dataclasses.replace(s, count=s.count * training.accumulate) for s in ahead]
-    last = "layer/out" if config.block == "parallel" else "mlp/out"
+    found = [dataclasses.replace(t, count=t.count * training.accumulate) for t in ahead]
+    last = f"{list(BLOCKS[config.block])[-1]}/out"
     again = {
-        "layer": [s for s in times if s.in_layer and s.scope != last],
-        "weights": [s for s in times if s.in_layer and s.dtype == "weight"],
+        "layer": [t for t in found if t.in_layer and t.scope != last],  # no gradient needs the layer's output
+        "weights": [t for t in found if t.in_layer and t.dtype == "weight"],
         "none": [],
     }[training.remat]
-    back = [s for s in reversed(times) if s.dtype != "i32" and s.scope != "loss"]
+    back = [t for t in reversed(found) if t.dtype != "i32" and t.scope != "loss"]  # the loss keeps what it needs
     parts: tuple[tuple[StepPart, list[Tensor]], ...] = (("again", again), ("backward", back))
-    times += [dataclasses.replace(s, part=part) for part, some in parts for s in some]
+    found += [dataclasses.replace(t, part=part) for part, some in parts for t in some]
     after = []
     for name, (dims, spec) in parameters(layout, config).items():
-        summed, spread = [ladder(spec, [size[d] for d in dims], sizes) for ladder in (gradient_ladder, update_ladder)]
-        after.append(Tensor(scope=f"gradients/{name}", dims=dims, ladder=summed, dtype="f32"))
-        after.append(Tensor(scope=f"update/{name}", dims=dims, ladder=spread))
-    every = frozenset(a for a in AXES if sizes[a] > 1)
-    if every:
+        shape = [extents[d] for d in dims]
         after += [
-            Tensor(scope="clip", dims=(), ladder=(P(unreduced=every), P()), dtype="f32", fused=bool(i))
-            for i in range(2)
+            Tensor(scope=f"gradients/{name}", dims=dims, ladder=gradient_ladder(spec, shape, sizes), dtype="f32"),
+            Tensor(scope=f"update/{name}", dims=dims, ladder=update_ladder(spec, shape, sizes)),
         ]
-    return times + [dataclasses.replace(s, part="update") for s in after]
+    every = frozenset(a for a in AXES if sizes[a] > 1)
+    if every:  # the loss, and the gradient's square
+        number = (P(unreduced=every), P())
+        after += [Tensor(scope="clip", dims=(), ladder=number, dtype="f32", fused=fused) for fused in (False, True)]
+    return found + [dataclasses.replace(t, part="update") for t in after]
 
 
 def parameters(layout: Layout, config: ModelConfig) -> dict[str, tuple[tuple[str, ...], P]]:
-    """The letters of every parameter and where it rests, by its name in the decoder; see `models.decoder.parameters.specs`."""
+    """Parameter -> its letters and its spec at rest, under the names of `models.decoder.parameters.specs`."""
     tables = ("table",) if config.tied else ("table", "unembed")
     found: dict[str, tuple[tuple[str, ...], P]] = dict.fromkeys(tables, (("V", "E"), layout.table))
     found["final_norm"] = (("E",), P(None))
-    for block, suffix in (
-        {"layer": ""}.items() if config.block == "parallel" else {"attention": "", "mlp": "_mlp"}.items()
-    ):
+    for block, (suffix, attends) in BLOCKS[config.block].items():
         found[f"{block}/norm"] = (("N", "E"), P(None, None))
-        letters = {"w_in": ("E", "C" + suffix), "w_kv": ("E", "D"), "w_out": ("G" + suffix, "E")}
-        if suffix:
-            del letters["w_kv"]
-        for name, dims in letters.items():
-            found[f"{block}/{name}"] = (("N", *dims), P(None, *entries(getattr(layout, name)[0])))
+        weights = {"w_in": ("E", "C" + suffix), "w_kv": ("E", "D"), "w_out": ("G" + suffix, "E")}
+        for name, dims in weights.items():
+            if attends or name != "w_kv":
+                found[f"{block}/{name}"] = (("N", *dims), P(None, *entries(getattr(layout, name)[0])))
     return found

@@ -1,22 +1,23 @@
 """The closed forms of Pope et al. 2022, in its letters, for a multi-layer perceptron of two matrices.
 
-Decides nothing: these are the paper's own estimates, kept apart from `partitioning.cost.forward` (which prices what the
-decoder really does) so that one can check the other. They take (K-1)/K as 1, count only the MLP's activations and
-weights, and know one bandwidth per chip. Everything is vectorised: any argument may be a NumPy array.
+These are the paper's own estimates. `partitioning.cost.forward` prices what the decoder really does; the two are kept
+apart so that one can check the other. The closed forms take (K-1)/K as 1 and count only the MLP's activations and
+weights. Everything is vectorised: any argument may be a NumPy array.
 
 B sequences of L tokens, E = d_model, F = d_ff, n chips as a mesh of X by YZ, N chips over which weights are
-gathered, K chips in one collective. Volumes are in elements per chip; `bw` is in bytes per second. Imports no JAX.
+gathered. Volumes are in elements per chip. Imports no JAX.
 """
 
 from typing import Any, TypeAlias
 
 import numpy as np
 
-Number: TypeAlias = Any  # a number or an array of them: an array among the arguments makes the answer one
+Number: TypeAlias = Any
+"""A number or an array. The answer is an array if an argument is."""
 
 
 def ws1d_volume(B: Number, L: Number, E: Number) -> Number:
-    """Elements of 1D weight-stationary: 2BLE, however many chips there are [section 3.2.1]."""
+    """Elements of 1D weight-stationary: 2BLE, whatever the number of chips [section 3.2.1]."""
     return 2 * B * L * E
 
 
@@ -33,7 +34,7 @@ def ws2d_volume(B: Number, L: Number, E: Number, F: Number, X: Number, YZ: Numbe
 def wg_volume(B: Number, L: Number, E: Number, F: Number, n: Number, N: Number) -> Number:
     """Elements of weight-gathered over N of n chips: 2EFN/n for weights, 2BLE/N for activations [section 3.2.3].
 
-    Activations move among the n/N chips that are left; where none are (N = n) they do not move, as in Figure 3.
+    Activations move among the n/N chips that are left. If N = n none are left, and they do not move, as in Figure 3.
 
     Example:
         >>> float(2 * wg_volume(1, 2048, 16384, 65536, 64, 64))  # Figure 3, XYZ, in bytes
@@ -43,7 +44,7 @@ def wg_volume(B: Number, L: Number, E: Number, F: Number, n: Number, N: Number) 
 
 
 def ws2d_to_wg_tokens(E: Number, F: Number, X: Number, YZ: Number, N: Number) -> Number:
-    """Tokens (BL) from which gathering weights over N chips moves less than 2D weight-stationary; inf if never.
+    """Tokens (BL) from which gathering weights over N chips moves less than 2D weight-stationary; inf if it never does.
 
     Example:
         >>> float(ws2d_to_wg_tokens(16384, 65536, 4, 16, 4))  # Figure 3: to X
@@ -56,7 +57,7 @@ def ws2d_to_wg_tokens(E: Number, F: Number, X: Number, YZ: Number, N: Number) ->
 
 
 def wg_to_wg_tokens(E: Number, F: Number, n: Number, N: Number, N_more: Number) -> Number:
-    """Tokens (BL) from which gathering weights over N_more chips moves less than over N. E cancels; kept for symmetry.
+    """Tokens (BL) from which gathering weights over N_more chips moves less than over N. E cancels out.
 
     Example:
         >>> float(wg_to_wg_tokens(16384, 65536, 64, 4, 16)), float(wg_to_wg_tokens(16384, 65536, 64, 16, 64))
@@ -109,15 +110,15 @@ def longest_context(
     kv_bytes: Number,
     kv_fraction: Number = 0.3,
 ) -> Number:
-    """Longest context whose K and V fit, as Table 1 has it.
+    """Longest context whose K and V fit, as in Table 1.
 
     Args:
-        hbm_bytes: of one chip.
-        n_kv_shards: over how many chips K and V are divided: all of them when sharded over heads that exist or over
-            batch; 1 for multiquery sharded over heads, where every chip holds them whole.
-        batch: sequences.
-        kv_bytes: `kv_bytes_per_token`.
-        kv_fraction: the part of memory that is left for K and V.
+        hbm_bytes: memory of one chip.
+        n_kv_shards: number of chips that K and V are divided over: all of them if they are sharded over the batch or
+            over as many KV heads; 1 for multiquery sharded over heads, where every chip holds them whole.
+        batch: number of sequences.
+        kv_bytes: bytes of K and V of one token, see `kv_bytes_per_token`.
+        kv_fraction: the fraction of memory that is left for K and V.
 
     Returns:
         Tokens, not rounded.

@@ -1,4 +1,4 @@
-"""The fit of the cost model's five constants to published latencies, and how well it predicts what it has not seen."""
+"""The fit of the cost model's five constants to published latencies, and its error on latencies it has not seen."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,23 @@ from toruslab.partitioning.cost.forward import FITTED, Constants
 from toruslab.partitioning.published.papers import Published, answer
 
 SOFT = 0.05
-"""Log error from which the fit's soft-L1 loss turns from quadratic to linear."""
+"""Log error at which the soft-L1 loss of the fit turns from quadratic to linear."""
 UNITS = np.array([1.0, 1.0, 1.0, 1e-6, 1e-6])
 LOW, HIGH = np.array([0.3, 0.3, 0.3, 0.0, 0.0]), np.array([1.5, 1.5, 1.5, np.inf, np.inf])
 START = (0.8, 0.8, 1.0, 5.0, 1.0)
 
 
 def fit(published: Sequence[Published], start: Constants | None = None) -> dict[str, float]:
-    """The five constants that make the log errors smallest under a soft-L1 loss of scale `SOFT`.
+    """The five constants that minimise the log errors under a soft-L1 loss of scale `SOFT`.
 
-    Damped Gauss-Newton with the loss as weights of the rows; constants stay within `LOW` and `HIGH`.
+    Damped Gauss-Newton, with the loss as weights. The constants stay within `LOW` and `HIGH`.
 
     Args:
-        published: the rows.
-        start: where to begin.
+        published: the latencies to fit.
+        start: the constants to start from; `START` by default.
+
+    Returns:
+        The constants by name: `partitioning.torus.chip.FITTED`.
     """
     points = [p.point for p in published]
     wanted = np.log([p.compared_s for p in published])
@@ -62,6 +65,6 @@ def fit(published: Sequence[Published], start: Constants | None = None) -> dict[
 
 
 def leave_one_out(published: Sequence[Published], fitted: Constants) -> list[float]:
-    """The relative error of each row under constants that were fitted on all the others."""
+    """The relative error of each latency under constants that were fitted on all the others."""
     others = [[p for p in published if p is not left_out] for left_out in published]
     return [answer(p, fit(rest, fitted))["error"] for p, rest in zip(published, others, strict=True)]

@@ -1,7 +1,7 @@
-"""Published numbers, as data with their source, and the analytic model beside them.
+"""Published numbers, as data with their sources, and the analytic model beside them.
 
-The files are in `published/data/`, each with its table or figure of Pope et al. 2022. The layers of Tables 2 and 3 and
-Figure B.1 are what the chip's constants were fitted on (`partitioning.published.fit`); everything else is predicted.
+The data is in `published/data/`, each file with its table or figure of Pope et al. 2022. The constants of TPU v4 were
+fitted on the layers of Tables 2 and 3 and Figure B.1 (`partitioning.published.fit`). Everything else is predicted.
 """
 
 import functools
@@ -20,7 +20,7 @@ from toruslab.partitioning.torus.chip import chip
 
 CALIBRATION = ("Tables 2, 3", "Figure B.1")
 NOMINAL = {"palm-540b": 540e9, "palm-62b": 62e9, "palm-8b": 8e9, "mt-nlg-530b": 530e9}
-"""Parameters that the papers' MFU counts; other models have those of their configuration."""
+"""The number of parameters that the papers' MFU counts; for other models, that of their configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +28,15 @@ class Published:
     """One published latency.
 
     Args:
-        set: the table or figure; what statistics are taken over.
-        citation: where it is from.
-        stack_s, published_s: the layers alone, the whole pass; at least one.
-        mfu: as a fraction, of the whole pass where that is given, else of the layers.
-        line: its place in a user's file.
+        point: what was measured.
+        set: the table or figure; statistics are taken over a set.
+        citation: the source.
+        stack_s, published_s: seconds of the layers alone, and of the whole pass; at least one of them.
+        mfu: as a fraction; of the whole pass if that is given, else of the layers.
+        line: its line in a user's file.
+
+    Raises:
+        ValueError: a number that is not positive, or neither kind of seconds.
     """
 
     point: Point
@@ -54,7 +58,7 @@ class Published:
 
     @property
     def compared_s(self) -> float:
-        """The number that the model is held against: the layers', where there is one."""
+        """The seconds that the model is compared with: those of the layers if there are any."""
         return self.stack_s if self.stack_s is not None else self.published_s or math.nan
 
     @property
@@ -69,7 +73,12 @@ def data(name: str) -> Any:
 
 
 def parse(fields: object, set_: str | None = None, line: int | None = None, of: str = "") -> Published:
-    """A published number from its JSON fields; its set is what is given, or `of` and the source.
+    """A published number from its JSON fields.
+
+    Args:
+        fields: `point`, `source`, and `stack_s`, `published_s`, `mfu` where they are known.
+        set_: the set; otherwise `of` and the source.
+        line: its line in a user's file.
 
     Raises:
         ValueError: no object, a field that is missing or wrong, or a point that makes no sense.
@@ -88,7 +97,7 @@ def parse(fields: object, set_: str | None = None, line: int | None = None, of: 
 
 @functools.cache
 def calibration() -> tuple[Published, ...]:
-    """The 28 rows that the constants are fitted on."""
+    """The 28 published latencies that the constants are fitted on."""
     files = zip(CALIBRATION, ("esti_tables", "esti_fig_b1"), strict=True)
     return tuple(parse(fields, set_) for set_, file in files for fields in data(file))
 
@@ -99,10 +108,10 @@ def _calibration_points() -> frozenset[Point]:
 
 
 def figures() -> tuple[Published, ...]:
-    """Figures 6 and 7, layers alone. Figure 7 prints MFU; seconds follow from it by the nominal 540e9 parameters.
+    """Figures 6 and 7, layers alone. Figure 7 prints MFU; the nominal 540e9 parameters turn it into seconds.
 
-    Its weight-gathered series is wgxyz throughout: at 131k and 262k tokens it takes the same 28 to 29 s, a gather of
-    the weights that compute hides behind.
+    Its weight-gathered series is wgxyz throughout: at 131k and at 262k tokens it takes the same 28 to 29 s, the time of
+    a gather of the weights, which hides the matmuls.
     """
     found, both = [], data("fig6_fig7")
     for layout in ("ws2d", "ws1d"):
@@ -118,7 +127,7 @@ def figures() -> tuple[Published, ...]:
 
 
 def figure_6_point(layout: str, n_chips: int, mesh: str) -> Point:
-    """Decode, 540B, batch 512, context 2048; heads padded to the chips."""
+    """Decode, 540B, batch 512, context 2048; heads padded to the number of chips."""
     fields = {"phase": "decode", "batch": 512, "context": 2048, "layout": layout, "attention": "batch"}
     return Point(model=f"palm-540b-h{n_chips}", slice=f"v4:{mesh}", **fields)
 
@@ -130,18 +139,18 @@ def figure_7_point(layout: str, tokens: int) -> Point:
 
 
 def mfu_of(point: Point, seconds: float) -> float:
-    """2 x parameters x tokens over seconds x chips x peak, parameters as the papers count them."""
+    """2 x parameters x tokens / (seconds x chips x peak), with the parameters that the papers count."""
     n_params = NOMINAL.get(re.sub(r"-h\d+$", "", point.model), point.config.n_params)
     peak = chip(point.chip).peak("bf16")
     return paper.forward_flops(n_params, point.tokens) / (seconds * point.n_chips * peak)
 
 
 def answer(published: Published, constants: Constants | None = None) -> dict[str, Any]:
-    """The row of a published number: with the model's, the relative error, and MFU.
+    """A row of results: the published number, the model's, the relative error, and MFU.
 
     Args:
         published: the number.
-        constants: instead of those in the file of TPU v4, for all chips that have none of their own.
+        constants: replace those of TPU v4, for all chips without constants of their own.
     """
     own = chip(published.point.chip).fitted if published.point.chip != "v4" else {}
     found = estimate(published.point, None if own else constants)
@@ -167,7 +176,7 @@ def answer(published: Published, constants: Constants | None = None) -> dict[str
 
 
 def closed_form_rows() -> list[dict[str, Any]]:
-    """Figure 3 and Table 1 from the paper's own closed forms; nothing in them is fitted. They are about no point."""
+    """Figure 3 and Table 1 from the paper's own closed forms. Nothing in them is fitted, and they have no point."""
     found, figure, table = [], data("fig3"), data("table1")
     common = {"point": None, "source": "published", "calibrated": False}
 

@@ -1,7 +1,7 @@
-"""A machine as `toruslab calibrate` measured it: seconds of the decoder's building blocks, interpolated between samples.
+"""A machine as `toruslab calibrate` measured it: samples of the decoder's building blocks, and seconds between them.
 
 This file turns samples into seconds for sizes that were not measured. `benchmarks.calibrate` takes the samples, and
-`partitioning.cost.measured` knows which of them a pass needs. Everything was measured with all devices of the machine at
+`partitioning.cost.measured` knows which of them a pass needs. Everything was measured on all devices of the machine at
 once. Fake devices share the cores, so the work of all of them adds up (`shared`). Imports no JAX.
 """
 
@@ -128,16 +128,11 @@ class Machine:
 
     def matmul_s(self, rows: Any, inner: Any, outer: Any, dtype: str) -> Any:
         """Seconds of a product [rows, inner] x [inner, outer] per device."""
-        if dtype not in self._rates:
-            self._rates[dtype] = _rates(self.of("matmul", dtype))
-        at_rows, at_weights, table = self._rates[dtype]
+        if ("matmul", dtype) not in self._interpolated:
+            self._interpolated["matmul", dtype] = _rates(self.of("matmul", dtype))
+        at_rows, at_weights, table = self._interpolated["matmul", dtype]
         macs = np.asarray(rows, float) * inner * outer
         return macs * np.exp(_bilinear(at_rows, at_weights, table, np.log(rows), np.log(np.multiply(inner, outer))))
-
-    @functools.cached_property
-    def _rates(self) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """By dtype; filled on demand, because the samples of a dtype may be missing."""
-        return {}
 
     def copy_s(self, n_bytes: Any, stack_bytes: Any, dtype: str) -> Any:
         """Seconds to copy a layer's weights, `n_bytes`, out of the array of all layers, `stack_bytes`; per device."""
@@ -212,16 +207,16 @@ class Machine:
 
     def attention_fits(self, dtype: str) -> tuple[Fit, Fit]:
         """The fits of decode steps and of longer passes. Their size `far` is the part of the cache beyond `NEAR`."""
-        if dtype not in self._attention:
+        if ("attention", dtype) not in self._interpolated:
             found = self.of("attention", dtype)
             steps = [s for s in found if s.sizes["length"] == 1]
             longer = [s for s in found if s.sizes["length"] > 1]
-            self._attention[dtype] = _attention_fit(steps or found), _attention_fit(longer or found)
-        return self._attention[dtype]
+            self._interpolated["attention", dtype] = _attention_fit(steps or found), _attention_fit(longer or found)
+        return self._interpolated["attention", dtype]
 
     @functools.cached_property
-    def _attention(self) -> dict[str, tuple[Fit, Fit]]:
-        """By dtype; filled on demand."""
+    def _interpolated(self) -> dict[tuple[str, str], Any]:
+        """By micro-benchmark and dtype; filled on demand, because the samples of a dtype may be missing."""
         return {}
 
     def collective_fit(self, kind: str, axes: str, at: str) -> Fit:

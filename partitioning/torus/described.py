@@ -1,6 +1,6 @@
 """The devices that a program is compiled for: attached ones, or TPUs that exist only as a description.
 
-libtpu contains the real TPU compiler, and the compiler needs no more than a description of the slice. A program that was
+libtpu contains the real TPU compiler, and the compiler needs no more than a description of the slice. A program that is
 compiled for a described slice cannot run here.
 """
 

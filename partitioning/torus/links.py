@@ -73,8 +73,9 @@ def segments(
 
     Example:
         >>> from toruslab.partitioning.torus.chip import chip
-        >>> segments("y", (4, 8, 8), chip("v5e"), slice_dims=(16, 16))
-        (Segment(n_chips=4, stride=1, closed=False, n_sharing=1), Segment(n_chips=2, stride=8, closed=True, n_sharing=1))
+        >>> line, ring = segments("y", (4, 8, 8), chip("v5e"), slice_dims=(16, 16))
+        >>> line == Segment(n_chips=4, closed=False), ring == Segment(n_chips=2, stride=8, closed=True)
+        (True, True)
     """
     if chip.wrap == "switch":
         raise ValueError(f"chip={chip.name!r} hangs on a switch and has no rings")

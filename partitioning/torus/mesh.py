@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES: tuple[str, ...] = ("x", "y", "z")
@@ -105,8 +106,6 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True, first: int = 0) ->
     Raises:
         ValueError: fewer devices than the mesh has places, or devices of another platform.
     """
-    import numpy as np
-
     devices = jax.devices()
     platform = devices[0].platform
     wanted = chip if chip in ("cpu", "gpu") else "tpu"
@@ -122,7 +121,6 @@ def attach(shape: Shape, *, chip: str, explicit: bool = True, first: int = 0) ->
 
 def place_on_torus(devices, shape: Shape):
     """TPU devices by their coordinates where the mesh is the slice itself; JAX's assignment where it folds the axes."""
-    import numpy as np
     from jax.experimental import mesh_utils
 
     ordered = sorted(devices, key=lambda d: (*d.coords, getattr(d, "core_on_chip", 0)))

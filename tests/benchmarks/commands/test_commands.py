@@ -1,5 +1,6 @@
 """The commands as a user meets them: exit codes, one sentence for bad input, resumed runs, damaged files."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -8,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import toruslab
 from tests.points import POINT
 from toruslab.benchmarks import bench as step_latency
-from toruslab.benchmarks import cli, explain, generate
+from toruslab.benchmarks import cli, explain, generate, plan
 from toruslab.benchmarks.reports.bench_report import markdown, write
 from toruslab.benchmarks.reports.cells import groups
 from toruslab.benchmarks.runs import folder as run_folder
@@ -121,6 +123,20 @@ def test_unknown_commands_are_refused(capsys):
     assert cli.main(["bnech"]) == 2
     assert "did you mean 'bench'?" in capsys.readouterr().err
     assert cli.main(["--help"]) == 0
+    for study in ("comparisons", "quantisation"):
+        assert cli.main([study]) == 2
+        assert f"run python -m benchmarks.studies.{study}" in capsys.readouterr().err
+    assert "--speed is a study now: run python -m benchmarks.studies.planner_speed" in refused(
+        capsys, plan.main, "--speed"
+    )
+
+
+def test_there_are_13_commands_and_each_says_its_version(capsys):
+    assert len(cli.COMMANDS) == 13
+    for argv in ([], *([name] for name in cli.COMMANDS)):
+        with pytest.raises(SystemExit, match="0") if argv else contextlib.nullcontext():
+            cli.main([*argv, "--version"])
+        assert capsys.readouterr().out == f"toruslab {toruslab.__version__}\n"
 
 
 def test_explain_speaks_the_papers_notation(capsys):
@@ -226,11 +242,12 @@ def test_damaged_results_are_refused_and_kept(capsys, tmp_path):
         RowFile(path)
 
 
-def test_the_readmes_benches_are_legal():
-    """Every `toruslab bench` line of the README names points that exist."""
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    lines = re.findall(r"toruslab bench ([^#\n]+)", readme)
-    assert len(lines) >= 3
+def test_the_benches_of_readme_and_docs_are_legal():
+    """Every `toruslab bench` line of README and docs names points that exist."""
+    root = Path(__file__).parents[3]
+    texts = [page.read_text() for page in (root / "README.md", *sorted((root / "docs").rglob("*.md")))]
+    lines = re.findall(r"^    toruslab bench ([^#\n]+)", "\n".join(texts), re.MULTILINE)
+    assert len(lines) >= 9
     for line in lines:
         options = step_latency.parser().parse_args(line.split())
         assert grid(options)

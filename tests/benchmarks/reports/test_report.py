@@ -12,7 +12,9 @@ from toruslab.benchmarks.report import load, objects
 from toruslab.benchmarks.reports import bench_report, mesh_picture, side_by_side
 from toruslab.benchmarks.reports.bench_report import markdown, show, write
 from toruslab.benchmarks.reports.cells import groups, traced
-from toruslab.benchmarks.reports.html_page import Cell, table
+from toruslab.benchmarks.reports.page import comparison_page
+from toruslab.benchmarks.reports.style import Picture
+from toruslab.benchmarks.reports.tables import Column, DataTable, Value
 from toruslab.benchmarks.runs.rows import RowFile
 
 ENVIRONMENT = {"n_devices": 8, "platform": "cpu", "cores": 2, "jax": "0.10.2", "commit": "abc", "load_1m": 0.5}
@@ -263,9 +265,15 @@ def test_load_gives_the_rows_of_a_folder(drawn):
 
 
 def test_tables_sort_by_numbers_and_escape():
-    text = table([("name", False), ("ms", True)], [[Cell(text="<a>"), Cell(text="1,000", value=1000.0)]])
+    numbers = [Column("name", lambda x: x[0], numeric=False), Column("ms", lambda x: Value(text=x[1], sort=x[2]))]
+
+    def drawn(record):
+        table = DataTable(title="times", columns=numbers, records=[record])
+        return comparison_page({}, [], "", table, [], Picture(name="ratio", heading="", says="", panels=[]))
+
+    text = drawn(("<a>", "1,000", 1000.0))
     assert 'data-v="1000.0"' in text and "&lt;a&gt;" in text and text.count("<button") == 2
-    assert 'data-v=""' in table([("n", False), ("ms", True)], [[Cell(text="a"), Cell(text="")]])
+    assert 'data-v=""' in drawn(("a", "", None))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command that says what int8 costs."""
+"""The study of what int8 costs."""
 
 import json
 import math

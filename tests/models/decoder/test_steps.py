@@ -214,7 +214,7 @@ def test_generators_are_made_for_a_layout_pair():
     config = battery.model("parallel", 1)
     made: Generator = generator(config, "ws2d/heads", "ws2d/batch", steps_per_call=3)
     assert made.decoding(3, None) is made.decoding(3, None)
-    assert made.decoding(1, 5) is made.second
+    assert made.decoding(1, 5) is made.decoding(1, None)
     assert made.decode == layout("ws2d", "batch", (2, 2, 2), 1)
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.battery import legal
 from toruslab.benchmarks import compile as command
+from toruslab.benchmarks.runs import kept
 from toruslab.benchmarks.runs.options import InputError
 from toruslab.models.programs import limit_search
 from toruslab.models.programs.compiled import evidence
@@ -176,8 +177,8 @@ def test_rows_of_the_command_and_that_they_are_kept(tmp_path, capsys, monkeypatc
     assert {"point", "compile_s", "peak_bytes_per_chip", "fits", "collectives", "unexplained", "compute_s"} <= set(row)
     fields = {"scope", "kind", "axes", "bytes", "count", "planned_kind", "planned_bytes", "verdict"}
     assert all(fields <= set(c) for c in row["collectives"])
-    for kept in (tmp_path / "kept").iterdir():
-        kept.write_text(kept.read_text()[:40])  # what a crash in the middle of a write might leave
+    for file in (tmp_path / "kept").iterdir():
+        file.write_text(file.read_text()[:40])  # what a crash in the middle of a write might leave
     monkeypatch.undo()
     assert command.main(argv) == 0
     again = json.loads(capsys.readouterr().out)
@@ -245,12 +246,12 @@ def test_bad_input_is_one_sentence(argv, why):
 def test_flags_and_models_are_part_of_the_key(monkeypatch, tmp_path):
     options = command.parser().parse_args([])
     options.flags = {}
-    first = command._key(on_cpu("ws2d", "batch"), "evidence", options)
-    assert command._key(on_cpu("ws2d", "batch"), "evidence", options) == first
-    assert command._key(on_cpu("ws2d", "batch"), "fits", options) != first
-    assert command._key(on_cpu("ws2d", "heads"), "evidence", options) != first
+    first = kept.key(on_cpu("ws2d", "batch"), "evidence", options)
+    assert kept.key(on_cpu("ws2d", "batch"), "evidence", options) == first
+    assert kept.key(on_cpu("ws2d", "batch"), "fits", options) != first
+    assert kept.key(on_cpu("ws2d", "heads"), "evidence", options) != first
     options.flags = {"LIBTPU_INIT_ARGS": "--xla_enable_async_all_gather=true"}
-    assert command._key(on_cpu("ws2d", "batch"), "evidence", options) != first
+    assert kept.key(on_cpu("ws2d", "batch"), "evidence", options) != first
 
 
 def test_programs_are_written_under_names_of_their_own(tmp_path):

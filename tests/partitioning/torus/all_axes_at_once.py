@@ -76,8 +76,8 @@ def usable_links(kind: CollectiveKind, group: Sequence[Segment]) -> float:
 
     - all-gather, reduce-scatter, all-reduce: the group splits its data so that every axis works at once. Any set S of
       the axes must still carry its own (N_S - 1) of the group's (N - 1) shards, and that is also enough (the loads of
-      all orders of the axes span exactly those splits), so it is the least over S of links(S) (N - 1)/(N_S - 1): the sum
-      over all axes, unless a slow axis is long. The book has the sum.
+      all orders of the axes span exactly those splits). The links are the least over S of links(S) (N - 1)/(N_S - 1):
+      the sum over all axes, unless a slow axis is long. The book has the sum.
     - all-to-all: `all_to_all_links`.
     - collective-permute: a shift by one chip, over one link, one way.
     """
