@@ -66,4 +66,4 @@ oldest:  ## the fast tests on the oldest supported version of every dependency
 	.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .jax_cache build dist *.egg-info

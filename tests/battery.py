@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -27,6 +28,7 @@ from toruslab.models.weights.packing import pack
 from toruslab.partitioning.hlo.collectives import read
 from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.hlo.cycles import copies
+from toruslab.partitioning.hlo.text import parse
 from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
@@ -121,8 +123,13 @@ class Bench:
         self.compiled: dict[tuple[int, bool], Compiled] = {}
         self.several: dict[tuple[Sampler, int, int | None], Compiled] = {}
 
-    def cache(self) -> Cache:
+    @functools.cached_property
+    def empty(self) -> Cache:
         return empty_cache(self.config, BATCH, CAPACITY, self.layout, self.mesh, int8=self.int8_cache)
+
+    def cache(self) -> Cache:
+        """An empty cache of its own: programs write into the one that they are given."""
+        return jax.tree.map(jnp.copy, self.empty)
 
     def expected(self, cache: Cache) -> np.ndarray:
         """The reference's logits [BATCH, TOTAL, V]; with an int8 cache, of attention to what `cache` holds.
@@ -178,7 +185,8 @@ class Bench:
         """The compiled program holds the planned collectives and no others, and never copies the cache."""
         if not self.layout.explicit:
             return
-        collectives = read(compiled.text, dict(zip(AXES, self.shape, strict=True)), unknown_trips=pass_.steps)
+        module = parse(compiled.text)
+        collectives = read(module, dict(zip(AXES, self.shape, strict=True)), unknown_trips=pass_.steps)
         wrong = [
             m
             for m in compare(plan(self.layout, self.config, pass_, self.shape), collectives, steps=pass_.steps)
@@ -189,7 +197,7 @@ class Bench:
         cache = NamedSharding(self.mesh, cache_spec(self.layout))
         shard = cache.shard_shape(cache_shape(self.config, BATCH, CAPACITY))
         for held, itemsize in ((shard, 1), (shard[:-1], 4)) if self.int8_cache else ((shard, 4),):
-            found = copies(compiled.text, itemsize * math.prod(held), unknown_trips=pass_.steps)
+            found = copies(module, itemsize * math.prod(held), unknown_trips=pass_.steps)
             copied = [c.dims for c in found if _long(c.dims) == _long(held)]
             assert not copied, f"the cache is copied: {copied}"
 

@@ -40,6 +40,7 @@ def on_v4(**more) -> Point:
     return Point.from_json(fields | {"layout": "ws2d", "attention": "batch", "weights": "int8"} | more)
 
 
+@pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(("name", "attention"), [pair for pair in legal() if pair[0] != "auto"])
 @pytest.mark.parametrize("phase", [{}, {"phase": "prefill", "length": 16, "context": 0}])
 def test_on_cpu_nothing_differs(name, attention, phase):
