@@ -44,38 +44,34 @@ def parser() -> Parser:
     """The options."""
     p = Parser("toruslab bench", __doc__)
     processes.add_mesh(p)
-    p.add_argument("--model", default="toy", help="preset or config.json (default: %(default)s)")
-    p.add_argument("--layouts", default=",".join(LAYOUTS), help="default: %(default)s")
+    p.add_argument("--model", default="toy", help="preset or config.json")
+    p.add_argument("--layouts", default=",".join(LAYOUTS), help="with commas between them")
     p.add_argument("--attention", default="heads,batch", help="default: %(default)s, where it makes sense")
-    p.add_argument("--phases", default="decode,prefill", help="of decode, prefill, train (default: %(default)s)")
+    p.add_argument("--phases", default="decode,prefill", help="of decode, prefill, train")
     p.add_argument("--batches", help="sequences per decode step (default: 8,128, or a chip each and 16 a chip)")
-    p.add_argument("--context", type=int, default=DECODE_CONTEXT, help="cached tokens in decode (default: %(default)s)")
+    p.add_argument("--context", type=int, default=DECODE_CONTEXT, help="cached tokens in decode")
     p.add_argument(
         "--steps-per-call",
         type=int,
         default=1,
         metavar="N",
-        help="decode steps in one call of the program; rows are of one step (default: %(default)s)",
+        help="decode steps in one call of the program; rows are of one step",
     )
     p.add_argument(
         "--prefill-batch", type=int, help="sequences per prefill or training step (default: 8, or a chip each)"
     )
     lengths = ",".join(map(str, PREFILL_LENGTHS))
-    p.add_argument(
-        "--lengths", default=lengths, help="tokens per sequence in prefill and training (default: %(default)s)"
-    )
+    p.add_argument("--lengths", default=lengths, help="tokens per sequence in prefill and training")
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="a training step's batch in N parts")
     p.add_argument("--remat", default="layer", help=f"recomputed for gradients: {', '.join(REMAT)} (default: layer)")
-    p.add_argument("--weights", default="f32", help="f32, bf16 or int8 (default: %(default)s)")
+    p.add_argument("--weights", default="f32", help="f32, bf16 or int8")
     p.add_argument("--cache", choices=CACHES, help="of the KV cache (default: the activations' dtype)")
     p.add_argument("--grid", choices=GRIDS, default="default", help=GRID_HELP)
     p.add_argument("--quick", action="store_true", help="one decode and one prefill cell, few repeats: under a minute")
     p.add_argument("--points", help="a file of JSON points, one a line (- for standard input), instead of the grid")
     point_options.add_text(p)
-    p.add_argument("--repeats", type=at_least(1), default=20, help="times each step is timed (default: %(default)s)")
-    p.add_argument(
-        "--budget", type=seconds, default=1.5, metavar="S", help="seconds of timing per point (default: %(default)s)"
-    )
+    p.add_argument("--repeats", type=at_least(1), default=20, help="times each step is timed")
+    p.add_argument("--budget", type=seconds, default=1.5, metavar="S", help="seconds of timing per point")
     p.add_argument(
         "--chip",
         metavar="FILE",
@@ -86,10 +82,10 @@ def parser() -> Parser:
         "--profile",
         choices=["none", "some", "all"],
         default="some",
-        help="steps to profile; some: of each cell the fastest and the worst predicted layout (default: %(default)s)",
+        help="steps to profile; some: of each cell the fastest and the worst predicted layout",
     )
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
-    p.add_argument("--out", type=path, default=Path("results/bench"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=path, default=Path("results/bench"), help="folder")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of tables")
     return p
 

@@ -30,9 +30,7 @@ def parser() -> Parser:
     p = Parser("toruslab calibrate", __doc__)
     processes.add_mesh(p)
     p.add_argument("--dtypes", help=f"of the weights (default: f32 on cpu, else bf16; known: {', '.join(DTYPES)})")
-    p.add_argument(
-        "--repeats", type=at_least(1), default=REPEATS, help="times each block is timed (default: %(default)s)"
-    )
+    p.add_argument("--repeats", type=at_least(1), default=REPEATS, help="times each block is timed")
     p.add_argument("--quick", action="store_true", help="fewer sizes and repeats: half a minute, less exact")
     p.add_argument("--out", type=Path, help=f"file to write (default: {OUT}/NAME.toml)")
     p.add_argument("--json", action="store_true", help="samples on standard output instead of tables")

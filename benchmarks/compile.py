@@ -44,7 +44,7 @@ def parser() -> Parser:
     p.add_argument("--attached", action="store_true", help="the TPUs that are here, not a description of the slice")
     p.add_argument("--hlo", type=Path, metavar="DIR", help="write the optimised programs there, too")
     p.add_argument("--fresh", action="store_true", help="compile again what was kept")
-    p.add_argument("--out", type=Path, default=Path("results/compile"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=Path, default=Path("results/compile"), help="folder")
     p.add_argument("--json", action="store_true", help="one JSON object a point on standard output")
     return p
 

@@ -33,11 +33,11 @@ def parser() -> Parser:
         "--prompt", action="append", metavar="TEXT", help="may be given several times; - reads standard input"
     )
     weights_option.add(p)
-    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS (default: %(default)s)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
-    p.add_argument("--prefill", default="ws2d/heads", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
-    p.add_argument("--decode", default="ws2d/batch", metavar="LAYOUT/ATTENTION", help="default: %(default)s")
-    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="of each prompt (default: %(default)s)")
+    p.add_argument("--prefill", default="ws2d/heads", metavar="LAYOUT/ATTENTION", help="of the prompts")
+    p.add_argument("--decode", default="ws2d/batch", metavar="LAYOUT/ATTENTION", help="of the new tokens")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=32, help="of each prompt")
     p.add_argument(
         "--capacity", type=at_least(1), help="cached positions per sequence (default: what the prompts need)"
     )
@@ -49,16 +49,14 @@ def parser() -> Parser:
         type=at_least(1),
         default=1,
         metavar="N",
-        help="decode steps in one call of the program; it ends early where all have stopped (default: %(default)s)",
+        help="decode steps in one call of the program; it ends early where all have stopped",
     )
     p.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     p.add_argument("--top-k", type=int, default=0, help="0: all (default)")
     p.add_argument("--top-p", type=float, default=1.0, help="1: all (default)")
-    p.add_argument(
-        "--weights", type=one_of(WEIGHTS), default="f32", help=f"{', '.join(WEIGHTS)} (default: %(default)s)"
-    )
+    p.add_argument("--weights", type=one_of(WEIGHTS), default="f32", help=f"{', '.join(WEIGHTS)}")
     p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
-    p.add_argument("--seed", type=int, default=0, help="of random weights, and of sampling (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="of random weights, and of sampling")
     p.add_argument("--json", action="store_true", help="one JSON object a prompt on standard output")
     return p
 

@@ -142,7 +142,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 def _parser() -> Parser:
     p = Parser("toruslab plan", __doc__)
-    p.add_argument("--model", default="palm-540b-h64", help="preset or config.json (default: %(default)s)")
+    p.add_argument("--model", default="palm-540b-h64", help="preset or config.json")
     p.add_argument(
         "--slices",
         default="v4:4x4x4",

@@ -36,7 +36,7 @@ def parser() -> Parser:
     """The options."""
     p = Parser("toruslab profile", __doc__)
     point_options.add(p, model="toy", slice_="cpu:2x2x2", batch=8, context=256, weights="f32")
-    p.add_argument("--steps", type=at_least(1), default=5, help="calls that are traced (default: %(default)s)")
+    p.add_argument("--steps", type=at_least(1), default=5, help="calls that are traced")
     point_options.add_text(p)
     p.add_argument(
         "--chip",

@@ -41,9 +41,9 @@ def parser() -> Parser:
     p = Parser("toruslab serve-bench", __doc__)
     serving_options.add(p, model="toy", attention="heads", weights="f32", max_bs=16, most_bs=MOST["max_bs"])
     p.add_argument("--checkpoint", metavar="DIR", help="model and weights from a folder, as in generate")
-    p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages (default: %(default)s)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="the chips of all stages")
     p.add_argument("--mesh", help="extents of one stage's mesh (default: the slice's, one extent of it cut)")
-    p.add_argument("--layout", default="ws1d+lean", help="of every stage (default: %(default)s)")
+    p.add_argument("--layout", default="ws1d+lean", help="of every stage")
     p.add_argument(
         "--policies",
         metavar="SCHEME,...",
@@ -52,7 +52,7 @@ def parser() -> Parser:
         "chunked-N (default: all but shortest-prompt-early, request-level-early with one more in flight,\n"
         "and chunked-N with N twice --max-bs)",
     )
-    p.add_argument("--held", default="rows", help="rows or pages of the KV cache (default: %(default)s)")
+    p.add_argument("--held", default="rows", help="rows or pages of the KV cache")
     p.add_argument(
         "--slots",
         type=at_least(1, MOST["slots"]),
@@ -71,19 +71,14 @@ def parser() -> Parser:
         help="requests per second (default: around the capacity that a closed burst measures first;\n"
         "a file of --arrivals is taken as it is)",
     )
+    p.add_argument("--requests", type=at_least(2, MOST["requests"]), default=64, help="of each run")
     p.add_argument(
-        "--requests", type=at_least(2, MOST["requests"]), default=64, help="of each run (default: %(default)s)"
-    )
-    p.add_argument(
-        "--seeds",
-        type=at_least(1, MOST["seeds"]),
-        default=3,
-        help="so many traces, the same for all schemes (default: %(default)s)",
+        "--seeds", type=at_least(1, MOST["seeds"]), default=3, help="so many traces, the same for all schemes"
     )
     p.add_argument("--quick", action="store_true", help="two schemes of a smaller model, one seed: under a minute")
     p.add_argument("--timeline", action="store_true", help="also a trace of each scheme that ui.perfetto.dev opens")
     p.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out, as it was started")
-    p.add_argument("--out", type=path, default=Path("results/serve"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=path, default=Path("results/serve"), help="folder")
     return p
 
 

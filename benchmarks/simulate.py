@@ -44,22 +44,20 @@ def parser() -> Parser:
     """The options."""
     p = Parser("toruslab simulate", __doc__)
     serving_options.add(p, model="llama-3-70b", attention="batch", weights="bf16", max_bs=32, most_bs=MOST)
-    p.add_argument("--slices", "--slice", default="v5e:4x4", help="of one stage, CHIP:DIMS,... (default: %(default)s)")
+    p.add_argument("--slices", "--slice", default="v5e:4x4", help="of one stage, CHIP:DIMS,...")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
-    p.add_argument("--layouts", "--layout", default="ws2d", help="one or more (default: %(default)s)")
+    p.add_argument("--layouts", "--layout", default="ws2d", help="one or more")
     p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
     names = f"{', '.join(POLICIES)}, chunked-N"
-    p.add_argument("--policies", "--policy", default="orca", help=f"one or more of {names} (default: %(default)s)")
+    p.add_argument("--policies", "--policy", default="orca", help=f"one or more of {names}")
     p.add_argument("--slots", type=at_least(1, MOST), help="tokens of the KV cache (default: what fits beside weights)")
     p.add_argument("--in-flight", type=at_least(1), help="batches in the pipeline (default: one for each stage)")
     not_negative = number(lambda us: 0 <= us <= MOST, f"must be a number that is not negative, and at most {MOST}")
-    p.add_argument(
-        "--host-us", type=not_negative, default=0.0, help="host's microseconds for a batch (default: %(default)s)"
-    )
+    p.add_argument("--host-us", type=not_negative, default=0.0, help="host's microseconds for a batch")
     p.add_argument("--disaggregate", metavar="SLICE", help="prompts run on a slice of their own; K and V are sent")
     p.add_argument("--prefill-layout", help="there (default: the other's)")
     p.add_argument("--prefill-attention", help="there (default: the other's)")
-    p.add_argument("--prefill-max-bs", type=at_least(1, MOST), default=4, help="there (default: %(default)s)")
+    p.add_argument("--prefill-max-bs", type=at_least(1, MOST), default=4, help="there")
     p.add_argument("--constants", help=f"JSON object; of the chip's {', '.join(FITTED)} those to change")
     p.add_argument("--stage-times", metavar="FILE", help="measured seconds, one JSON row a line, in place of the model")
     p.add_argument("--prompt", help="tokens, N or LOW..HIGH, in place of the trace's")
@@ -68,8 +66,8 @@ def parser() -> Parser:
     p.add_argument(
         "--rates", "--rate", help="requests per second (default: shares of the peak, 0.25 to 0.9, or a file's own)"
     )
-    p.add_argument("--requests", type=at_least(1, MOST), default=1000, help="of each run (default: %(default)s)")
-    p.add_argument("--seed", type=at_least(0, MOST), default=0, help="of the trace (default: %(default)s)")
+    p.add_argument("--requests", type=at_least(1, MOST), default=1000, help="of each run")
+    p.add_argument("--seed", type=at_least(0, MOST), default=0, help="of the trace")
     p.add_argument("--capacity", action="store_true", help="the highest rate at which 90%% keep within --limits")
     p.add_argument("--timeline", type=path, metavar="FILE", help="of a single run, for ui.perfetto.dev")
     p.add_argument("--out", type=path, help="folder for rows and pictures")

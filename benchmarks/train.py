@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output, processes
-from toruslab.benchmarks.runs.options import Parser, at_least, guarded, one_of, path, refused
+from toruslab.benchmarks.runs.options import Parser, at_least, guarded, path, refused
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed
@@ -38,31 +38,26 @@ def parser() -> Parser:
     """The options."""
     p = Parser("toruslab train", __doc__)
     p.add_argument("--text", metavar="FILE", help="UTF-8 text (default: Python's own manual, half a megabyte)")
-    p.add_argument("--model", default="toy-text", help="preset or config.json (default: %(default)s)")
-    p.add_argument("--slice", default="cpu:2", help="CHIP:DIMS (default: %(default)s)")
+    p.add_argument("--model", default="toy-text", help="preset or config.json")
+    p.add_argument("--slice", default="cpu:2", help="CHIP:DIMS")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
-    p.add_argument("--layout", default="wgx", help=f"{', '.join(LAYOUTS)}; with variants (default: %(default)s)")
-    p.add_argument("--attention", default="batch", help="default: %(default)s")
-    p.add_argument(
-        "--weights",
-        type=one_of(DTYPES),
-        default="f32",
-        help=f"{', '.join(DTYPES)}, with float32 masters (default: %(default)s)",
-    )
-    p.add_argument("--batch", type=int, default=8, help="windows of text in a step (default: %(default)s)")
-    p.add_argument("--length", type=int, default=128, help="bytes of a window (default: %(default)s)")
+    p.add_argument("--layout", default="wgx", help=f"{', '.join(LAYOUTS)}; with variants")
+    p.add_argument("--attention", default="batch", help="heads, batch, batch-x...")
+    p.add_argument("--weights", default="f32", help=f"{', '.join(DTYPES)}, with float32 masters")
+    p.add_argument("--batch", type=int, default=8, help="windows of text in a step")
+    p.add_argument("--length", type=int, default=128, help="bytes of a window")
     p.add_argument("--accumulate", type=int, default=1, metavar="N", help="a step's batch in N parts (default: 1)")
     p.add_argument(
         "--remat",
         default="none",
         help=f"what is recomputed for gradients, to save memory: {', '.join(REMAT)}\n(default: %(default)s)",
     )
-    p.add_argument("--steps", type=int, default=900, help="steps of the whole run (default: %(default)s)")
-    p.add_argument("--learning-rate", type=float, default=3e-3, help="its highest (default: %(default)s)")
+    p.add_argument("--steps", type=int, default=900, help="steps of the whole run")
+    p.add_argument("--learning-rate", type=float, default=3e-3, help="its highest")
     p.add_argument("--warm-up", type=int, help="steps of it; a cosine follows (default: 50, or a tenth of the steps)")
-    p.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
-    p.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient (default: %(default)s)")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of weights and windows (default: %(default)s)")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="of AdamW")
+    p.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient")
+    p.add_argument("--seed", type=int, default=0, help="of weights and windows")
     p.add_argument(
         "--evaluate-every", type=at_least(0), default=100, metavar="N", help="steps; 0: at the end (default: 100)"
     )
@@ -70,7 +65,7 @@ def parser() -> Parser:
         "--checkpoint-every", type=at_least(0), default=250, metavar="N", help="steps; 0: at the end (default: 250)"
     )
     p.add_argument("--resume", action="store_true", help="go on with the run in --out, as it was started")
-    p.add_argument("--out", type=path, default=Path("results/train"), help="folder (default: %(default)s)")
+    p.add_argument("--out", type=path, default=Path("results/train"), help="folder")
     p.add_argument("--json", action="store_true", help="rows on standard output instead of a summary")
     return p
 

@@ -31,6 +31,16 @@ class Rule(Exception):
         self.value, self.rule = value, rule
 
 
+class _Help(argparse.RawTextHelpFormatter):
+    """Adds an option's default to its help, unless the help speaks of one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        nothing = any(action.default is n for n in (None, False, argparse.SUPPRESS))
+        says_it = "default" in text or nothing or not action.option_strings
+        return text if says_it else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """A command's options, with `--version`. Every error is one sentence, raised as InputError.
 
@@ -40,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str | None, **more: Any):
-        super().__init__(prog, description=description, **{"formatter_class": argparse.RawTextHelpFormatter, **more})
+        super().__init__(prog, description=description, **{"formatter_class": _Help, **more})
         self.add_argument("--version", action="version", version=f"toruslab {toruslab.__version__}")
 
     def error(self, message: str) -> NoReturn:

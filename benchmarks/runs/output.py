@@ -1,4 +1,4 @@
-"""What a command writes to people and programs: tables, JSON rows, written files, and the exit code for failed points."""
+"""What a command writes: tables for people, JSON rows, the names of files, and the exit code for failed points."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence

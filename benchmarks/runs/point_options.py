@@ -23,18 +23,16 @@ FIELDS = (
 def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, context: int, weights: str) -> None:
     """Adds the options with a command's own defaults. `context` is that of decode; other phases have 0."""
     p.add_argument("point", nargs="?", help="a JSON point; or use the options")
-    p.add_argument("--model", default=model, help="preset or config.json (default: %(default)s)")
-    p.add_argument("--slice", default=slice_, help="CHIP:DIMS (default: %(default)s)")
+    p.add_argument("--model", default=model, help="preset or config.json")
+    p.add_argument("--slice", default=slice_, help="CHIP:DIMS")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
-    p.add_argument("--phase", default="decode", help=f"{', '.join(PHASES)} (default: %(default)s)")
-    p.add_argument("--batch", type=int, default=batch, help="sequences (default: %(default)s)")
-    p.add_argument("--length", type=int, default=1, help="tokens of a sequence in this pass (default: %(default)s)")
+    p.add_argument("--phase", default="decode", help=f"{', '.join(PHASES)}")
+    p.add_argument("--batch", type=int, default=batch, help="sequences")
+    p.add_argument("--length", type=int, default=1, help="tokens of a sequence in this pass")
     p.add_argument("--context", type=int, help=f"cached tokens (default: {context} in decode, else 0)")
-    p.add_argument(
-        "--layout", default="ws2d", help=f"{', '.join(LAYOUTS)}; with variants: ws2d+lean (default: %(default)s)"
-    )
+    p.add_argument("--layout", default="ws2d", help=f"{', '.join(LAYOUTS)}; with variants: ws2d+lean")
     p.add_argument("--attention", default="batch", help="heads, batch, or batch-x, batch-xy...: over some of the axes")
-    p.add_argument("--weights", default=weights, help=f"{', '.join(WEIGHTS)} (default: %(default)s)")
+    p.add_argument("--weights", default=weights, help=f"{', '.join(WEIGHTS)}")
     p.add_argument("--cache", help=f"{', '.join(CACHES)}; default: a KV cache of the activations' dtype")
     p.add_argument(
         "--steps-per-call",
@@ -46,11 +44,7 @@ def add(p: argparse.ArgumentParser, *, model: str, slice_: str, batch: int, cont
     p.add_argument(
         "--accumulate", type=int, default=1, metavar="N", help="train: a step's batch in N parts (default: 1)"
     )
-    p.add_argument(
-        "--remat",
-        default="layer",
-        help=f"train: what is recomputed for gradients, of {', '.join(REMAT)} (default: %(default)s)",
-    )
+    p.add_argument("--remat", default="layer", help=f"train: what is recomputed for gradients, of {', '.join(REMAT)}")
     p.set_defaults(decode_context=context, point_defaults={name: p.get_default(name) for name in FIELDS})
 
 
@@ -136,7 +130,7 @@ def read_text(points: Sequence[Point], where: str | None, seed: int) -> str:
 def add_text(p: argparse.ArgumentParser) -> None:
     """Adds `--text` and `--seed`."""
     p.add_argument("--text", metavar="FILE", help="English text to take the tokens from (default: Python's own manual)")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of weights and prompts (default: %(default)s)")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of weights and prompts")
 
 
 def _refuse_beside(what: str, options: argparse.Namespace, names: tuple[str, ...]) -> None:

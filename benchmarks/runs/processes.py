@@ -24,12 +24,10 @@ RANK, PORT = "TORUSLAB_PROCESS", "TORUSLAB_PORT"
 
 def add_mesh(p: argparse.ArgumentParser) -> None:
     """Adds `--slice`, `--mesh`, `--platform` and `--processes`, for commands that measure on a mesh."""
-    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order (default: %(default)s)")
+    p.add_argument("--slice", default="cpu:2x2x2", help="CHIP:DIMS in mesh order")
     p.add_argument("--mesh", help="extents of the mesh, if not the slice's own")
     p.add_argument("--platform", choices=["cpu", "gpu", "tpu"], help="default: cpu or gpu as the slice says, else tpu")
-    p.add_argument(
-        "--processes", type=at_least(1), default=1, help="local processes over one mesh (default: %(default)s)"
-    )
+    p.add_argument("--processes", type=at_least(1), default=1, help="local processes over one mesh")
 
 
 def must_start(n_processes: int, n_chips: int) -> bool:
@@ -99,7 +97,7 @@ def join(platform: str, n_chips: int, n_processes: int) -> None:
 
     Args:
         platform: `cpu`, `gpu` or `tpu`.
-        n_chips: places in the mesh, a multiple of `n_processes`; fake CPU devices are shared out evenly.
+        n_chips: places in the mesh, a multiple of `n_processes`. Every process has an equal part of fake CPU devices.
         n_processes: of `start_locally`, else 1. On a TPU slice of several hosts the processes find each other.
     """
     import jax

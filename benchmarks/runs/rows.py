@@ -40,8 +40,7 @@ class RowFile:
         check: see `read`.
 
     Raises:
-        DamagedResults: a line that is no row. A last line without its newline is what an interrupted run leaves; it is
-            dropped.
+        DamagedResults: a line that is no row. A last line without its newline is dropped: interrupted runs leave one.
     """
 
     def __init__(self, path: Path, check: Callable[[Row], object] = of_a_point):
@@ -49,7 +48,7 @@ class RowFile:
         self.rows = list(read(path, check)) if path.exists() else []
 
     def add(self, row: Row) -> None:
-        """Appends a row, on disk when this returns."""
+        """Appends a row; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self.path.read_bytes() if self.path.exists() else b""
         with self.path.open("r+b" if text else "wb") as file:
@@ -61,7 +60,7 @@ class RowFile:
         self.rows.append(row)
 
     def find(self, point: Point, source: str) -> Row | None:
-        """The row of a point from a source, unless it failed."""
+        """The row of a point from a source; None if there is none that succeeded."""
         key = point.to_json()
         return next((r for r in self.rows if r["point"] == key and r["source"] == source and "error" not in r), None)
 
@@ -139,7 +138,7 @@ def commit() -> str | None:
 
 
 def changes() -> str:
-    """What differs from the commit."""
+    """The differences from the commit."""
     return _git("diff", "HEAD")
 
 
@@ -152,7 +151,7 @@ def _git(*args: str) -> str:
 
 
 def keep(name: str, about: str | None, argv: Sequence[str] | None, compact: Callable[[Row], Row], data: Path) -> int:
-    """The command of a page: writes what `compact` leaves of the rows of all files to `data`, one a line."""
+    """The command of a page of docs/: writes the rows of all files to `data`, each shortened by `compact`."""
     p = Parser(prog=f"python -m benchmarks.{name}", description=about, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("rows", nargs="+", help="files of rows that toruslab compile --json printed")
     options = p.parse_args(argv)

@@ -13,21 +13,15 @@ from toruslab.serving.traffic.traces import ARRIVALS, TRACES, Pattern, arrivals
 
 def add(p: Parser, *, model: str, attention: str, weights: str, max_bs: int, most_bs: int) -> None:
     """Adds the options with a command's own defaults; `most_bs` is the largest `--max-bs`."""
-    p.add_argument("--model", default=model, help="preset or config.json (default: %(default)s)")
+    p.add_argument("--model", default=model, help="preset or config.json")
     p.add_argument("--stages", type=at_least(1), default=1, help="of the pipeline, of equal layers (default: 1)")
-    p.add_argument("--attention", default=attention, help="heads, batch, batch-x... (default: %(default)s)")
-    p.add_argument(
-        "--weights", type=one_of(WEIGHTS), default=weights, help=f"{', '.join(WEIGHTS)} (default: %(default)s)"
-    )
-    p.add_argument("--reservation", default="own", help=f"{', '.join(RESERVATIONS)} (default: %(default)s)")
-    p.add_argument(
-        "--max-bs", type=at_least(1, most_bs), default=max_bs, help="requests in a batch (default: %(default)s)"
-    )
-    p.add_argument("--trace", default="orca", help=f"{', '.join(TRACES)}, or fixed:P:O (default: %(default)s)")
-    p.add_argument("--arrivals", default="poisson", metavar="WHEN", help=f"{ARRIVALS} (default: %(default)s)")
-    p.add_argument(
-        "--warm-up", type=share, default=0.2, metavar="SHARE", help="of the arrivals, left out (default: %(default)s)"
-    )
+    p.add_argument("--attention", default=attention, help="heads, batch, batch-x...")
+    p.add_argument("--weights", type=one_of(WEIGHTS), default=weights, help=f"{', '.join(WEIGHTS)}")
+    p.add_argument("--reservation", default="own", help=f"{', '.join(RESERVATIONS)}")
+    p.add_argument("--max-bs", type=at_least(1, most_bs), default=max_bs, help="requests in a batch")
+    p.add_argument("--trace", default="orca", help=f"{', '.join(TRACES)}, or fixed:P:O")
+    p.add_argument("--arrivals", default="poisson", metavar="WHEN", help=f"{ARRIVALS}")
+    p.add_argument("--warm-up", type=share, default=0.2, metavar="SHARE", help="of the arrivals, left out")
     p.add_argument("--limits", metavar="TTFT:TPOT", help="seconds that 90%% of requests must meet: adds goodput")
     p.add_argument("--json", action="store_true", help="one JSON row a line on standard output instead of a table")
 

@@ -1,6 +1,6 @@
 """What `toruslab serve-bench` measures: schemes, rates and seeds, and the engine that all of them share.
 
-Decides which sizes an engine has by default, and in which order runs are made. Touches no device.
+Also the default sizes of the engine and the order of the runs. Touches no device.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from toruslab.serving.scheduling.reservation import Reservation, reservation
 from toruslab.serving.traffic.traces import Pattern, Trace, trace
 
 PIECE, PAGE = 16, 32
-"""Tokens in a piece of a prompt, positions in a page of the cache."""
+"""Tokens in a piece of a prompt; positions in a page of the cache."""
 PIECES_TOKENS = 512
-"""About so many tokens of prompts go into one pass."""
+"""The largest pass has about so many tokens of prompts."""
 MOST = {"requests": 1_000_000, "seeds": 1000, "max_bs": 4096, "slots": 10**9}
 LEAST_RATE, MOST_RATE = 1e-3, 1e6
 MOST_FACTOR = 1000.0
 SHARES = (0.25, 0.4, 0.6, 0.85, 1.2, 1.8)
-"""Of the capacity that a closed burst shows: the rates, where none are given."""
+"""The default rates, as shares of the capacity that a closed burst shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A way to make batches, and how many of them are in flight at most."""
+    """A batching scheme: a policy, and the largest number of batches in flight. Rows call it `rung`."""
 
     policy: Policy
     n_workers: int
@@ -54,10 +54,10 @@ class Scheme:
 
     @classmethod
     def parse(cls, text_: str, stages: int) -> "Scheme":
-        """Reads `orca` or `request-level@2`; without a number, a batch for each stage.
+        """Reads `orca` or `request-level@2`. Without a number there is a batch in flight for each stage.
 
         Raises:
-            ValueError: an unknown policy, or no such number.
+            ValueError: an unknown policy, or a number that is out of bounds.
         """
         name, at, workers = text_.partition("@")
         if at and not (workers.isdecimal() and 1 <= int(workers) <= 64):
@@ -69,13 +69,13 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingSetting:
-    """One engine, and the traffic that it gets.
+    """One engine and its traffic.
 
     Args:
         shape: extents of one stage's mesh.
         scale: of prompts, of outputs.
         n_slots: of the KV cache, for every scheme.
-        warm_up: share of the time of arrivals that is left out.
+        warm_up: share of the arrivals' time that is not measured.
         limits: of a request, for goodput.
         checkpoint: a folder with the weights; None: random ones.
     """
@@ -111,12 +111,12 @@ class ServingSetting:
 
     @property
     def rows(self) -> int:
-        """Requests that may hold a row at once, whatever the scheme."""
+        """The most requests that hold a row at once, over all schemes."""
         return self.max_bs * max(scheme.n_workers for scheme in self.schemes)
 
     @property
     def least_bytes(self) -> int:
-        """What weights, none repeated, and KV cache take, of all chips together."""
+        """Bytes of weights and KV cache on all chips together, if no weight is stored twice."""
         config, sizes = self.config, {"n_slots": self.n_slots, "page": PAGE, "longest": self.trace.longest}
         positions = PAGE * n_pages(rows=self.rows, held=self.held, **sizes)
         split = {axis for entry in entries(self.made.cache) for axis in axes_of(entry)}
@@ -195,12 +195,12 @@ def rates(options: argparse.Namespace, setting: ServingSetting) -> tuple[float, 
 
 
 def rates_around(capacity: float) -> tuple[float, ...]:
-    """A ladder of rates up to beyond a capacity, both in requests per second; three digits each."""
+    """Rates from far below a capacity to beyond it, in requests per second, with three digits each."""
     return tuple(float(f"{share * capacity:.3g}") for share in SHARES)
 
 
 def runs(setting: ServingSetting, of_rates: Sequence[float]) -> Iterator[tuple[Scheme, float, int]]:
-    """Scheme, rate and seed of every run: all schemes one after another, each time in another order."""
+    """Scheme, rate and seed of every run. All schemes run at one rate before the next, each time in another order."""
     for seed in range(setting.seeds):
         for i, rate in enumerate(of_rates):
             schemes = list(setting.schemes)
@@ -210,7 +210,9 @@ def runs(setting: ServingSetting, of_rates: Sequence[float]) -> Iterator[tuple[S
 
 
 def sizes_of_passes(max_bs: int, parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Singles and pieces of one part, such that the programs are few: a batch of decodes fits into one pass.
+    """The numbers of single tokens and of pieces for which passes are compiled, per part of the batch.
+
+    They are few, and a batch of decodes fits into one pass.
 
     Example:
         >>> sizes_of_passes(32, 1)

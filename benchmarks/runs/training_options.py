@@ -1,6 +1,6 @@
 """What `toruslab train` trains: model, text, layout and recipe as one record, checked before any device is touched.
 
-Decides which options a run that goes on may change: those that say where and how often, not what is computed.
+Also which options may change when a run goes on: where and how it is computed, not what.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from toruslab.partitioning.plan.plan import check
 from toruslab.partitioning.torus.mesh import Shape, Slice, mesh_shape
 
 DTYPES = {"f32": 4, "bf16": 2}
-"""Weights and activations, bytes per element; moments, and master weights beside bf16 ones, are float32."""
+"""Bytes per element of weights and activations. Moments, and the master copies of bf16 weights, are float32."""
 FREE = ("slice", "mesh", "layout", "attention", "accumulate", "remat")
-"""May differ in a run that goes on: where and how it is computed. Results then differ by rounding only."""
+"""Options that may change when a run goes on. Results then differ by rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetting:
-    """A training run; fields are the command's options.
+    """A training run. The fields are the command's options.
 
     Raises:
         ValueError: field, value and rule.
@@ -52,6 +52,10 @@ class TrainingSetting:
     seed: int
 
     def __post_init__(self):
+        if self.weights not in DTYPES:
+            raise ValueError(f"weights={self.weights!r} must be one of {', '.join(DTYPES)}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         config = self.config
         if config.vocab < byte_ids.VOCAB:
             raise ValueError(f"vocab={config.vocab} of {config.name} is smaller than the tokenizer's {byte_ids.VOCAB}")
@@ -102,9 +106,13 @@ class TrainingSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What is trained on, and what never is: ids [n], and [groups, rows, L + 1] in groups that one call evaluates.
+    """The text of a run, as ids.
 
-    `digest`: of the whole text; `unigram`: what byte frequencies alone lose on the held-out part, nats a byte.
+    Args:
+        train: [n] ids to train on.
+        held_out: [groups, rows, L + 1] ids that are never trained on; one call evaluates one group.
+        digest: of the whole text.
+        unigram: loss of byte frequencies alone on the held-out part, in nats a byte.
     """
 
     train: byte_ids.TokenIds
@@ -132,14 +140,14 @@ class Texts:
 
 
 def resumed(kept: Mapping[str, Any], given: Mapping[str, Any]) -> TrainingSetting:
-    """The setting of a run that goes on: as it was kept, but for what may change.
+    """The setting of a run that goes on: the kept one, with the options of `FREE` that are given now.
 
     Args:
         kept: `to_json` of the run.
         given: the options that were given now.
 
     Raises:
-        ValueError: one that cannot change, or what the setting refuses.
+        ValueError: an option that cannot change, or that the setting refuses.
     """
     for name, value in given.items():
         if name in kept and name not in FREE and value != kept[name]:

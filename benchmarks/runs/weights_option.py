@@ -1,7 +1,7 @@
-"""The option `--checkpoint DIR`: which model, weights and tokenizer a command works with.
+"""The options `--model` and `--checkpoint`: which model, weights and tokenizer a command works with.
 
-Decides by what a folder holds which form of checkpoint it is, a line in `FORMATS` each, and that there are random weights
-without one. Leaves reading to each form's own module. Nothing here touches a device until `Chosen.params` is called.
+The files in a folder tell which format of `FORMATS` it has. Without a folder the weights are random. The formats' own
+modules read them. Nothing here touches a device until `Chosen.params` is called.
 """
 
 import argparse
@@ -21,11 +21,11 @@ DEFAULT_MODEL = "toy"
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A model with weights that can be had.
+    """A model whose weights can be loaded.
 
     Args:
         config, tokenizer: of the model.
-        params: of (layout, mesh, dtype=, int8=), the parameters on their devices.
+        params: (layout, mesh, dtype=, int8=) -> the parameters on their devices.
         said: where the weights are from, for people.
     """
 
@@ -42,7 +42,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(name: str | None, checkpoint: str | None, seed: int) -> Chosen:
-    """What the two options ask for.
+    """The model and weights that the two options ask for.
+
+    Args:
+        name: of `--model`.
+        checkpoint: of `--checkpoint`.
+        seed: of random weights.
 
     Raises:
         ValueError: both of them, a folder that is no checkpoint, or a damaged one; an unknown model.
@@ -54,10 +59,10 @@ def chosen(name: str | None, checkpoint: str | None, seed: int) -> Chosen:
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ValueError(f"checkpoint={checkpoint!r}: there is no such folder")
-    for form in FORMATS:
-        if form.fits(folder):
+    for known in FORMATS:
+        if known.fits(folder):
             try:
-                return form.opened(folder)
+                return known.opened(folder)
             except ValueError as error:
                 said = str(error).removeprefix(f"model={str(folder)!r}: ")
                 raise ValueError(f"checkpoint={checkpoint!r}: {said}") from error
@@ -117,7 +122,7 @@ def _own(folder: Path) -> Chosen:
 
 
 def _of_steps(folder: Path) -> Path:
-    """Where the checkpoints of training lie: in the folder itself, or in the one that `toruslab train` makes in it."""
+    """The folder with the checkpoints of training: this one, or the one that `toruslab train` makes in it."""
     inner = folder / "checkpoints"
     return inner if inner.is_dir() else folder
 
@@ -130,7 +135,7 @@ def _has_steps(folder: Path) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One form of checkpoint: what it is called, whether a folder is one, and how it is opened."""
+    """A format of checkpoints: its name, whether a folder has it, and how such a folder is opened."""
 
     name: str
     fits: Callable[[Path], bool]
@@ -145,8 +150,8 @@ FORMATS = (
     Format(name="Hugging Face (config.json, *.safetensors)", fits=_has_safetensors, opened=_hugging_face),
     Format(name="toruslab train (its --out)", fits=_has_steps, opened=_own),
 )
-"""In the order in which they are tried; one more form is one more line."""
+"""In the order in which they are tried."""
 
 
 def _known() -> str:
-    return ", ".join(form.name for form in FORMATS)
+    return ", ".join(known.name for known in FORMATS)
