@@ -1,4 +1,4 @@
-"""Tables of a calibration: what was measured, its spread, how far the fits are off, and the data sheet beside it."""
+"""Tables of a calibration: the samples and their spread, the fits and their residuals, and a data sheet's rates."""
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +8,7 @@ from toruslab.partitioning.torus.chip import Chip
 
 
 def show(machine: Machine, console: Console) -> None:
-    """Prints what was measured: rates of matmuls and copies, then what was fitted, with its residuals."""
+    """Prints the rates of matmuls and copies, the other samples, and the fits with their residuals."""
     n = machine.n_devices
     together = f"{n} devices at once" + (", which share the cores" if machine.shared else "")
     for dtype in dict.fromkeys(s.dtype for s in machine.samples if s.what == "matmul"):
@@ -51,7 +51,7 @@ def show(machine: Machine, console: Console) -> None:
 
 
 def against(machine: Machine, memory_bytes_per_s: float, sheet: Chip) -> Table:
-    """What was measured of one chip beside its data sheet: the fastest matmul, and how fast weights are read."""
+    """The measured rates of one chip beside its data sheet: the fastest matmul of each dtype, and reading weights."""
     table = Table()
     for heading in ("", "measured", f"data sheet of {sheet.name}", "share"):
         table.add_column(heading, justify="right" if heading else "left")
