@@ -160,6 +160,7 @@ def test_explain_takes_a_training_step_back_over_the_same_ladders(capsys):
     assert [(r["from"], r["kind"]) for r in summed] == [("NE_xD(partialsum-yz)", "reduce-scatter")]
 
 
+@pytest.mark.slow
 def test_a_training_step_is_planned_compiled_predicted_and_measured(capsys, tmp_path):
     """The options of the bench; every source has its row of the same point."""
     argv = ["--phases", "train", "--lengths", "16", "--layouts", "wgx", "--attention", "batch", "--accumulate", "2"]
@@ -202,6 +203,7 @@ def bench(capsys, out, *argv):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_saved_shown_and_continued(capsys, tmp_path):
     out = tmp_path / "run"
     shown = bench(capsys, out, "--layouts", "ws2d,auto")
@@ -291,6 +293,7 @@ def test_refused_however_it_is_started(module):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_is_resumed_as_it_was_started(capsys, tmp_path):
     """With `--resume` alone; what was measured is not measured again."""
     out = ["--out", str(tmp_path / "run")]

@@ -147,7 +147,7 @@ def test_the_held_out_text_is_never_trained_on(manual, tmp_path, monkeypatch):
     assert len(seen) == 6 and all(np.array_equal(ids, whole[:18_000]) for ids in seen)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_last_digit(capsys, manual, whole, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
@@ -177,7 +177,10 @@ def state(out):
     [
         ["--slice", "cpu:2x2x2", "--layout", "ws2d", "--attention", "heads"],
         pytest.param(["--slice", "cpu:1", "--layout", "replicated"], marks=pytest.mark.slow),
-        ["--slice", "cpu:2x2", "--layout", "auto", "--attention", "heads", "--accumulate", "2", "--remat", "layer"],
+        pytest.param(
+            ["--slice", "cpu:2x2", "--layout", "auto", "--attention", "heads", "--accumulate", "2", "--remat", "layer"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_goes_on_under_another_layout_and_mesh(manual, whole, tmp_path, monkeypatch, changes):
@@ -214,6 +217,7 @@ def test_another_text_is_refused(capsys, tmp_path, monkeypatch):
     assert "is not the text that the run in out=" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_put_aside(manual, tmp_path):
     out = tmp_path / "run"
     for _ in range(2):
@@ -230,6 +234,7 @@ def test_a_folder_in_use_is_refused(capsys, manual, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_repeats_what_came_after_its_checkpoint(manual, whole, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
@@ -261,6 +266,7 @@ def test_a_full_disk_is_a_warning(capsys, manual, whole, tmp_path, monkeypatch):
     assert losses(tmp_path) == losses(whole) and "nats per byte after 6 steps" in out
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_and_keeps_its_checkpoints(capsys, manual, tmp_path, monkeypatch):
     """A gradient that is not finite spoils the state: nothing of it is saved, and no row has it."""
     step = Trainer.step.func  # pyright: ignore[reportFunctionMemberAccess]

@@ -25,6 +25,7 @@ def row(n: int) -> dict:
     return {"point": POINT, "source": "measured", "n": n}
 
 
+@pytest.mark.slow
 def test_rows_survive_kill_9_in_the_middle_of_a_write(tmp_path):
     """Rows are of 40 MB; the writer is killed as soon as its file grows; every row that it has reported is there."""
     torn = 0

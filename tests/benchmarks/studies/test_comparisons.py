@@ -112,6 +112,7 @@ def test_bad_options_are_refused(capsys, argv, sentence):
     assert sentence in refused(capsys, comparisons.main, *argv)
 
 
+@pytest.mark.slow
 def test_dispatch_is_a_share_of_the_call(capsys):
     assert dispatch.main(["--steps", "1,3", "--batch", "8", "--context", "16", "--repeats", "3", "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

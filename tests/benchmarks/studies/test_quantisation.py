@@ -26,7 +26,7 @@ def parameters(config: ModelConfig) -> nnx.State:
     return initial(config, *quantisation._alone(config, "cpu"))
 
 
-@pytest.mark.parametrize("block", ["parallel", "serial"])
+@pytest.mark.parametrize("block", [pytest.param("parallel", marks=pytest.mark.slow), "serial"])
 def test_what_is_int8_already_has_no_error(block):
     """Weights that integers and scales stand for exactly lose nothing when they become int8; their cache does."""
     config, ids = CONFIGS[block], quantisation.held_out(2, 9, "held out " * 100)

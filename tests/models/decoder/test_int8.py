@@ -28,7 +28,7 @@ GATHERED = ("w_in", "w_kv", "w_out")
 
 
 @pytest.mark.parametrize(("name", "attention"), legal())
-@pytest.mark.parametrize("block", ["parallel", "serial"])
+@pytest.mark.parametrize("block", [pytest.param("parallel", marks=pytest.mark.slow), "serial"])
 def test_equals_its_dequantised_reference(name, attention, block):
     check_full_pass(Bench(model(block, 1), name, attention, (2, 2, 2), int8=True))
 
@@ -126,6 +126,7 @@ def test_an_odd_context_is_stored_in_whole_tiles_of_int8():
     assert odd == even
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("name", "length"), [("ws2d", 1), ("wgxyz", 512)])
 def test_compiled_for_tpus_weights_halve_at_rest_and_on_the_wire(name, length):
@@ -152,15 +153,16 @@ def test_compiled_for_tpus_weights_halve_at_rest_and_on_the_wire(name, length):
     assert gathered(narrow) == sum(p.bytes * p.count for p in asked)
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     "changes",
     [
         {"batch": 512, "context": 8192},
-        pytest.param({"batch": 512, "context": 2049, "attention": "heads"}, marks=pytest.mark.slow),
-        pytest.param({"batch": 64, "phase": "prefill", "length": 256, "context": 4096}, marks=pytest.mark.slow),
-        pytest.param({"model": "mt-nlg-530b-3l"}, marks=pytest.mark.slow),
-        pytest.param({"model": "llama-3-70b-4l", "slice": "v5e:4x4"}, marks=pytest.mark.slow),
+        {"batch": 512, "context": 2049, "attention": "heads"},
+        {"batch": 64, "phase": "prefill", "length": 256, "context": 4096},
+        {"model": "mt-nlg-530b-3l"},
+        {"model": "llama-3-70b-4l", "slice": "v5e:4x4"},
     ],
 )
 def test_compiled_for_tpus_an_int8_cache_is_in_place_and_costs_what_is_said(changes):

@@ -62,7 +62,7 @@ def test_auto_is_held_against_ws2d():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_540b_decode_on_64_chips(weights):
     found = evidence(on_v4(weights=weights))
     assert found.unexplained == 0 and found.findings == ()
@@ -74,15 +74,11 @@ def test_540b_decode_on_64_chips(weights):
     assert 1 < found.compute_s / max(found.analytic.compute_s, found.analytic.memory_s) < 3
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [
-        pytest.param("ws1d", "heads", marks=pytest.mark.slow),
-        pytest.param("wgx", "heads", marks=pytest.mark.slow),
-        ("wgxy", "batch"),
-        pytest.param("wgxyz", "batch", marks=pytest.mark.slow),
-    ],
+    [("ws1d", "heads"), ("wgx", "heads"), ("wgxy", "batch"), ("wgxyz", "batch")],
 )
 def test_prefill_of_few_layers_on_64_chips(name, attention):
     sizes = {"phase": "prefill", "batch": 64, "length": 512, "context": 0, "weights": "bf16"}
@@ -93,7 +89,9 @@ def test_prefill_of_few_layers_on_64_chips(name, attention):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("slice_", ["v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1"])
+@pytest.mark.parametrize(
+    "slice_", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("v5e:4x4", "v6e:2x4", "v5p:2x2x2")), "v4:2x2x1"]
+)
 def test_other_chips(slice_):
     found = evidence(on_v4(model="llama-3-70b-2l", slice=slice_, weights="bf16", layout="ws2d"))
     assert found.unexplained == 0 and found.fits and found.compute_s
@@ -101,6 +99,7 @@ def test_other_chips(slice_):
     assert seconds == pytest.approx(found.compute_s)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_heads_that_are_no_whole_tiles_cost_memory_and_no_copies():
     found = evidence(on_v4(model="mt-nlg-530b-3l", weights="bf16"))
@@ -108,6 +107,7 @@ def test_heads_that_are_no_whole_tiles_cost_memory_and_no_copies():
     assert found.peak_bytes_per_chip == pytest.approx(found.analytic.hbm_bytes_per_chip, rel=0.01)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_cache_of_odd_length_is_not_copied():
     found = evidence(on_v4(model="palm-540b-h64-3l", context=2049, attention="heads"))
@@ -115,6 +115,7 @@ def test_a_cache_of_odd_length_is_not_copied():
     assert found.peak_bytes_per_chip == pytest.approx(found.analytic.hbm_bytes_per_chip, rel=0.02)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_four_layers_stand_for_all():
     few, all_ = (evidence(on_v4(model=f"palm-540b-h64-{n}l")) for n in (4, 20))
@@ -122,6 +123,7 @@ def test_four_layers_stand_for_all():
     assert all_.stack_compute_s == pytest.approx(5 * few.stack_compute_s, rel=0.01)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_single_layer_is_a_stack_though_no_loop():
     """The stack of one layer is exactly the work of its scopes. Compilers differ in what a loop adds to a layer."""
@@ -139,6 +141,7 @@ def test_slices_of_one_axis(slice_):
     assert targets.describe(Slice.parse(slice_))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_asynchronous_gathers_have_no_absurd_seconds():
     point = on_v4(model="llama-3-70b-2l", slice="v5e:4x4", layout="wgx", attention="heads")
@@ -148,6 +151,7 @@ def test_asynchronous_gathers_have_no_absurd_seconds():
     assert found.latency_s == pytest.approx(found.compute_s + found.exposed.collective_s)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_what_does_not_fit_is_an_answer_with_a_program_of_few_layers():
     point = on_v4(attention="heads", weights="bf16")

@@ -35,6 +35,7 @@ from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 BATCH, LENGTH, STEPS = 8, 6, 10
 LAYOUTS = (*legal(), *legal(["ws1d+lean", "ws2d+lean", "ws2d+biring", "wgx+ring"]))
+QUICK = (("ws2d", "batch"), ("wgxyz", "batch"), ("auto", "batch"), ("wgx+ring", "batch"))
 RECIPE = Recipe(steps=STEPS, warm_up=2, learning_rate=1e-2, clip=math.inf)
 
 
@@ -129,7 +130,8 @@ def test_the_gradient_is_that_of_the_reference(config):
 
 
 @pytest.mark.parametrize(
-    ("name", "attention"), [pytest.param(*pair, marks=[pytest.mark.slow] * (pair[1] == "heads")) for pair in LAYOUTS]
+    ("name", "attention"),
+    [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in LAYOUTS],
 )
 def test_every_layout_trains_alike(name, attention):
     """Gradients and ten steps' losses are equal and planned = compiled, with layers recomputed or kept."""
@@ -146,14 +148,23 @@ def test_every_layout_trains_alike(name, attention):
     ("config", "name", "attention", "shape", "how"),
     [
         (model("serial", 16, "gelu"), "ws2d", "batch", (2, 2, 2), {}),
-        (model("serial", 16, "gelu"), "wgxy", "heads", (4, 2, 1), {"remat": "none"}),
-        (model("serial", 16, "gelu"), "ws1d+lean", "heads", (8, 1, 1), {}),
-        (model("parallel", 1), "ws2d", "heads", (1, 2, 4), {"accumulate": 4}),
+        pytest.param(
+            model("serial", 16, "gelu"), "wgxy", "heads", (4, 2, 1), {"remat": "none"}, marks=pytest.mark.slow
+        ),
+        pytest.param(model("serial", 16, "gelu"), "ws1d+lean", "heads", (8, 1, 1), {}, marks=pytest.mark.slow),
+        pytest.param(model("parallel", 1), "ws2d", "heads", (1, 2, 4), {"accumulate": 4}, marks=pytest.mark.slow),
         (model("parallel", 1), "wgx", "heads", (2, 2, 2), {"accumulate": 2, "remat": "none"}),
-        (model("parallel", 16), "wgxyz", "batch", (4, 2, 1), {"accumulate": 1}),
-        (model("serial", 16, "gelu"), "wgxyz", "batch", (2, 2, 2), {"remat": "weights", "accumulate": 1}),
+        pytest.param(model("parallel", 16), "wgxyz", "batch", (4, 2, 1), {"accumulate": 1}, marks=pytest.mark.slow),
+        pytest.param(
+            model("serial", 16, "gelu"),
+            "wgxyz",
+            "batch",
+            (2, 2, 2),
+            {"remat": "weights", "accumulate": 1},
+            marks=pytest.mark.slow,
+        ),
         (model("parallel", 1), "wgxy", "heads", (2, 2, 2), {"remat": "weights"}),
-        (model("parallel", 1), "ws2d", "batch", (2, 2, 2), {"remat": "weights"}),
+        pytest.param(model("parallel", 1), "ws2d", "batch", (2, 2, 2), {"remat": "weights"}, marks=pytest.mark.slow),
     ],
 )
 def test_serial_blocks_parts_of_the_batch_and_other_meshes_train_alike(config, name, attention, shape, how):

@@ -37,7 +37,10 @@ def like_a_tpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "attention"), [pair for pair in legal() if pair[0] != "auto"])
-@pytest.mark.parametrize(("block", "kv_heads", "shape"), [("parallel", 1, (2, 2, 2)), ("serial", 4, (4, 2, 1))])
+@pytest.mark.parametrize(
+    ("block", "kv_heads", "shape"),
+    [pytest.param("parallel", 1, (2, 2, 2), marks=pytest.mark.slow), ("serial", 4, (4, 2, 1))],
+)
 @pytest.mark.usefixtures("like_a_tpu")
 def test_the_forms_for_tpus_compute_the_same(name, attention, block, kv_heads, shape):
     config = model(block, kv_heads)
@@ -51,7 +54,7 @@ def test_the_forms_for_tpus_compute_the_same(name, attention, block, kv_heads, s
 
 
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "heads"), ("ws2d", "batch"), ("wgxy", "batch")])
-@pytest.mark.parametrize("unrolled", [3, 64])
+@pytest.mark.parametrize("unrolled", [3, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("like_a_tpu")
 def test_an_int8_cache_written_update_by_update(monkeypatch, name, attention, unrolled):
     """With few unrolled updates the groups of them are a loop."""

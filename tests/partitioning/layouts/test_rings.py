@@ -25,6 +25,7 @@ MESHES = {
     (1, 2, 3): [("y", "z")],
 }
 GROUPS = [(shape, axes) for shape, groups in MESHES.items() for axes in groups]
+QUICK = (((1, 3, 1), ("y",)), ((2, 2, 2), ("z", "y", "x")), ((1, 2, 3), ("y", "z")))
 SIDES = list(itertools.product(("x", "w", "out"), (0, 1)))
 T, N, M = 3, 5, 7
 """Per chip where a dimension is split: odd, so that halves differ; 1 has no halves."""
@@ -87,7 +88,10 @@ def assert_equal(out, ring, expected):
 
 @pytest.mark.parametrize("ways", [1, 2])
 @pytest.mark.parametrize(("side", "dim"), SIDES)
-@pytest.mark.parametrize(("shape", "axes"), GROUPS)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [pytest.param(*group, marks=[] if group in QUICK else pytest.mark.slow) for group in GROUPS],
+)
 def test_equals_the_matmul_of_the_whole(shape, axes, side, dim, ways):
     ring = RingMatmul(side=side, dim=dim, axes=axes, ways=ways, scopes=("h", "out"))
     x, w = problem(shape, ring)

@@ -268,6 +268,7 @@ def test_estimates_from_a_chip_file_touch_no_device(path):
     assert set(json.loads(done.stdout)["terms"]) == set(TERMS)
 
 
+@pytest.mark.slow
 def test_a_bench_predicts_from_a_chip_file_and_profiles_some_steps(path, tmp_path, capsys):
     options = ["--phases", "decode", "--batches", "8", "--context", "16", "--attention", "batch", "--repeats", "2"]
     options += ["--layouts", "ws2d,auto", "--chip", str(path), "--out", str(tmp_path / "run"), "--json"]

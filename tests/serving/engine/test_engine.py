@@ -321,6 +321,7 @@ def test_planned_is_compiled(name, attention, kv_heads):
     assert all(m.verdict == "as planned" for m in matched), matched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["heads", "batch"])
 def test_compiled_for_tpus(attention):
     """Four layers of 540B on 64 described TPUs have no unplanned collective and no copy of the pages."""

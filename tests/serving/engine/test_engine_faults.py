@@ -40,7 +40,7 @@ def settled(n):
 
 
 @pytest.mark.parametrize("loses", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_a_stage_that_raises_ends_the_run_and_not_the_engine(three, monkeypatch, stage, loses):
     """Even if the program had taken the donated cache, which is lost."""
     calls = iter(range(1000))
