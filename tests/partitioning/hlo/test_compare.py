@@ -1,4 +1,4 @@
-"""The plan against the program, one departure at a time; collectives are made up, as the compilers write them."""
+"""The comparison of plan and program, one departure at a time, with invented collectives of the compilers' forms."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from toruslab.partitioning.hlo.compare import compare
 from toruslab.partitioning.plan.plan import Planned
 
 UNIT = 10_000
-"""Bytes are given in these, so that a tile is little of them."""
+"""The unit of bytes here, so large that a tile is small beside it."""
 
 
 def planned(kind: str, axes: str, n_bytes: int, scope: str = "layer/h", itemsize: int = 2) -> Planned:
@@ -109,7 +109,7 @@ def test_a_collective_without_a_name_goes_by_what_it_reads_then_by_what_is_left(
 
 
 def test_padding_is_bounded():
-    """By 3.5%, or by a tile of 4 KiB for each of the 8 chips; and so what an all-reduce may be instead."""
+    """The limit is 3.5%, or a tile of 4 KiB for each of the 8 chips; also for an all-reduce instead."""
     for kind, times in (("reduce-scatter", 1), ("all-reduce", 2)):
         fits = found(kind, "xyz", 960 * times)
         more = lambda n, c=fits: replace(c, bytes=c.bytes + n)  # noqa: E731

@@ -1,4 +1,4 @@
-"""The HLO reader: real programs of three compilers (`hlo/*.txt`, made by `hlo/make.py`), spellings, loops, refusals."""
+"""The HLO reader: programs of three compilers (`texts/*.txt`, made by `texts/make.py`), spellings, loops, refusals."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def named(program_name: str) -> list[str]:
 
 
 def brief(c: Collective) -> tuple[str, str, int, int]:
-    """What any plan can say of a collective: kind, axes, bytes, trips."""
+    """What a plan gives of a collective: kind, axes, bytes, trips."""
     return c.kind, "".join(c.axes), c.bytes, c.trips
 
 
 def plan(
     p: CompiledText, kind: str, axes: str, n_elements: float, trips: int = 1, e: int = 0
 ) -> tuple[str, str, int, int]:
-    """The same from the definition: `n_elements` is the larger side's (a gather's output, else the input)."""
+    """The same by definition: `n_elements` is that of the larger side, a gather's output or else the input."""
     k = p.size(axes)
     share = {"all-reduce": 2 * (k - 1) / k, "collective-permute": float(k > 1)}.get(kind, (k - 1) / k)
     real = "".join(a for a in axes if p.mesh[a] > 1)
@@ -156,7 +156,7 @@ def test_padding_that_the_compiler_added_moves_too() -> None:
     assert [brief(c) for c in read(p.text, p.mesh)] == [
         plan(p, "all-gather", "yz", 4096 * 4096 / 4, 8),
         plan(p, "reduce-scatter", "x", 4096 * (4096 + 64), 8),
-        plan(p, "collective-permute", "x", 4096 * 48, 8),  # and puts the padded shards right
+        plan(p, "collective-permute", "x", 4096 * 48, 8),  # moves the padded shards into place
         plan(p, "all-gather", "x", 4096 * 4096, 8),
         plan(p, "reduce-scatter", "yz", 4096 * 4096 / 4, 8),
     ]
@@ -166,7 +166,7 @@ def test_padding_that_the_compiler_added_moves_too() -> None:
 def test_a_trip_count_that_is_not_in_the_text(name: str) -> None:
     p = program(name)
     found = read(p.text, p.mesh, unknown_trips=7)
-    if p.mesh["z"] == 1:  # nothing to sum, so that the loop holds no collective: its trips are of no interest
+    if p.mesh["z"] == 1:  # nothing to sum: without a collective in the loop, its trips do not matter
         assert not found
         assert not read(p.text, p.mesh)
         with pytest.raises(HloError, match="trip count of while"):
@@ -315,10 +315,10 @@ def test_groups_that_are_no_axes_are_refused(ids: list[int], k: int) -> None:
     [
         ("channel_id=1, use_global_device_ids=true", "{{0,1,2,3},{4,5,6,7}}", ("p",)),
         ("channel_id=1, use_global_device_ids=true", "{{0,4},{1,5},{2,6},{3,7}}", ("r",)),
-        ("channel_id=1", "{{0},{1}}", ("p",)),  # replicas, with all of their partitions
+        ("channel_id=1", "{{0},{1}}", ("p",)),  # replicas, with all their partitions
         ("channel_id=1", "{{0,1}}", ("r", "p")),
         ("channel_id=1", "{}", ("r", "p")),
-        ("constrain_layout=false", "{{0,1}}", ("r",)),  # replicas, each partition for itself
+        ("constrain_layout=false", "{{0,1}}", ("r",)),  # replicas, for each partition
         ("constrain_layout=false", "{}", ("r",)),
     ],
 )

@@ -1,4 +1,4 @@
-"""What our programs do differently on TPUs, run on CPU devices that claim to be some: the same logits."""
+"""The forms that our programs take on TPUs only, run on CPU devices that pretend to be TPUs: equal logits."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from toruslab.partitioning.layouts import moves as collectives
 
 
 class TpuBench(Bench):
-    """Collectives in two steps and in dimensions of their own, caches written by rows: not one to one with the plan."""
+    """Without the comparison with the plan: collectives in two steps are not one to one with it."""
 
     def check(self, compiled, pass_):
         pass
@@ -57,7 +57,7 @@ def test_the_forms_for_tpus_compute_the_same(name, attention, block, kv_heads, s
 @pytest.mark.parametrize("unrolled", [3, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("like_a_tpu")
 def test_an_int8_cache_written_update_by_update(monkeypatch, name, attention, unrolled):
-    """With few unrolled updates the groups of them are a loop."""
+    """With a low limit of unrolled updates, their groups are a loop."""
     monkeypatch.setattr(cache, "UNROLLED", unrolled)
     bench = TpuBench(model("serial", 4), name, attention, (2, 2, 2), int8_cache=True)
     for check in (check_chunks_then_decode, check_mixed_lengths, check_rounding):

@@ -1,4 +1,4 @@
-"""One move, one collective: kinds, bytes, and that running one never changes the array."""
+"""Steps as collectives: their kinds and bytes, and that running one never changes the values of the array."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def test_kinds_and_bytes(src, dst, kind, axes, n_bytes):
         (P(None, ("x", "y")), P(None, "y")),  # gathers the major axis: the parts would be out of order
         (P(None, None, unreduced=frozenset("x")), P(None, "y")),  # reduces one axis, scatters over another
         (P("x", None), P("y", None)),  # a permutation
-        (P(None, None), P(None, None, unreduced=frozenset("x"))),  # sums do not come apart
+        (P(None, None), P(None, None, unreduced=frozenset("x"))),  # a sum cannot be split into terms
         (P(None, ("x", "y")), P(("y", "x"), None)),  # an all-to-all that changes the order of the axes
     ],
 )
@@ -65,7 +65,7 @@ def test_two_collectives_in_one_step_are_refused(src, dst):
 
 
 def every_step():
-    """Every step of every ladder of every layout, whatever it is called."""
+    """Every step of every ladder of every layout."""
     found = set()
     for name in LAYOUTS:
         for attention in ("heads", "batch"):
@@ -85,7 +85,7 @@ def test_running_a_step_never_changes_the_array():
     rng = np.random.default_rng(0)
     with jax.set_mesh(mesh):
         for src, dst in every_step():
-            if src.unreduced:  # a partial sum cannot be put on devices; the battery runs these
+            if src.unreduced:  # partial sums cannot be placed on devices; the battery runs these
                 continue
             array = rng.standard_normal([16] * len(src.partitions)).astype(np.float32)
             placed = jax.device_put(array, NamedSharding(mesh, src))
@@ -97,7 +97,7 @@ def test_running_a_step_never_changes_the_array():
 @given(st.data())
 @settings(deadline=None, max_examples=200)
 def test_bytes_against_counting_elements(data):
-    """Bytes received, counted element by element: what a chip has afterwards and had not before."""
+    """Bytes received, counted element by element: those that a chip has afterwards, but not before."""
     sizes = dict(zip(AXES, data.draw(st.permutations([2, 3, 4])), strict=True))
     axes = data.draw(st.permutations(AXES))
     n = data.draw(st.integers(1, 3))

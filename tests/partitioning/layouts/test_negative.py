@@ -1,4 +1,4 @@
-"""A program that is fast and wrong must not pass: each of these mistakes is caught by the battery."""
+"""Wrong programs: the battery catches each of these mistakes."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_a_dropped_reduction_is_missing_from_the_program(bench, monkeypatch):
 
 
 def test_a_position_off_by_one(bench, monkeypatch):
-    """RoPE knows distances only, so the mistake is in the decode step alone: one row of one token on each chip."""
+    """RoPE depends on distances only, so that the mistake must be in one step: one row of one token on each chip."""
     tables = sequences.rope_tables
     monkeypatch.setattr(sequences, "rope_tables", lambda at, *sizes: tables(at + int(at.shape[0] == 1), *sizes))
     with pytest.raises(AssertionError, match="relative error"):

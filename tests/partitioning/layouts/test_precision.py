@@ -1,4 +1,4 @@
-"""float32 is multiplied as float32, also where the hardware would rather not."""
+"""float32 is multiplied as float32, also on hardware that rounds by default."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The looped einsums by themselves: every side, ring size and direction, against the matmul of the whole."""
+"""Looped einsums alone: every side, ring size and direction, compared with the plain matmul."""
 
 import functools
 import itertools
@@ -28,7 +28,7 @@ GROUPS = [(shape, axes) for shape, groups in MESHES.items() for axes in groups]
 QUICK = (((1, 3, 1), ("y",)), ((2, 2, 2), ("z", "y", "x")), ((1, 2, 3), ("y", "z")))
 SIDES = list(itertools.product(("x", "w", "out"), (0, 1)))
 T, N, M = 3, 5, 7
-"""Per chip where a dimension is split: odd, so that halves differ; 1 has no halves."""
+"""Elements of a split dimension on each chip: odd, so that halves differ; 1 has no halves."""
 
 
 def mesh_of(shape):
@@ -109,7 +109,7 @@ def test_equals_the_matmul_of_the_whole(shape, axes, side, dim, ways):
     assert {c.kind for c in found} == {"collective-permute"}
     assert {scope_of(c.scope) for c in found} == {"h"}
     moved = sum(c.bytes for c in found)
-    assert moved == 4 * shard.size - whole * n  # what the one collective moves: all but the chip's own shard
+    assert moved == 4 * shard.size - whole * n  # as the plain collective: all but the chip's own shard
 
 
 @pytest.mark.parametrize("ways", [1, 2])
@@ -178,7 +178,7 @@ def test_gradients_pass(side, dim, ways):
     with jax.set_mesh(mesh):
         args = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((x, w), specs, strict=True)]
         found = jax.jit(jax.grad(total, (0, 1)))(*args)
-    copies = 1 if side == "out" else 4  # each chip has the whole of what it gathered
+    copies = 1 if side == "out" else 4  # each chip has the whole gathered array
     expected = jax.grad(lambda x, w: copies * jnp.sum(jnp.square(x @ w)), (0, 1))(x, w)
     for got, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6)

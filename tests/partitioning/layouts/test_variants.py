@@ -1,4 +1,4 @@
-"""Layouts with variants, and attention over part of the axes: the battery, the plan, and what they are for."""
+"""Variants of layouts, and attention split over a part of the axes: the battery, the plan, and their purpose."""
 
 import pytest
 
@@ -56,7 +56,7 @@ def test_other_meshes(shape, kv, name, attention):
 
 
 def test_the_fewest_collectives_of_a_layer():
-    """One sum in 1D, two in 2D, and two more where attention goes to the batch; a serial block twice the sums."""
+    """One sum in 1D, two in 2D, two more if attention is split over the batch; serial layers have twice the sums."""
     assert [per_layer(name, "heads") for name in ("ws1d+lean", "ws2d+lean")] == [1, 2]
     assert [per_layer(name, "batch") for name in ("ws1d+lean", "ws2d+lean")] == [3, 4]
     assert [per_layer(name, "heads", "serial", 16) for name in ("ws1d+lean", "ws2d+lean")] == [2, 4]
@@ -67,7 +67,7 @@ def test_the_fewest_collectives_of_a_layer():
 
 @pytest.mark.slow
 def test_few_heads_are_partly_replicated():
-    """Four heads on eight chips: over z and y, and the chips along x do the same ones."""
+    """Four heads on eight chips are split over z and y; chips along x have the same heads."""
     config = ModelConfig(
         name="few", n_layers=2, d_model=40, d_ff=96, n_heads=4, d_head=6, n_kv_heads=1, vocab=91, block="parallel"
     )

@@ -68,7 +68,7 @@ def test_what_is_looped_with_which_matmul(name, expected):
 
 
 def test_loops_move_the_same_bytes():
-    """In more pieces, of which each goes along one axis."""
+    """The bytes are equal, in more pieces, each along one axis."""
     for name in [n for n in battery.RINGS if "prefetch" not in n]:
         whole, pieces = [
             plan(layout(n, "batch", (4, 2, 2), 1), model("palm-8b"), Pass(batch=16, length=3, capacity=4), (4, 2, 2))
@@ -93,7 +93,7 @@ def test_prefetching_gathers_the_first_layer_once_more():
 
 
 def test_weights_rest_in_the_same_places():
-    """Prefill in one layout and decode in another use the same arrays; only 1D splits them otherwise."""
+    """Prefill and decode in different layouts use the same arrays; only 1D splits them differently."""
     for kv in (1, 4, 16):
         rests = {}
         for name, attention in battery.legal([n for n in LAYOUTS if n not in ("ws1d", "replicated")]):
@@ -103,7 +103,7 @@ def test_weights_rest_in_the_same_places():
 
 
 def test_ladders_meet():
-    """The residual stream comes back to where it left, and what is joined was split alike."""
+    """The residual stream ends a layer in the spec in which it began, and tensors that are joined are split alike."""
     for name, attention in battery.legal():
         made = layout(name, attention, (2, 2, 2), 4)
         if made.explicit:

@@ -23,7 +23,7 @@ from toruslab.serving.traffic.workload import Workload
 
 
 @dataclass
-class Record(Observer):
+class Recording(Observer):
     """Keeps all events."""
 
     stages: list[tuple[int, int, float, float]] = field(default_factory=list)  # batch, stage, start, end
@@ -60,7 +60,7 @@ def test_two_stages_five_requests_by_hand():
         7      4: E       7-8       9-11    E ends
     """
     requests = [request(0, 3, 2), request(1, 3, 1), request(2, 3, 2), request(3, 3, 2), request(4, 3, 2, 1.5)]
-    record = Record()
+    record = Recording()
     run = simulate(requests, Scheduler(max_bs=2, n_slots=99, n_workers=2), lambda batch: (1.0, 2.0), observers=[record])
     assert ids(record.batches) == [[0, 1], [2, 3], [0, 4], [2, 3], [4]]
     assert [batch.made_s for batch in record.batches] == [0.0, 0.0, 3.0, 5.0, 7.0]
@@ -84,7 +84,7 @@ def test_two_stages_five_requests_by_hand():
 def test_three_stages_without_a_bubble():
     """The paper's Figure 8: max_bs 2, n_workers 3, requests A to F, stages equally long. AB, CD, EF follow each other,
     and AB's next iteration enters stage 0 the moment it returns, which is when EF leaves that stage."""
-    record = Record()
+    record = Recording()
     scheduler = Scheduler(max_bs=2, n_slots=99, n_workers=3)
     simulate([request(id, 4, 3) for id in range(6)], scheduler, lambda batch: (1.0, 1.0, 1.0), observers=[record])
     assert ids(record.batches) == [[0, 1], [2, 3], [4, 5]] * 3
@@ -93,7 +93,7 @@ def test_three_stages_without_a_bubble():
 
 
 def test_host_work_delays_every_batch_and_is_done_for_one_at_a_time():
-    record = Record()
+    record = Recording()
     scheduler = Scheduler(max_bs=1, n_slots=99, n_workers=2)
     simulate([request(0, 1, 2), request(1, 1, 1)], scheduler, lambda batch: (1.0, 1.0), host_s=0.25, observers=[record])
     assert [(n, start) for n, stage, start, _ in record.stages if stage == 0] == [(0, 0.25), (1, 1.25), (2, 2.5)]
@@ -111,7 +111,7 @@ def test_time_and_tokens_add_up(policy: Policy, seed: int, rate: float, n_worker
         return [0.1 + 0.01 * batch.computed, 0.3]
 
     def once():
-        record, metrics = Record(), Metrics(max_bs=4)
+        record, metrics = Recording(), Metrics(max_bs=4)
         scheduler = Scheduler(max_bs=4, n_slots=100, n_workers=n_workers, policy=policy)
         return record, metrics, simulate(trace.requests(), scheduler, times, observers=(record, metrics))
 

@@ -93,7 +93,7 @@ def branches(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def merged(mesh: Mesh, dtype: Any) -> Lowered:
-    """Three sums of different sizes, which the compiler makes one."""
+    """Three sums of different sizes, which the compiler merges."""
 
     def f(a: jax.Array, b: jax.Array) -> tuple[jax.Array, ...]:
         with jax.named_scope("one"):
@@ -108,7 +108,7 @@ def merged(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def scatter(mesh: Mesh, dtype: Any) -> Lowered:
-    """A partial sum, scattered: a reduce-scatter, asked for as one."""
+    """A partial sum, scattered by an explicit reduce-scatter."""
 
     def f(a: jax.Array, w: jax.Array) -> jax.Array:
         with jax.named_scope("scatter"):
@@ -119,7 +119,7 @@ def scatter(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def reshard(mesh: Mesh, dtype: Any) -> Lowered:
-    """The same, left to `reshard`: often an all-reduce of which a slice is used."""
+    """The same by `reshard`: often an all-reduce of which a slice is used."""
 
     def f(a: jax.Array, w: jax.Array) -> jax.Array:
         h = jnp.einsum("be,ef->bf", a, w, out_sharding=P(None, YZ, unreduced=frozenset({"x"})))
@@ -132,7 +132,7 @@ def reshard(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def unbounded(mesh: Mesh, dtype: Any) -> Lowered:
-    """A loop that runs as often as an argument says."""
+    """A loop whose trip count is an argument."""
 
     def f(a: jax.Array, n: jax.Array) -> jax.Array:
         return lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, lax.psum(jnp.sin(c[1]), "z")), (0, a))[1]
@@ -141,7 +141,7 @@ def unbounded(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def weights(mesh: Mesh, dtype: Any) -> Lowered:
-    """Eight layers that gather their weights: large enough that TPU overlaps a gather with a matmul."""
+    """Eight layers that gather their weights, large enough that XLA:TPU overlaps a gather with a matmul."""
 
     def layer(h: jax.Array, w: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         with jax.named_scope("in"):
@@ -158,7 +158,7 @@ def weights(mesh: Mesh, dtype: Any) -> Lowered:
 
 
 def stationary(mesh: Mesh, dtype: Any) -> Lowered:
-    """Eight 2D weight-stationary layers: large enough that TPU pads a reduce-scatter."""
+    """Eight 2D weight-stationary layers, large enough that XLA:TPU pads a reduce-scatter."""
 
     def layer(h: jax.Array, w: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         with jax.named_scope("gather_yz"):
@@ -195,7 +195,7 @@ def devices(target: str) -> list[Any]:
 
 
 def strip(text: str) -> str:
-    """Without what names files and lines of this machine."""
+    """The text without the names of files and lines."""
     text = re.sub(r"\n(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:\d+ .*\n)*", "", text)
     text = re.sub(r" ?(stack_frame_id|source_line|source_end_line|source_column|source_end_column)=\d+", "", text)
     return re.sub(r' ?source_file="[^"]*"', "", text)
