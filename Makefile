@@ -53,8 +53,8 @@ $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]' && touch $@
 
 wheel: $(VENV)/.dev  ## the wheel, installed into an empty environment and tried there
-	rm -rf build dist && $(BIN)/python -m build --wheel --outdir dist . >build.log 2>&1 || (cat build.log; exit 1)
-	rm -rf build/empty && $(PYTHON) -m venv build/empty
+	rm -rf build/lib build/empty dist && $(BIN)/python -m build --wheel --outdir dist . >build.log 2>&1 || (cat build.log; exit 1)
+	$(PYTHON) -m venv build/empty
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build && empty/bin/python ../tests/installed.py
 

@@ -40,7 +40,7 @@ nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
-# A command's output arrives in pieces that end anywhere. nbclient joins them as they are; myst-nb would break lines there.
+# A command writes its output in pieces that end anywhere. nbclient joins them as they are; myst-nb breaks lines there.
 NotebookClient.__init__ = functools.partialmethod(NotebookClient.__init__, coalesce_streams=True)
 nb_output_stderr = "remove"
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -18,7 +18,7 @@ MODULES = {
 
 
 def lint_imports(*options: str) -> tuple[bool, str]:
-    """Whether import-linter finds all contracts kept, and what it prints. It has a process of its own, apart from pytest's capture."""
+    """Whether import-linter finds all contracts kept, and what it prints; run apart from pytest's capture."""
     run = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     command = [sys.executable, "-c", run, "--no-cache", *options]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
