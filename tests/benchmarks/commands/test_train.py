@@ -147,7 +147,8 @@ def test_the_held_out_text_is_never_trained_on(manual, tmp_path, monkeypatch):
     assert len(seen) == 6 and all(np.array_equal(ids, whole[:18_000]) for ids in seen)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_to_the_last_digit(capsys, manual, whole, tmp_path, monkeypatch, number):
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:

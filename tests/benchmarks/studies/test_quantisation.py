@@ -26,7 +26,8 @@ def parameters(config: ModelConfig) -> nnx.State:
     return initial(config, *quantisation._alone(config, "cpu"))
 
 
-@pytest.mark.parametrize("block", [pytest.param("parallel", marks=pytest.mark.slow), "serial"])
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["parallel", "serial"])
 def test_what_is_int8_already_has_no_error(block):
     """Weights that integers and scales stand for exactly lose nothing when they become int8; their cache does."""
     config, ids = CONFIGS[block], quantisation.held_out(2, 9, "held out " * 100)
@@ -86,6 +87,7 @@ def test_rows_of_the_command(capsys):
     assert rows[9]["ln_vocab"] == math.log(258) and rows[9]["weights"] == "random"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("devices_that_are_here")
 def test_the_table_says_that_weights_are_random(capsys):
     assert quantisation.main(["--model", "toy-1l", "--windows", "2", "--length", "16", "--dtype", "bf16"]) == 0

@@ -33,6 +33,7 @@ def test_equals_its_dequantised_reference(name, attention, block):
     check_full_pass(Bench(model(block, 1), name, attention, (2, 2, 2), int8=True))
 
 
+@pytest.mark.slow
 def test_other_meshes():
     looped = (((4, 2, 1), "wgx+biring"), ((1, 2, 4), "ws2d+ring"))
     for shape, name in (((1, 2, 4), "wgxy"), ((4, 2, 1), "ws2d"), ((8, 1, 1), "wgx"), *looped):

@@ -1,5 +1,7 @@
 """Sampling over a sharded vocabulary: against NumPy, and the same under every layout and in every batch."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -14,15 +16,21 @@ from toruslab.partitioning.torus.mesh import attach
 ROWS, VOCAB = 8, 128
 
 
-def sample(sampler, logits, requests, positions, name="ws2d", attention="batch", shape=(2, 2, 2)):
+@functools.cache
+def program(sampler, name, attention, shape):
+    """The layout, the mesh and the jitted sampler: traced and compiled once for all calls with the same shapes."""
     made = layout(name, attention, shape, 1)
     mesh = attach(shape, chip="cpu", explicit=made.explicit)
+    return made, mesh, jax.jit(lambda logits, requests, positions: sampler(logits, requests, positions, made))
+
+
+def sample(sampler, logits, requests, positions, name="ws2d", attention="batch", shape=(2, 2, 2)):
+    made, mesh, run = program(sampler, name, attention, shape)
     with jax.set_mesh(mesh):
         if made.explicit:
             placed = jax.device_put(logits, NamedSharding(mesh, made.logits[-1]))
         else:
             placed = everywhere(mesh, logits)
-        run = jax.jit(lambda a, r, p: sampler(a, r, p, made))
         return np.asarray(run(placed, everywhere(mesh, requests), everywhere(mesh, positions)))
 
 

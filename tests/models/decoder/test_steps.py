@@ -51,7 +51,7 @@ def test_every_layout_picks_the_same(name, attention):
     battery.check_several_steps(battery.Bench(battery.model("parallel", 1), name, attention, (2, 2, 2)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", [pytest.param(SAMPLERS[0], marks=pytest.mark.slow), SAMPLERS[1]])
 @pytest.mark.parametrize(("name", "attention"), [("ws2d", "batch"), ("wgx", "heads"), ("replicated", "batch")])
 def test_seeded_samplers_draw_the_same(name, attention, sampler):
     """Request and position decide the draw, not the call."""
@@ -95,7 +95,7 @@ def test_a_program_that_may_stop_early_is_counted_as_if_it_did_not(bench):
         read(text, sizes)
 
 
-@pytest.mark.parametrize("steps_per_call", [3, 50])
+@pytest.mark.parametrize("steps_per_call", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_generation_says_the_same(steps_per_call):
     """Eight tokens take the prefill and seven steps, which 3 does not divide."""
     config = battery.model("parallel", 1)

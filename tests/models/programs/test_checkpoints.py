@@ -267,7 +267,8 @@ def _unfinished(folder: Path) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.slow) for how in ("disk", "limit")), "before"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["disk", "limit", "before"])
 def test_a_full_disk_in_the_middle_of_a_save(tmp_path, how):
     """A limit on the size of files; and a small disk that fills up, if one can be mounted."""
     command = _command("fill", tmp_path / "disk" / "run", how)

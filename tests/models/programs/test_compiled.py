@@ -42,7 +42,9 @@ def on_v4(**more) -> Point:
 
 @pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(("name", "attention"), [pair for pair in legal() if pair[0] != "auto"])
-@pytest.mark.parametrize("phase", [{}, {"phase": "prefill", "length": 16, "context": 0}])
+@pytest.mark.parametrize(
+    "phase", [{}, pytest.param({"phase": "prefill", "length": 16, "context": 0}, marks=pytest.mark.slow)]
+)
 def test_on_cpu_nothing_differs(name, attention, phase):
     found = evidence(on_cpu(name, attention, **phase))
     assert {m.verdict for m in found.collectives} <= {"as planned"}
@@ -88,10 +90,9 @@ def test_prefill_of_few_layers_on_64_chips(name, attention):
     assert found.cache_copies == found.weight_copies == 0
 
 
+@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    "slice_", [*(pytest.param(s, marks=pytest.mark.slow) for s in ("v5e:4x4", "v6e:2x4", "v5p:2x2x2")), "v4:2x2x1"]
-)
+@pytest.mark.parametrize("slice_", ["v5e:4x4", "v6e:2x4", "v5p:2x2x2", "v4:2x2x1"])
 def test_other_chips(slice_):
     found = evidence(on_v4(model="llama-3-70b-2l", slice=slice_, weights="bf16", layout="ws2d"))
     assert found.unexplained == 0 and found.fits and found.compute_s

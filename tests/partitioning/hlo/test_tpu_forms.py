@@ -53,7 +53,10 @@ def test_the_forms_for_tpus_compute_the_same(name, attention, block, kv_heads, s
     assert_close(logits, expected[:, CHUNK:])
 
 
-@pytest.mark.parametrize(("name", "attention"), [("ws2d", "heads"), ("ws2d", "batch"), ("wgxy", "batch")])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [("ws2d", "heads"), *(pytest.param(name, "batch", marks=pytest.mark.slow) for name in ("ws2d", "wgxy"))],
+)
 @pytest.mark.parametrize("unrolled", [3, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("like_a_tpu")
 def test_an_int8_cache_written_update_by_update(monkeypatch, name, attention, unrolled):
