@@ -21,7 +21,7 @@ from toruslab.benchmarks.measure.calibration import calibrated, chip_of
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output, point_options, processes
 from toruslab.benchmarks.runs.grid import DECODE_CONTEXT, GRIDS, PREFILL_LENGTHS, grid
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, path, seconds
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, guarded, path, seconds
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, environment, failure
 from toruslab.partitioning.layouts.catalogue import LAYOUTS

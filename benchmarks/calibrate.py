@@ -18,7 +18,7 @@ from toruslab.benchmarks.measure import chip_file
 from toruslab.benchmarks.measure.calibration import OUT, REPEATS, calibrate, save
 from toruslab.benchmarks.reports import calibration_tables
 from toruslab.benchmarks.runs import output, processes
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, refused
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, guarded, refused
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.torus.mesh import Slice, mesh_shape
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import toruslab
-from toruslab.benchmarks.runs.options import guarded
+from toruslab.benchmarks.runs.parser import guarded
 
 COMMANDS = {
     "bench": "planned, compiled and measured: every layout and phase side by side",

@@ -26,7 +26,7 @@ from rich.console import Console
 from toruslab.benchmarks.runs import output, point_options
 from toruslab.benchmarks.runs.folder import writable
 from toruslab.benchmarks.runs.kept import FLAGS, kept, key
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, failure
 from toruslab.partitioning.plan.point import Point

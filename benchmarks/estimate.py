@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from toruslab.benchmarks.runs import output, point_options
-from toruslab.benchmarks.runs.options import Parser, guarded, refused
+from toruslab.benchmarks.runs.parser import Parser, guarded, refused
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.cost.estimate import Estimate, estimate, estimate_many
 from toruslab.partitioning.cost.limits import largest_batch, longest_context

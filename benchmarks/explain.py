@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from toruslab.benchmarks.runs import output, point_options
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded, refused
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded, refused
 from toruslab.partitioning.cost.explain import steps
 from toruslab.partitioning.plan.point import Point
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from toruslab.benchmarks.runs import output, processes, weights_option
-from toruslab.benchmarks.runs.options import Parser, at_least, guarded, one_of, refused
+from toruslab.benchmarks.runs.parser import Parser, at_least, guarded, one_of, refused
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.models.decoder.sampling import Sampler
 from toruslab.models.weights.tokenizer import Tokenizer

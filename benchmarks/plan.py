@@ -21,7 +21,7 @@ from rich.table import Table
 
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, one_of, refused, seconds
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, guarded, one_of, refused, seconds
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.planner import GOALS, Plan, search

@@ -22,7 +22,7 @@ from toruslab.benchmarks.measure.calibration import calibrated, fits_here, own_f
 from toruslab.benchmarks.reports.cells import traced
 from toruslab.benchmarks.runs import output, point_options, processes
 from toruslab.benchmarks.runs.folder import writable
-from toruslab.benchmarks.runs.options import Parser, at_least, guarded
+from toruslab.benchmarks.runs.parser import Parser, at_least, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, environment, failure
 from toruslab.partitioning.plan.point import Point

@@ -25,7 +25,7 @@ from toruslab.benchmarks.reports import figures as pictures
 from toruslab.benchmarks.reports.style import sheets
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.cost.estimate import estimate

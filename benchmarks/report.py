@@ -15,7 +15,7 @@ from toruslab.benchmarks.reports.bench_report import show, write
 from toruslab.benchmarks.reports.cells import groups
 from toruslab.benchmarks.reports.quality import quality
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, RowFile
 

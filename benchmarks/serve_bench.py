@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output, processes, serving_options, serving_setting
 from toruslab.benchmarks.runs.kept import write_whole
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, path, refused
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, guarded, path, refused
 from toruslab.benchmarks.runs.progress import Progress, progress
 from toruslab.benchmarks.runs.rows import Row, environment, failure, line
 from toruslab.benchmarks.runs.serving_setting import MOST, Scheme, ServingSetting

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output, scenarios, serving_options
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, guarded, number, path, refused
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, guarded, number, path, refused
 from toruslab.benchmarks.runs.progress import Progress, progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.runs.scenarios import LOADS, MOST, Case

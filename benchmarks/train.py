@@ -22,7 +22,7 @@ from rich.markup import escape
 
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output, processes
-from toruslab.benchmarks.runs.options import Parser, at_least, guarded, path, refused
+from toruslab.benchmarks.runs.parser import Parser, at_least, guarded, path, refused
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.runs.training_options import DTYPES, Texts, TrainingSetting, resumed

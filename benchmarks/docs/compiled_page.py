@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from toruslab.benchmarks.reports.tables import markdown_table
-from toruslab.benchmarks.runs.options import guarded
+from toruslab.benchmarks.runs.parser import guarded
 from toruslab.benchmarks.runs.rows import Row, keep
 from toruslab.partitioning.cost.estimate import estimate, estimate_many
 from toruslab.partitioning.plan.point import Point

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from toruslab.benchmarks.docs import compiled_page, loops_page, reference, training_page
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PARTS: Mapping[str, Mapping[str, Callable[[], str]]] = {

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from toruslab.benchmarks.docs.compiled_page import DATA as COMPILED
 from toruslab.benchmarks.docs.compiled_page import grouped
 from toruslab.benchmarks.reports.tables import markdown_table
-from toruslab.benchmarks.runs.options import guarded
+from toruslab.benchmarks.runs.parser import guarded
 from toruslab.benchmarks.runs.rows import Row, keep
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.plan.point import Point

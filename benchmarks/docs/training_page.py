@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from toruslab.benchmarks.docs import compiled_page as compiled
-from toruslab.benchmarks.runs.options import guarded
+from toruslab.benchmarks.runs.parser import guarded
 from toruslab.benchmarks.runs.rows import Row, keep
 
 DATA = compiled.DATA.with_name("training.jsonl")

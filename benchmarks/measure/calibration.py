@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from toruslab.benchmarks.measure import chip_file
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.benchmarks.runs.processes import all_agree
 from toruslab.benchmarks.runs.rows import environment
 from toruslab.partitioning.torus.calibrated import Machine

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.partitioning.torus.calibrated import Machine, Sample
 from toruslab.partitioning.torus.chip import Chip, chip, names

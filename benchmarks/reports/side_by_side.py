@@ -16,7 +16,7 @@ from toruslab.benchmarks.reports.quality import Quality, agree, quality
 from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, marks, save
 from toruslab.benchmarks.reports.tables import Column, DataTable, Value, between, ms, number
 from toruslab.benchmarks.reports.words import measured, percent
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.benchmarks.runs.rows import Row
 
 RULE = (

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from toruslab.benchmarks.runs.options import InputError, Parser
 from toruslab.benchmarks.runs.output import print_rows
+from toruslab.benchmarks.runs.parser import InputError, Parser
 from toruslab.benchmarks.runs.rows import Row, RowFile, changes, commit, line, of_a_point
 
 if TYPE_CHECKING:

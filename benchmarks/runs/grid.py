@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable
 
-from toruslab.benchmarks.runs.options import integers, refused
+from toruslab.benchmarks.runs.parser import integers, refused
 from toruslab.benchmarks.runs.point_options import of_file
 from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout

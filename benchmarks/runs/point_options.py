@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from toruslab.benchmarks.runs.options import InputError, at_least, read_lines, refused
+from toruslab.benchmarks.runs.parser import InputError, at_least, read_lines, refused
 from toruslab.models.weights import byte_ids, corpus
 from toruslab.partitioning.layouts.catalogue import LAYOUTS
 from toruslab.partitioning.plan.passes import REMAT

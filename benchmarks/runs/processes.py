@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from toruslab.benchmarks.runs.options import InputError, at_least
+from toruslab.benchmarks.runs.parser import InputError, at_least
 from toruslab.partitioning.torus.mesh import Shape, Slice, attach
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toruslab.benchmarks.runs.options import InputError, Parser, read_lines
+from toruslab.benchmarks.runs.parser import InputError, Parser, read_lines
 from toruslab.partitioning.plan.point import Point
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from toruslab.benchmarks.runs import serving_options
-from toruslab.benchmarks.runs.options import InputError, read_lines, refused
+from toruslab.benchmarks.runs.parser import InputError, read_lines, refused
 from toruslab.partitioning.cost.forward import constants_of
 from toruslab.partitioning.torus.chip import FITTED
 from toruslab.partitioning.torus.mesh import Slice

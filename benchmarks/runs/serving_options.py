@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Mapping
 
-from toruslab.benchmarks.runs.options import InputError, Parser, at_least, one_of, refused, share
+from toruslab.benchmarks.runs.parser import InputError, Parser, at_least, one_of, refused, share
 from toruslab.partitioning.plan.point import WEIGHTS
 from toruslab.serving.results.metrics import Limits
 from toruslab.serving.scheduling.reservation import RESERVATIONS

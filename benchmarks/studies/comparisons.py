@@ -23,7 +23,7 @@ from rich.console import Console
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
 from toruslab.models.presets import model, suffixed

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from toruslab.benchmarks.runs import processes
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
 from toruslab.models.weights import corpus

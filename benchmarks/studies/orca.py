@@ -20,7 +20,7 @@ from toruslab.benchmarks.reports.style import Panel, Picture, log_axes, sheets
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import folder as run_folder
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row, line
 from toruslab.partitioning.published.papers import data

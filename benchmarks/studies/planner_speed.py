@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from toruslab.benchmarks.runs import output
-from toruslab.benchmarks.runs.options import Parser, guarded
+from toruslab.benchmarks.runs.parser import Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.partitioning.cost.estimate import estimate
 from toruslab.partitioning.cost.planner import search

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import output, processes
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios

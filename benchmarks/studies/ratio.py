@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from toruslab.benchmarks.reports.tables import Column, DataTable
 from toruslab.benchmarks.runs import output, processes
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.benchmarks.studies import ratios
 from toruslab.partitioning.plan.point import Point

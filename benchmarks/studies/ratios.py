@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.rows import Row
 from toruslab.models.weights import corpus

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from toruslab.benchmarks import serve_bench
 from toruslab.benchmarks.runs import output, processes, serving_setting
-from toruslab.benchmarks.runs.options import InputError, Parser, guarded
+from toruslab.benchmarks.runs.parser import InputError, Parser, guarded
 from toruslab.benchmarks.runs.progress import progress
 from toruslab.benchmarks.runs.serving_setting import Scheme, ServingSetting
 from toruslab.benchmarks.studies.engine_times import EngineTimes, Padding

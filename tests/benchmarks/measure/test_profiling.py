@@ -13,7 +13,7 @@ from toruslab.benchmarks.measure.attribution import Piece, core_seconds, exclusi
 from toruslab.benchmarks.measure.contenders import Contender, prepare
 from toruslab.benchmarks.measure.profiler_events import Event, TraceError, events
 from toruslab.benchmarks.measure.profiling import KINDS, Profile, attribute, profile
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.models.programs.compiled import planned
 from toruslab.models.weights import corpus
 from toruslab.partitioning.hlo.purposes import Operation, operations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.benchmarks.studies import quantisation
 from toruslab.models.config import ModelConfig
 from toruslab.models.decoder.parameters import initial

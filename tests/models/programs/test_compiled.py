@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.battery import legal
 from toruslab.benchmarks import compile as command
 from toruslab.benchmarks.runs import kept
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.models.programs import limit_search
 from toruslab.models.programs.compiled import evidence
 from toruslab.partitioning.cost.limits import largest_batch

@@ -19,7 +19,7 @@ from tests.battery import legal
 from toruslab.benchmarks import bench as step_latency
 from toruslab.benchmarks.measure import chip_file
 from toruslab.benchmarks.measure.contenders import analytic
-from toruslab.benchmarks.runs.options import InputError
+from toruslab.benchmarks.runs.parser import InputError
 from toruslab.models.programs.compiled import planned
 from toruslab.partitioning.cost.estimate import estimate, estimate_many
 from toruslab.partitioning.cost.measured import TERMS

@@ -93,7 +93,7 @@ def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
         >>> _ = p.add_argument("--seed", type=at_least(0))
         >>> p.parse_args(["--seed", "-1"])
         Traceback (most recent call last):
-        toruslab.benchmarks.runs.options.InputError: seed=-1 must be at least 0
+        toruslab.benchmarks.runs.parser.InputError: seed=-1 must be at least 0
     """
 
     def integer(text: str) -> int:
