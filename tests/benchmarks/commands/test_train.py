@@ -173,15 +173,13 @@ def state(out):
     return saved.restore(Trainer(**made).abstract())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         ["--slice", "cpu:2x2x2", "--layout", "ws2d", "--attention", "heads"],
-        pytest.param(["--slice", "cpu:1", "--layout", "replicated"], marks=pytest.mark.slow),
-        pytest.param(
-            ["--slice", "cpu:2x2", "--layout", "auto", "--attention", "heads", "--accumulate", "2", "--remat", "layer"],
-            marks=pytest.mark.slow,
-        ),
+        ["--slice", "cpu:1", "--layout", "replicated"],
+        ["--slice", "cpu:2x2", "--layout", "auto", "--attention", "heads", "--accumulate", "2", "--remat", "layer"],
     ],
 )
 def test_a_run_goes_on_under_another_layout_and_mesh(manual, whole, tmp_path, monkeypatch, changes):

@@ -43,6 +43,7 @@ def test_what_is_int8_already_has_no_error(block):
     assert found["int8 weights"]["greedy_agreement"] == found["float"]["greedy_agreement"] == 1
 
 
+@pytest.mark.slow
 def test_layers_one_after_the_other_are_the_model():
     """The stream that `layers` walks is the decoder's: an error of one layer's matrices shows in that layer alone."""
     config, ids = CONFIGS["serial"], quantisation.held_out(2, 9, "held out " * 100)

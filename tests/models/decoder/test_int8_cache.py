@@ -36,7 +36,9 @@ def test_other_meshes(name, attention, shape):
         check(bench)
 
 
-@pytest.mark.parametrize(("name", "attention"), [("wgx", "heads"), ("ws2d", "batch")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [pytest.param("wgx", "heads", marks=pytest.mark.slow), ("ws2d", "batch")]
+)
 def test_int8_weights_beside_it(name, attention):
     bench = Bench(model("parallel", 2), name, attention, (2, 2, 2), int8=True, int8_cache=True)
     for check in (*SHORT_CHECKS, check_rounding):

@@ -86,6 +86,7 @@ def test_every_bit_of_every_dtype(tmp_path):
         assert found[name].dtype == array.dtype and np.asarray(found[name]).tobytes() == array.tobytes(), name
 
 
+@pytest.mark.slow
 def test_what_is_donated_after_save_is_saved_as_it_was(tmp_path):
     config = checkpoint_runs.LARGE
     checkpoints, now = Checkpoints(tmp_path, config, keep=9), state(config, "ws2d", (2, 2, 2), 1)

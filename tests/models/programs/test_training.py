@@ -174,6 +174,7 @@ def test_serial_blocks_parts_of_the_batch_and_other_meshes_train_alike(config, n
     np.testing.assert_allclose(losses, alone(config)[0], rtol=TOLERANCE["float32"])
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_with_float32_masters():
     """bfloat16 is close to float32, and a change too small for bfloat16 is not lost."""
     config = model("parallel", 1)
