@@ -1,7 +1,11 @@
-"""What every layout must pass, whatever its name: a layout added to `LAYOUTS` inherits all of it.
+"""The checks that every layout must pass. A layout added to `LAYOUTS` inherits all of them.
 
-Sizes are pairwise distinct and different from every axis, so that a mix-up of dimensions cannot hide. The reference
-is `models.decoder.reference`, in NumPy and float64.
+- `model`, `case`: toy models with the reference's logits (`models.decoder.reference`: NumPy, float64).
+- `Bench`: a toy model under one layout on one mesh, with its compiled programs.
+- `check_full_pass` and the other checks: what a bench must compute. `CHECKS` and `SHORT_CHECKS` list them.
+
+Toy sizes differ from each other and from every axis of a mesh, so that a mix-up of dimensions shows. Which layouts,
+models and meshes are combined is up to the tests.
 """
 
 import functools
@@ -37,7 +41,7 @@ from toruslab.partitioning.plan.plan import plan
 from toruslab.partitioning.torus.mesh import AXES, Shape, attach
 
 TOLERANCE = {"float32": 1e-5}
-"""Largest error of a logit, relative to the largest logit. Never raised to make a test pass."""
+"""Dtype -> the largest error of a logit as a share of the largest logit. It is never raised to make a test pass."""
 
 MESHES: tuple[Shape, ...] = ((1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4), (4, 2, 1))
 RINGS = (
@@ -51,12 +55,14 @@ RINGS = (
     "wgx+prefetch",
     "wgxyz+ring+prefetch",
 )
-"""Looped and prefetching variants that stand for all; the rings by themselves have `test_rings`."""
-BATCH, TOTAL, CHUNK, CAPACITY = 8, 7, 3, 11  # 11 divides no other size: what is as large as the cache is the cache
+"""Layouts with looped collectives and prefetching, one of each kind. `test_rings` tests the rings alone."""
+BATCH, TOTAL, CHUNK, CAPACITY = 8, 7, 3, 11
+"""Sequences, tokens of each, tokens of a prefill chunk, and positions of the cache. Only the cache has a dimension
+of 11, so `Bench.check` knows copies of it by their sizes."""
 
 
 def model(block: str, kv_heads: int, mlp: str = "swiglu") -> ModelConfig:
-    """Heads 16, so that eight chips can split them in two ways; three layers, so that a scan is a loop."""
+    """A toy model. It has 16 heads, so that eight chips can split them in two ways, and three layers in a loop."""
     return ModelConfig(
         name=f"{block}-{kv_heads}",
         n_layers=3,
@@ -73,7 +79,7 @@ def model(block: str, kv_heads: int, mlp: str = "swiglu") -> ModelConfig:
 
 
 def legal(names: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """Every layout with every attention that makes sense for it."""
+    """All pairs of a layout and an attention, "heads" or "batch", that the layout allows."""
     pairs = []
     for name in names or LAYOUTS:
         for attention in ("heads", "batch"):
@@ -88,7 +94,7 @@ def legal(names: Sequence[str] | None = None) -> list[tuple[str, str]]:
 
 @functools.lru_cache(maxsize=32)
 def case(config: ModelConfig) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Weights, ids [BATCH, TOTAL] and the reference's logits [BATCH, TOTAL, V], each sequence by itself."""
+    """Weights, ids [BATCH, TOTAL], and logits [BATCH, TOTAL, V] that the reference computes one sequence at a time."""
     weights = init(config, 0)
     ids = np.random.default_rng(1).integers(0, config.vocab, (BATCH, TOTAL)).astype(np.int32)
     return weights, ids, np.stack([reference_logits(config, weights, row) for row in ids])
@@ -96,7 +102,7 @@ def case(config: ModelConfig) -> tuple[dict, np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=32)
 def rounded(config: ModelConfig) -> tuple[dict, np.ndarray]:
-    """The weights that int8 ones stand for, and the reference's logits with them."""
+    """The weights after rounding to int8 and back, and the reference's logits [BATCH, TOTAL, V] with them."""
     weights, ids, _ = case(config)
     seen = unpack(config, dequantise(quantise(pack(config, weights), np.float64)))
     return seen, np.stack([reference_logits(config, seen, row) for row in ids])
@@ -104,9 +110,14 @@ def rounded(config: ModelConfig) -> tuple[dict, np.ndarray]:
 
 @dataclass
 class Bench:
-    """A model under one layout on one mesh: programs by (length, all_logits), compiled once each and checked.
+    """A model under one layout on one mesh. Each of its programs is compiled once and then checked.
 
-    `int8`: with int8 weights; `int8_cache`: with an int8 cache; activations are float32 beside them.
+    Args:
+        config: a toy model, from `model`.
+        name, attention: the layout.
+        shape: extents (X, Y, Z) of the mesh.
+        int8: whether the weights are int8. Activations are float32 in any case.
+        int8_cache: whether the cache is int8.
     """
 
     config: ModelConfig
@@ -132,10 +143,10 @@ class Bench:
         return jax.tree.map(jnp.copy, self.empty)
 
     def expected(self, cache: Cache) -> np.ndarray:
-        """The reference's logits [BATCH, TOTAL, V]; with an int8 cache, of attention to what `cache` holds.
+        """The reference's logits [BATCH, TOTAL, V].
 
-        Nothing here depends on how numbers are rounded: the integers are the decoder's own, and are held against the
-        keys and values, as the reference computes them, by `check_rounding`.
+        With an int8 cache, the reference attends to the integers and scales in `cache`, so that rounding makes no
+        difference. `check_rounding` compares the integers with the exact keys and values.
         """
         if not self.int8_cache:
             return rounded(self.config)[1] if self.int8 else case(self.config)[2]
@@ -159,6 +170,7 @@ class Bench:
         return Pass(**sizes, weight_itemsize=1 if self.int8 else 4, int8_cache=self.int8_cache, **more)
 
     def program(self, length: int, all_logits: bool) -> Compiled:
+        """The program of one pass over `length` tokens. It returns all logits, or else the sampled ids."""
         if (length, all_logits) not in self.compiled:
             pass_ = self.pass_(length, all_logits=all_logits)
             program = Program(config=self.config, layout=self.layout, mesh=self.mesh, pass_=pass_)
@@ -168,7 +180,7 @@ class Bench:
         return self.compiled[length, all_logits]
 
     def steps(self, n: int, stop: int | None = None, sampler: Sampler = GREEDY) -> Compiled:
-        """The program of `n` decode steps in one call; plans, and so the check, know greedy ones only."""
+        """The program of `n` decode steps in one call. It is checked if greedy: plans are for greedy sampling."""
         if n == 1 and sampler == GREEDY:
             return self.program(1, False)
         stop = stop if n > 1 else None
@@ -182,7 +194,7 @@ class Bench:
         return self.several[sampler, n, stop]
 
     def check(self, compiled: Compiled, pass_: Pass) -> None:
-        """The compiled program holds the planned collectives and no others, and never copies the cache."""
+        """The program must have exactly the planned collectives, no rematerialisation, and no copy of the cache."""
         if not self.layout.explicit:
             return
         module = parse(compiled.text)
@@ -202,7 +214,7 @@ class Bench:
             assert not copied, f"the cache is copied: {copied}"
 
     def run(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, cache: Cache, *, all_logits: bool = True):
-        """Logits [B, L, V] as NumPy, or sampled ids [B], and the cache."""
+        """Runs one pass: logits [B, L, V] or, without `all_logits`, sampled ids [B]; and the cache after it."""
         batch, length = ids.shape
         tokens = Tokens(*[everywhere(self.mesh, np.asarray(a, np.int32)) for a in (ids, starts, lengths)])
         requests = everywhere(self.mesh, np.arange(batch, dtype=np.int32))
@@ -214,8 +226,16 @@ class Bench:
     def decode(
         self, calls: Sequence[int], stop: int | None = None, sampler: Sampler = GREEDY
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, sum of calls] that calls of so many steps pick one after the other, rows after prompts of different
-        lengths, and K [n_layers, B, K, S, Q] of the cache after them."""
+        """Decodes after a prefill of rows with different lengths.
+
+        Args:
+            calls: the number of steps of each call.
+            stop: the id after which a row gets nothing else.
+            sampler: how ids are picked.
+
+        Returns:
+            Ids [B, sum of calls], and K of the cache after them, [n_layers, B, K, S, Q].
+        """
         _, ids, _ = case(self.config)
         rows, starts = np.arange(BATCH), 1 + np.arange(BATCH) % CHUNK
         _, cache = self.run(ids[:, :CHUNK], np.zeros(BATCH), starts, self.cache())
@@ -232,7 +252,7 @@ class Bench:
 
 
 def written(held: Sequence[np.ndarray], layer: int, row: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of K and of V, the integers [K, TOTAL, Q] and scales [K, TOTAL] of one sequence in an int8 cache."""
+    """The integers [K, TOTAL, Q] and scales [K, TOTAL] of one sequence in an int8 cache: of K, then of V."""
     return [(held[i][layer, row, :, :TOTAL], held[i + 2][layer, row, :, :TOTAL]) for i in (0, 1)]
 
 
@@ -249,7 +269,7 @@ def check_full_pass(bench: Bench) -> None:
 
 
 def check_chunks_then_decode(bench: Bench) -> None:
-    """Prefill in chunks over a growing cache, then single steps: the same logits at every position."""
+    """Prefill in chunks and then single steps give the reference's logits at every position."""
     _, ids, _ = case(bench.config)
     cache, seen, found = bench.cache(), 0, []
     while seen < TOTAL:
@@ -263,7 +283,7 @@ def check_chunks_then_decode(bench: Bench) -> None:
 
 
 def check_mixed_lengths(bench: Bench) -> None:
-    """Rows of different lengths in one batch, padded with other tokens: each equals its sequence alone."""
+    """Rows of different lengths in one batch, padded with other tokens, each equal their sequence alone."""
     _, ids, _ = case(bench.config)
     cache, starts, found = bench.cache(), np.zeros(BATCH, int), []
     for turn in range(2):
@@ -280,7 +300,7 @@ def check_mixed_lengths(bench: Bench) -> None:
 
 
 def check_greedy(bench: Bench) -> None:
-    """The token sampled in a decode step after a padded prefill is the reference's likeliest."""
+    """A decode step after a padded prefill picks the token that is likeliest in the reference."""
     _, ids, _ = case(bench.config)
     rows, lengths = np.arange(BATCH), 1 + np.arange(BATCH) % CHUNK
     _, cache = bench.run(ids[:, :CHUNK], np.zeros(BATCH), lengths, bench.cache())
@@ -289,8 +309,8 @@ def check_greedy(bench: Bench) -> None:
 
 
 def check_rounding(bench: Bench) -> None:
-    """Every integer of an int8 cache, times its scale, is within half a step of what it stands for; the largest of a
-    position is 127."""
+    """Integers of an int8 cache times their scales are within half a step of the exact numbers. The largest integer of
+    each position is 127."""
     _, ids, _ = case(bench.config)
     _, cache = bench.run(ids, np.zeros(BATCH), np.full(BATCH, TOTAL), bench.cache())
     held = [np.asarray(a) for a in cache]
@@ -310,11 +330,11 @@ def check_rounding(bench: Bench) -> None:
 
 
 CALLS = (3, 3)
-"""Steps in each; a third call would not fit the cache."""
+"""Steps of each call. A third call would not fit the cache."""
 
 
 def check_several_steps(bench: Bench) -> None:
-    """Several decode steps in one call pick what single ones pick, and stop early where every row has stopped."""
+    """Several decode steps in one call pick the same ids as single steps. They end early when every row has stopped."""
     expected, cached = bench.decode([1] * sum(CALLS))
     picked, k = bench.decode(CALLS)
     np.testing.assert_array_equal(picked, expected)
@@ -328,15 +348,15 @@ def check_several_steps(bench: Bench) -> None:
 
 
 def stopped(ids: np.ndarray, stop: int) -> np.ndarray:
-    """Ids [B, N], all of a row the stop id from where it first has it."""
+    """Ids [B, N] in which every id of a row after its first stop id is the stop id too."""
     return np.where(np.cumsum(ids == stop, axis=1) > 0, stop, ids)
 
 
 CHECKS = (check_full_pass, check_chunks_then_decode, check_mixed_lengths, check_greedy)
 SHORT_CHECKS = (check_chunks_then_decode, check_mixed_lengths)
-"""Without the programs of a full pass and of sampling, which `CHECKS` compile as well."""
+"""Checks with two programs instead of four: none for a full pass and none for sampling."""
 
 
 def _long(dims: Sequence[int]) -> list[int]:
-    """Dimensions longer than 1, in any order."""
+    """The dimensions longer than 1, sorted."""
     return sorted(d for d in dims if d > 1)

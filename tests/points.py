@@ -1,4 +1,4 @@
-"""A point that tests of rows and reports share: a decode step of the bench's own model."""
+"""One point for tests of rows and reports: a decode step of the toy model on eight fake devices."""
 
 POINT = {
     "model": "toy",

@@ -11,7 +11,7 @@ from toruslab.serving.scheduling.scheduler import Scheduler
 
 @dataclass
 class Book:
-    """The state that the scheduler should have, from the batches alone."""
+    """What the scheduler's state should be, computed from the batches that it made."""
 
     scheduler: Scheduler
     requests: dict[int, Request] = field(default_factory=dict)  # submitted and not refused
@@ -23,6 +23,7 @@ class Book:
     batches: int = 0
 
     def made(self, batch: Batch) -> None:
+        """Checks a new batch against the book, and enters it."""
         scheduler = self.scheduler
         assert batch.number == self.batches
         self.batches += 1
@@ -71,15 +72,15 @@ def run(
     stop: float = 0.0,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Book:
-    """Runs all requests to their end. In each step of the clock some arrive, batches are made, and some return.
+    """Runs all requests to their end. In each step of the clock some requests arrive, and some batches start and end.
 
     Args:
         scheduler: an empty one.
-        requests: in order of arrival; their times are not looked at.
-        seed: of what happens when.
+        requests: in order of arrival. Their arrival times are not used.
+        seed: for the random order of events.
         cancel: share of the steps in which one of the requests is cancelled.
         stop: share of emitted tokens that are stop tokens.
-        on_batch: is told of every batch made.
+        on_batch: called with every batch made.
     """
     chance = random.Random(seed)
     book = Book(scheduler)

@@ -225,7 +225,10 @@ def test_a_state_that_does_not_fit(saved, tmp_path):
 
 
 def _environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    """Without the settings of pytest's own process. Its cache of programs is one of them: a process that is killed may
+    leave half a program there, and the next one would warn of it."""
+    own = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR")
+    return {k: v for k, v in os.environ.items() if k not in own}
 
 
 def _command(what: str, *args) -> list[str]:
