@@ -3,7 +3,6 @@
 import gc
 import math
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -28,15 +27,6 @@ def three():
 
 def threads():
     return [t for t in threading.enumerate() if t.name.startswith(("send", "watch"))]
-
-
-def settled(n):
-    """Waits for threads to end."""
-    for _ in range(500):
-        if len(threads()) == n:
-            break
-        time.sleep(0.01)
-    return len(threads()) == n
 
 
 @pytest.mark.parametrize("loses", [False, True], ids=["before", "after"])
@@ -83,23 +73,30 @@ def test_an_interrupted_run_leaves_nothing_behind(three, error):
 
 
 def test_closed_it_has_no_threads():
-    before = len(threads())
+    before = set(threads())  # an engine of an earlier test may end only now
     with engine(stages("ws1d", "heads", (1, 2, 1)), singles=(4,)) as made:
         run(made, OF)
-        assert len(threads()) == before + 2
-    assert settled(before)
+        started = set(threads()) - before
+        assert len(started) == 2
+    for thread in started:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in started)
     made.close()
     with pytest.raises(RuntimeError, match="the engine is closed; make another one"):
         run(made, OF)
 
 
 def test_dropped_it_has_no_threads():
-    before = len(threads())
+    before = set(threads())  # an engine of an earlier test may end only now
     made = engine(stages("ws1d", "heads", (1, 2, 1)), singles=(4,))
     run(made, OF)
+    started = set(threads()) - before
+    assert len(started) == 2
     del made
     gc.collect()
-    assert settled(before)
+    for thread in started:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in started)
 
 
 def test_closed_with_batches_in_flight(three):
