@@ -11,6 +11,7 @@ from toruslab.benchmarks.reports.tables import markdown_table
 from toruslab.models.presets import SUFFIXES
 from toruslab.partitioning.cost.explain import steps
 from toruslab.partitioning.layouts.catalogue import LAYOUTS
+from toruslab.partitioning.layouts.layout import NoAxisLeft
 from toruslab.partitioning.layouts.variants import layout
 from toruslab.partitioning.plan.point import Point
 
@@ -66,10 +67,13 @@ def _points() -> Iterator[Point]:
     """A decode step under every layout that has a ladder, with each attention sharding that it allows."""
     for name in (*LAYOUTS, "ws1d+lean", "ws2d+lean"):
         for attention in ("heads", "batch"):
-            with contextlib.suppress(ValueError):
-                if layout(name, attention, (4, 4, 4), 1).explicit:
-                    sizes = {"batch": 512, "context": 2048, "layout": name, "attention": attention}
-                    yield Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", **sizes)
+            try:
+                made = layout(name, attention, (4, 4, 4), 1)
+            except NoAxisLeft:
+                continue
+            if made.explicit:
+                sizes = {"batch": 512, "context": 2048, "layout": name, "attention": attention}
+                yield Point(model="palm-540b-h64", slice="v4:4x4x4", phase="decode", **sizes)
 
 
 def suffixes() -> str:
